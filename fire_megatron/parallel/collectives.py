@@ -1,0 +1,73 @@
+"""Collectives on explicit groups that the layers above share."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def all_gather_objects(value: T, *, group: dist.ProcessGroup) -> list[T]:
+    """Gather one picklable object a rank, in rank order. For control data, not for tensors of the hot path."""
+    if group.size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def all_gather_flat(values: torch.Tensor, *, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Gather 1-D tensors of different lengths.
+
+    Args:
+        values: [n], any dtype that the backend carries; n may differ between ranks and be 0.
+        group: the ranks that take part.
+
+    Returns:
+        One tensor a rank, in rank order. One all-gather of lengths and one of data padded to the longest.
+    """
+    if group.size() == 1:
+        return [values]
+    length = torch.tensor([values.numel()], dtype=torch.int64, device=values.device)
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    counts = [int(n) for n in lengths]
+    longest = max(counts)
+    if longest == 0:
+        return [values.new_empty(0) for _ in counts]
+    padded = values.new_zeros(longest)
+    padded[: values.numel()] = values
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    return [data[:count] for data, count in zip(gathered, counts, strict=True)]
+
+
+def broadcast_flat(
+    values: torch.Tensor | None, *, numel: int, dtype: torch.dtype, device: torch.device, src: int, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Broadcast a 1-D tensor of known length from global rank ``src`` to the rest of ``group``."""
+    if group.size() == 1:
+        assert values is not None
+        return values
+    if dist.get_rank() != src:
+        values = torch.empty(numel, dtype=dtype, device=device)
+    assert values is not None and values.numel() == numel and values.dtype == dtype
+    values = values.contiguous()
+    dist.broadcast(values, src=src, group=group)
+    return values
+
+
+def raise_on_any(problem: str | None, error: type[Exception], *, group: dist.ProcessGroup) -> None:
+    """Raise ``error`` on every rank of ``group`` when any rank has a problem, so that none waits for another.
+
+    Args:
+        problem: this rank's message, or None.
+        error: exception type to raise.
+        group: the ranks that must agree.
+    """
+    problems = [p for p in dict.fromkeys(all_gather_objects(problem, group=group)) if p]
+    if problems:
+        raise error("\n".join(problems))

@@ -1,0 +1,170 @@
+"""ModelGrid: the process groups of one role on its span of ranks.
+
+A run is one world; each role (the student, every teacher) lays its own TP x CP x DP x PP grid over a span of
+that world's ranks. megatron-core takes the groups as a ``ProcessGroupCollection``; nothing here or above reads
+its global ``parallel_state``.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from fire_megatron.config.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a role's parallel dimensions and its span of ranks. Data parallelism fills the span."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    first_rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_ranks % self.model_ranks:
+            raise LayoutError(
+                f"tensor={self.tensor} x pipeline={self.pipeline} x context={self.context} = {self.model_ranks} ranks "
+                f"a replica does not divide the {self.num_ranks} ranks of the role; change the layout or the world size"
+            )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.num_ranks // self.model_ranks
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """Process groups of one role, as seen by this rank."""
+
+    layout: Layout
+    pg: ProcessGroupCollection
+    span: dist.ProcessGroup
+    """All ranks of the role."""
+    is_member: bool = field(default=True)
+    """Whether this rank holds a part of the role's model."""
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank within the tensor-parallel group."""
+        return self.pg.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage."""
+        return self.pg.pp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """Data-parallel replica."""
+        return self.pg.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank projects to the vocabulary."""
+        return self.pp_rank == self.layout.pipeline - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage."""
+        return dist.get_process_group_ranks(self.pg.pp)[-1]
+
+
+def _new_group(enumeration: list[list[int]], timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """Create every group of the enumeration (all ranks of the world join) and return this rank's own."""
+    mine = None
+    for ranks in enumeration:
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+_DENSE_GROUPS = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "dp": ["dp"],
+    "pp": ["pp"],
+    "mp": ["tp", "pp"],
+    "tp_cp": ["tp", "cp"],
+    "dp_cp": ["cp", "dp"],
+    "tp_dp_cp": ["tp", "cp", "dp"],
+}
+_EXPERT_GROUPS = {
+    "ep": ["ep"],
+    "expt_tp": ["tp"],
+    "tp_ep": ["tp", "ep"],
+    "tp_ep_pp": ["tp", "ep", "pp"],
+    "expt_dp": ["dp"],
+}
+
+
+class GridFactory:
+    """Makes one ModelGrid a layout: roles with the same layout share their process groups."""
+
+    def __init__(self, *, timeout: float) -> None:
+        """Args: timeout: seconds before a stalled collective of any of the groups ends the run."""
+        self._timeout = datetime.timedelta(seconds=timeout)
+        self._grids: dict[Layout, ModelGrid] = {}
+        self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+
+    def grid(self, layout: Layout) -> ModelGrid:
+        """The grid of this layout. Collective: every rank of the world calls it in the same order."""
+        if layout not in self._grids:
+            self._grids[layout] = self._build(layout)
+        return self._grids[layout]
+
+    def _group(self, enumeration: list[list[int]]) -> dist.ProcessGroup | None:
+        # Dimensions of size 1 make many of the groups coincide; each distinct partition exists once.
+        key = tuple(tuple(ranks) for ranks in enumeration)
+        if key not in self._groups:
+            self._groups[key] = _new_group(enumeration, self._timeout)
+        return self._groups[key]
+
+    def _build(self, layout: Layout) -> ModelGrid:
+        tensor, context, data, pipeline = layout.tensor, layout.context, layout.data, layout.pipeline
+        dense = HyperCommGrid([tensor, context, data, pipeline], ["tp", "cp", "dp", "pp"], layout.first_rank)
+        per_stage = tensor * context * data
+        if per_stage % (tensor * layout.expert):
+            raise LayoutError(
+                f"expert={layout.expert} x tensor={tensor} does not divide the {per_stage} ranks of a pipeline stage"
+            )
+        expert_data = per_stage // (tensor * layout.expert)
+        expert = HyperCommGrid(
+            [tensor, layout.expert, expert_data, pipeline], ["tp", "ep", "dp", "pp"], layout.first_rank
+        )
+        groups = {name: self._group(dense.get_rank_enum(dims)) for name, dims in _DENSE_GROUPS.items()}
+        groups |= {name: self._group(expert.get_rank_enum(dims)) for name, dims in _EXPERT_GROUPS.items()}
+        pipelines = dense.get_rank_enum(["pp"])
+        groups["embd"] = self._group([sorted({p[0], p[-1]}) for p in pipelines])
+        groups["pos_embd"] = self._group([[p[0]] for p in pipelines])
+        groups["intra_dp_cp"] = groups["dp_cp"]
+        groups["intra_expt_dp"] = groups["expt_dp"]
+        everyone = list(range(layout.first_rank, layout.first_rank + layout.num_ranks))
+        span = self._group([everyone])
+        groups["intra_dist_opt"] = span
+        groups["inter_dist_opt"] = None
+        groups["hcp"] = None
+        # megatron-core 0.16.1 builds its p2p scratch space from this global; it names no group.
+        if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+            parallel_state._set_global_memory_buffer()
+        return ModelGrid(layout, ProcessGroupCollection(**groups), span, dist.get_rank() in everyone)

@@ -1,0 +1,21 @@
+"""The device seam: CUDA + NCCL or CPU + gloo, process start-up, and detection of fused kernels."""
+
+from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
+from fire_megatron.platform.device import Device, peak_memory_mb, select_device
+from fire_megatron.platform.launch import World, start, stop
+from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
+
+__all__ = [
+    "Capability",
+    "Device",
+    "World",
+    "capability_report",
+    "detect_capabilities",
+    "get_rng_state",
+    "peak_memory_mb",
+    "seed_everything",
+    "select_device",
+    "set_rng_state",
+    "start",
+    "stop",
+]

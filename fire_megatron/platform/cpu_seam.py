@@ -1,0 +1,130 @@
+"""Lets megatron-core, which addresses ``cuda`` by name, run unchanged on CPU tensors.
+
+megatron-core asks for ``torch.cuda.current_device()``, allocates with ``device='cuda'``, and its optimizer
+compares ``param.type()`` with ``'torch.cuda.FloatTensor'``. In a process that computes on CPU each of these
+means "the compute device", so here they are answered with the CPU. Nothing is emulated: the same modules,
+schedules and collectives run, on gloo. Factories are wrapped one by one rather than by a TorchFunctionMode,
+which would add Python overhead to every single torch call of the decode loop.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
+    "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_installed = False
+
+
+class _Stream:
+    """Stands for the only order there is on a CPU: program order."""
+
+    cuda_stream = 0
+
+    def wait_stream(self, other: object) -> None:
+        """Everything issued before has finished."""
+
+    def wait_event(self, event: object) -> None:
+        """Everything recorded before has finished."""
+
+    def record_event(self, event: object = None) -> None:
+        """Nothing to record."""
+
+    def synchronize(self) -> None:
+        """Nothing is outstanding."""
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def _on_cpu(device: Any) -> Any:
+    """Map any spelling of a CUDA device to the CPU and leave everything else alone."""
+    if isinstance(device, torch.device):
+        return torch.device("cpu") if device.type == "cuda" else device
+    if isinstance(device, str) and device.startswith("cuda"):
+        return "cpu"
+    return device
+
+
+def _wrap_factory(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return factory
+
+
+def _wrap_to(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return function(self, *(_on_cpu(a) for a in args), **kwargs)
+
+    return to
+
+
+def _wrap_type(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            name = function(self)
+            return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return function(self, dtype, *args, **kwargs)
+
+    return tensor_type
+
+
+def _cpu_rng_state(device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.default_generator.set_state(state)
+
+
+def _patch_megatron_rng() -> None:
+    """megatron's RNG tracker must fork the generator that CPU kernels draw from."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = _cpu_rng_state
+    megatron_random._set_cuda_rng_state = _set_cpu_rng_state
+
+
+def install() -> None:
+    """Point ``cuda`` at the CPU in this process. Idempotent; never called in a process that uses a GPU."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    stream = _Stream()
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *a, **k: None
+    cuda.empty_cache = lambda: None
+    cuda.current_stream = lambda *a, **k: stream
+    cuda.default_stream = lambda *a, **k: stream
+    cuda.stream = lambda *a, **k: stream
+    cuda.manual_seed = lambda seed: None  # torch.manual_seed has seeded the one generator there is
+    cuda.get_rng_state = _cpu_rng_state
+    cuda.set_rng_state = _set_cpu_rng_state
+    for name in _FACTORIES:
+        setattr(torch, name, _wrap_factory(getattr(torch, name)))
+    torch.Tensor.to = _wrap_to(torch.Tensor.to)
+    torch.Tensor.type = _wrap_type(torch.Tensor.type)
+    torch.Tensor.cuda = lambda self, *a, **k: self
+    torch.nn.Module.cuda = lambda self, *a, **k: self
+    _patch_megatron_rng()

@@ -1,0 +1,83 @@
+"""Which device a process computes on, and the facts about it that the layers above may ask for.
+
+This package is the only one that touches ``torch.cuda``.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from fire_megatron.config.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A process's compute device and the collective backend that serves it."""
+
+    kind: str
+    """``cuda`` or ``cpu``."""
+    index: int = 0
+    """Local device index; 0 on CPU."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device on which this process's tensors live."""
+        return torch.device("cuda", self.index) if self.is_cuda else torch.device("cpu")
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is a GPU."""
+        return self.kind == "cuda"
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend for this device."""
+        return "nccl" if self.is_cuda else "gloo"
+
+    def describe(self) -> str:
+        """One line for the start-up report."""
+        if not self.is_cuda:
+            return f"cpu (gloo, {torch.get_num_threads()} threads a rank)"
+        properties = torch.cuda.get_device_properties(self.index)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB (nccl)"
+
+
+def select_device(setting: str, *, local_rank: int = 0) -> Device:
+    """Pick the device named by ``run.device``.
+
+    Args:
+        setting: ``auto`` (a GPU when there is one), ``cuda`` or ``cpu``.
+        local_rank: index of this process on its node, which is its GPU's index.
+
+    Raises:
+        LayoutError: ``cuda`` is asked for and there is no GPU for this process.
+    """
+    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        return Device("cpu")
+    if not torch.cuda.is_available():
+        raise LayoutError("run.device is 'cuda' but torch sees no GPU; set run.device=cpu, or fix the driver")
+    if local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"run.device: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} on this node); "
+            "start as many processes a node as it has GPUs, or set run.device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return Device("cuda", local_rank)
+
+
+def peak_memory_mb(device: Device) -> float:
+    """Peak memory of this process in MiB: allocated GPU memory, or resident memory on CPU."""
+    if device.is_cuda:
+        return torch.cuda.max_memory_allocated(device.index) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def synchronize(device: Device) -> None:
+    """Wait for the device, so that a clock read afterwards covers the work issued before."""
+    if device.is_cuda:
+        torch.cuda.synchronize(device.index)

@@ -1,0 +1,1 @@
+"""Hugging Face model shapes, and megatron-core models built from them."""

@@ -14,6 +14,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+    model_parallel_cuda_manual_seed,
+)
 
 from fire_megatron.config.errors import LayoutError
 
@@ -99,6 +104,17 @@ def _new_group(enumeration: list[list[int]], timeout: datetime.timedelta) -> dis
     return mine
 
 
+def _set_megatron_globals() -> None:
+    """Two process-wide objects that megatron-core wants whatever the groups; neither names one."""
+    # 0.16.1's sequence-parallel gathers take their scratch space from here.
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+    # Sequence parallelism forks this tracker around dropout; all our dropout is 0, so any seed serves.
+    tracker = get_cuda_rng_tracker()
+    if get_expert_parallel_rng_tracker_name() not in tracker.get_states():
+        model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
+
+
 _DENSE_GROUPS = {
     "tp": ["tp"],
     "cp": ["cp"],
@@ -164,7 +180,5 @@ class GridFactory:
         groups["intra_dist_opt"] = span
         groups["inter_dist_opt"] = None
         groups["hcp"] = None
-        # megatron-core 0.16.1 builds its p2p scratch space from this global; it names no group.
-        if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-            parallel_state._set_global_memory_buffer()
+        _set_megatron_globals()
         return ModelGrid(layout, ProcessGroupCollection(**groups), span, dist.get_rank() in everyone)

@@ -1,7 +1,7 @@
 """The device seam: CUDA + NCCL or CPU + gloo, process start-up, and detection of fused kernels."""
 
 from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
-from fire_megatron.platform.device import Device, peak_memory_mb, select_device
+from fire_megatron.platform.device import Device, compute_device, peak_memory_mb, select_device, synchronize
 from fire_megatron.platform.launch import World, start, stop
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
 
@@ -10,6 +10,7 @@ __all__ = [
     "Device",
     "World",
     "capability_report",
+    "compute_device",
     "detect_capabilities",
     "get_rng_state",
     "peak_memory_mb",
@@ -18,4 +19,5 @@ __all__ = [
     "set_rng_state",
     "start",
     "stop",
+    "synchronize",
 ]

@@ -77,6 +77,11 @@ def peak_memory_mb(device: Device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def compute_device() -> torch.device:
+    """The device on which this process builds its models: its GPU, or the CPU once the seam is installed."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def synchronize(device: Device) -> None:
     """Wait for the device, so that a clock read afterwards covers the work issued before."""
     if device.is_cuda:

@@ -1,0 +1,107 @@
+"""The records that a step hands from stage to stage. Each checks its own lengths; none is ever changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fire_megatron.data.records import Prompt
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled answers, one a row. B rows; R_i response tokens of row i (0 when the model said nothing)."""
+
+    row_ids: tuple[int, ...]
+    """[B] place of each row in the step's global batch; the same in every layout."""
+    prompts: tuple[Prompt, ...]
+    """[B]"""
+    responses: tuple[torch.Tensor, ...]
+    """[R_i] int64 on CPU, without the stop token's successors; a stop token that was sampled is included."""
+    log_probs: tuple[torch.Tensor, ...]
+    """[R_i] float32, log-probability with which the engine sampled each token."""
+    entropies: tuple[torch.Tensor, ...]
+    """[R_i] float32, nats, entropy of the student's full next-token distribution at temperature 1."""
+    truncated: tuple[bool, ...]
+    """[B] whether the row ended at ``max_new_tokens`` instead of a stop token."""
+    weight_version: int
+    """Optimizer step whose weights sampled these rows."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.row_ids)
+        columns = (self.prompts, self.responses, self.log_probs, self.entropies, self.truncated)
+        assert all(len(column) == rows for column in columns), [len(c) for c in columns]
+        for response, log_prob, entropy in zip(self.responses, self.log_probs, self.entropies, strict=True):
+            assert response.shape == log_prob.shape == entropy.shape
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """[B] the label by which each row finds its teacher."""
+        return tuple(prompt.label for prompt in self.prompts)
+
+    @property
+    def prompt_tokens(self) -> tuple[torch.Tensor, ...]:
+        """[P_i] int64 token ids of each row's prompt."""
+        return tuple(torch.tensor(prompt.token_ids, dtype=torch.int64) for prompt in self.prompts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """[B] tokens of prompt and response together."""
+        return tuple(len(p.token_ids) + len(r) for p, r in zip(self.prompts, self.responses, strict=True))
+
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """The rows at these indices, in this order."""
+        return Rollouts(
+            row_ids=tuple(self.row_ids[i] for i in rows),
+            prompts=tuple(self.prompts[i] for i in rows),
+            responses=tuple(self.responses[i] for i in rows),
+            log_probs=tuple(self.log_probs[i] for i in rows),
+            entropies=tuple(self.entropies[i] for i in rows),
+            truncated=tuple(self.truncated[i] for i in rows),
+            weight_version=self.weight_version,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the teachers say of the rollouts, in the rollouts' order."""
+
+    teachers: tuple[str, ...]
+    """[B] name of the teacher that scored each row."""
+    log_probs: tuple[torch.Tensor, ...]
+    """[R_i] float32, the teacher's log-probability of each response token."""
+    entropies: tuple[torch.Tensor, ...]
+    """[R_i] float32, nats, entropy of the teacher's full next-token distribution."""
+
+    def __post_init__(self) -> None:
+        assert len(self.teachers) == len(self.log_probs) == len(self.entropies)
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Rows that survived the filter, with everything that the update needs."""
+
+    rollouts: Rollouts
+    teachers: tuple[str, ...]
+    teacher_log_probs: tuple[torch.Tensor, ...]
+    """[R_i] float32."""
+    weights: tuple[torch.Tensor, ...]
+    """[R_i] float32, token weights; their mean over the global batch's kept tokens is 1 with FiRe's defaults."""
+
+    def __post_init__(self) -> None:
+        assert len(self.rollouts) == len(self.teachers) == len(self.teacher_log_probs) == len(self.weights)
+        for response, teacher, weight in zip(
+            self.rollouts.responses, self.teacher_log_probs, self.weights, strict=True
+        ):
+            assert response.shape == teacher.shape == weight.shape
+
+    def __len__(self) -> int:
+        return len(self.rollouts)

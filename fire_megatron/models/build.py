@@ -1,0 +1,230 @@
+"""From a model's shape and a role's recipe section to a megatron-core model on that role's grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.schema import RoleConfig
+from fire_megatron.models.gpt import FireGPT
+from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.models.layers import CoreAttention, RMSNorm
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.platform import Device, compute_device, detect_capabilities
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_SET_ELSEWHERE = {
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "context_parallel_size": "parallel.context",
+    "expert_model_parallel_size": "parallel.expert",
+    "sequence_parallel": "parallel.sequence",
+    "params_dtype": "precision.dtype",
+    "pipeline_dtype": "precision.dtype",
+    "bf16": "precision.dtype",
+    "fp16": "precision.dtype",
+    "num_layers": "checkpoint (the model's own config.json)",
+    "hidden_size": "checkpoint (the model's own config.json)",
+    "num_attention_heads": "checkpoint (the model's own config.json)",
+}
+
+
+def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
+    """Smallest multiple of ``multiple * tensor`` that holds the vocabulary."""
+    unit = multiple * tensor
+    return -(-vocab_size // unit) * unit
+
+
+def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
+    """Check a role's ``megatron:`` mapping against the installed TransformerConfig.
+
+    Args:
+        role: recipe path of the role, e.g. ``teachers.math``, for the message.
+        overrides: the mapping.
+
+    Raises:
+        RecipeError: a key that TransformerConfig does not have, or that another recipe key sets.
+    """
+    known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+    for key in overrides:
+        if key in _SET_ELSEWHERE:
+            raise RecipeError(f"{role}.megatron.{key}: this is set by {role}.{_SET_ELSEWHERE[key]}; remove it here")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"{role}.megatron.{key}: megatron-core's TransformerConfig has no such field{hint}")
+
+
+def resolve_layer_spec(setting: str, device: Device, *, role: str) -> str:
+    """``local`` or ``te`` from a role's ``layer_spec``.
+
+    Raises:
+        RecipeError: ``te`` is asked for and Transformer Engine is not usable here.
+    """
+    engine = detect_capabilities(device)[0]
+    if setting == "te" and engine.version is None:
+        raise RecipeError(f"{role}.layer_spec is 'te' but Transformer Engine is {engine.detail}; use 'local' or 'auto'")
+    if setting == "auto":
+        return "te" if engine.version else "local"
+    return setting
+
+
+def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
+    """[head_dim / 2] float32 inverse frequencies with the model's scaling (RoPE: arXiv 2104.09864; ``llama3``:
+    the piecewise rescaling published with Llama 3.1)."""
+    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+    inv_freq = 1.0 / (shape.rope_theta**exponent)
+    scaling = shape.rope_scaling
+    if not scaling:
+        return inv_freq
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return inv_freq / factor
+    assert scaling["rope_type"] == "llama3", scaling
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # over the trained context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled down by factor; 1: left alone
+    return inv_freq * (blend + (1 - blend) / factor)
+
+
+def pipeline_stages(num_layers: int, pipeline: int) -> list[int]:
+    """Layers of each stage: even where they divide; otherwise the first and last stage, which also embed and
+    project, take what the even middle stages leave."""
+    for middle in (-(-num_layers // pipeline), num_layers // pipeline):
+        ends = num_layers - middle * (pipeline - 2)
+        if pipeline == 1:
+            return [num_layers]
+        if ends >= 2:
+            return [ends - ends // 2, *[middle] * (pipeline - 2), ends // 2]
+    raise LayoutError(f"parallel.pipeline={pipeline} exceeds the model's {num_layers} layers")
+
+
+def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
+    """megatron-core's fields for stages that do not divide. Its explicit layouts read the global parallel_state
+    (transformer/pipeline_parallel_layer_layout.py), so the first and last stage are sized instead."""
+    if num_layers % pipeline == 0:
+        return {}
+    stages = pipeline_stages(num_layers, pipeline)
+    return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
+
+
+def transformer_config(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device: Device) -> TransformerConfig:
+    """megatron-core's config for this model, layout and precision.
+
+    Raises:
+        LayoutError: the layout does not divide heads, key/value heads or layers.
+        RecipeError: TransformerConfig rejects the combination.
+    """
+    layout = grid.layout
+    for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", shape.ffn)):
+        if count % layout.tensor:
+            raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
+    if layout.pipeline > shape.num_layers:
+        raise LayoutError(f"parallel.pipeline={layout.pipeline} exceeds the model's {shape.num_layers} layers")
+    dtype = DTYPES[role.precision.dtype]
+    sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
+    settings: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "window_size": None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "sequence_parallel": sequence and layout.tensor > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        # Rows are packed, so micro-batches differ in length, and losses are sums that train/ has already divided.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, experts or not
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,  # every weight comes from a checkpoint
+        # Fusions below are jitted or CUDA kernels.
+        "bias_activation_fusion": device.is_cuda,
+        "bias_dropout_fusion": device.is_cuda,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
+    try:
+        return TransformerConfig(**{**settings, **role.megatron})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise RecipeError(f"megatron-core rejects this model configuration: {error}") from error
+
+
+def _layer_spec(config: TransformerConfig, spec: str) -> tuple[ModuleSpec, Any]:
+    """The transformer layer and final norm of a spec, with our core attention in both."""
+    if spec == "te":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return layer, TENorm
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer, RMSNorm
+
+
+def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device: Device) -> FireGPT:
+    """Build this rank's part of the model. Weights are uninitialised; :mod:`fire_megatron.checkpoint` loads them.
+
+    Args:
+        shape: the architecture.
+        role: the role's recipe section (precision, layer spec, ``megatron:`` fields).
+        grid: where the role's replicas live.
+        device: this process's device.
+
+    Raises:
+        LayoutError, RecipeError: see :func:`transformer_config`.
+    """
+    config = transformer_config(shape, role, grid, device=device)
+    layer, final_norm = _layer_spec(config, resolve_layer_spec(role.layer_spec, device, role="the role"))
+    local_layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=grid.pp_rank)
+    return FireGPT(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * local_layers, layer_norm=final_norm),
+        vocab_size=padded_vocab_size(shape.vocab_size, multiple=role.vocab_multiple, tensor=grid.layout.tensor),
+        max_sequence_length=shape.max_positions,
+        pre_process=grid.is_first_stage,
+        post_process=grid.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        pg_collection=grid.pg,
+        real_vocab_size=shape.vocab_size,
+        inv_freq=rotary_frequencies(shape).to(compute_device()),
+    )

@@ -1,0 +1,116 @@
+"""FireGPT: megatron-core's GPTModel with a forward pass for packed rows, cached decoding and partial projection.
+
+Shapes: T tokens of a pack, B rows, H hidden size, N selected positions, V local (tensor-parallel) vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from fire_megatron.models.layers import CoreAttention, KVCache
+
+_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
+
+
+class FireGPT(GPTModel):
+    """A GPTModel that attends within packed sequences and projects only the positions that are asked for.
+
+    Padding columns of the vocabulary leave :meth:`forward` as ``-inf``, so that no softmax gives them mass.
+    """
+
+    def __init__(self, *args: Any, real_vocab_size: int, inv_freq: torch.Tensor, **kwargs: Any) -> None:
+        """Args beyond GPTModel's.
+
+        real_vocab_size: number of vocabulary entries before padding for tensor parallelism.
+        inv_freq: [head_dim / 2] float32, rotary frequencies with the family's scaling applied.
+        """
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+        self.rotary_pos_emb.inv_freq = inv_freq
+        if self.post_process and self.config.sequence_parallel:
+            # forward() gathers the sequence itself, selects positions, and lets that gather's backward
+            # reduce-scatter; the output layer must then neither gather again nor all-reduce.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = False
+
+    @property
+    def vocab_start(self) -> int:
+        """First vocabulary entry of this tensor-parallel rank's shard."""
+        return self.pg_collection.tp.rank() * (self.vocab_size // self.pg_collection.tp.size())
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *,
+        packed: PackedSeqParams | None = None,
+        select: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One pass of this pipeline stage.
+
+        Args:
+            token_ids: [1, T] a pack of rows, or [B, 1] one new token a row (decode, needs :meth:`cached`).
+            position_ids: as token_ids; position of each token within its own row.
+            packed: row boundaries of the pack; None in decode.
+            select: [N] indices into the pack whose next-token logits are wanted; None for all.
+
+        Returns:
+            The stage's hidden states [T or 1, 1 or B, H]; from the last stage logits [N, V] in the model's dtype,
+            ``-inf`` in padding columns.
+        """
+        embedded = self.embedding(input_ids=token_ids, position_ids=position_ids) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary(position_ids),
+            packed_seq_params=packed,
+        )
+        return self._project(hidden, select) if self.post_process else hidden
+
+    def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """[B, S] positions -> [S, B, 1, head_dim] rotary angles."""
+        angles = position_ids.t().unsqueeze(-1).float() * self.rotary_pos_emb.inv_freq
+        return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+
+    def _project(self, hidden: torch.Tensor, select: torch.Tensor | None) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        hidden = hidden.flatten(0, 1)
+        if select is not None:
+            hidden = hidden[select]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits = self.output_layer(hidden.unsqueeze(1), weight=weight)[0].squeeze(1)
+        real = min(max(self.real_vocab_size - self.vocab_start, 0), logits.shape[-1])
+        if real < logits.shape[-1]:
+            logits[:, real:] = float("-inf")
+        return logits
+
+    @contextlib.contextmanager
+    def cached(self, cache: KVCache) -> Iterator[None]:
+        """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism is off inside,
+        since a decode step has one token a row and nothing to split."""
+        attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
+        for attention in attentions:
+            attention.cache = cache
+        switched = [
+            (module, name)
+            for module in [self.config, *self.modules()]
+            for name in _SEQUENCE_PARALLEL_SWITCHES
+            if getattr(module, name, False) is True
+        ]
+        for module, name in switched:
+            setattr(module, name, False)
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.cache = None
+            for module, name in switched:
+                setattr(module, name, True)

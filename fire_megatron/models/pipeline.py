@@ -1,0 +1,74 @@
+"""Running packs through a role's pipeline with megatron-core's schedules on explicit groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
+
+from fire_megatron.data.packing import Pack
+from fire_megatron.parallel.grid import ModelGrid
+
+LastStage = Callable[[torch.Tensor, Pack], Any]
+"""(logits [N, local vocabulary], pack) -> result; in training a triple (loss, token count, report)."""
+
+
+def packed_seq_params(pack: Pack) -> PackedSeqParams:
+    """megatron-core's description of the row boundaries of a pack."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pack.cu_seqlens,
+        cu_seqlens_kv=pack.cu_seqlens,
+        max_seqlen_q=pack.max_seqlen,
+        max_seqlen_kv=pack.max_seqlen,
+    )
+
+
+def _finish(last_stage: LastStage, pack: Pack, output: torch.Tensor, non_loss_data: bool = False) -> Any:
+    return last_stage(output, pack)
+
+
+def _forward_step(last_stage: LastStage, packs: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    pack = next(packs)
+    output = model(pack.token_ids, pack.position_ids, packed=packed_seq_params(pack), select=pack.select)
+    return output, partial(_finish, last_stage, pack)
+
+
+def run_pipeline(
+    model: torch.nn.Module, packs: Sequence[Pack], last_stage: LastStage, *, grid: ModelGrid, forward_only: bool
+) -> list[Any]:
+    """Run micro-batches through this role's pipeline (1F1B, or one stage after the other without pipelining).
+
+    Args:
+        model: this rank's stage, wrapped for data parallelism in training.
+        packs: the micro-batches; equally many on every rank of the grid, at least one.
+        last_stage: called by the last stage with each micro-batch's logits.
+        grid: the role's groups.
+        forward_only: score without gradients.
+
+    Returns:
+        What ``last_stage`` returned (in training its third item), one a micro-batch; empty on other stages.
+    """
+    assert packs, "every rank runs at least one micro-batch, if only of padding"
+    pipeline = grid.layout.pipeline
+    schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
+    config = get_model_config(model)
+    results = schedule(
+        forward_step_func=partial(_forward_step, last_stage),
+        data_iterator=iter(packs),
+        model=[model],
+        num_microbatches=len(packs),
+        seq_length=packs[0].token_ids.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+        p2p_communicator=P2PCommunicator(grid.pg.pp, config) if pipeline > 1 else None,
+        pg_collection=grid.pg,
+    )
+    return list(results) if grid.is_last_stage else []

@@ -105,3 +105,12 @@ class TrainingRows:
 
     def __len__(self) -> int:
         return len(self.rollouts)
+
+    def take(self, rows: Sequence[int]) -> TrainingRows:
+        """The rows at these indices, in this order."""
+        return TrainingRows(
+            rollouts=self.rollouts.select(rows),
+            teachers=tuple(self.teachers[i] for i in rows),
+            teacher_log_probs=tuple(self.teacher_log_probs[i] for i in rows),
+            weights=tuple(self.weights[i] for i in rows),
+        )

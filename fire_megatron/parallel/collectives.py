@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,3 +72,26 @@ def raise_on_any(problem: str | None, error: type[Exception], *, group: dist.Pro
     problems = [p for p in dict.fromkeys(all_gather_objects(problem, group=group)) if p]
     if problems:
         raise error("\n".join(problems))
+
+
+def all_gather_rows(
+    rows: Sequence[torch.Tensor], *, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """Gather ragged rows from every rank.
+
+    Args:
+        rows: [n_i] one 1-D CPU tensor a row; any number of rows, also none.
+        dtype: element type, the same on every rank.
+        device: where the backend wants its tensors.
+        group: the ranks that take part.
+
+    Returns:
+        All rows in rank order, on CPU. Two ragged gathers (lengths, data), whatever the number of rows.
+    """
+    if group.size() == 1:
+        return list(rows)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+    data = torch.cat([torch.zeros(0, dtype=dtype), *(row.to(dtype) for row in rows)]).to(device)
+    counts = [c.tolist() for c in all_gather_flat(lengths, group=group)]
+    gathered = [d.cpu() for d in all_gather_flat(data, group=group)]
+    return [row for d, c in zip(gathered, counts, strict=True) for row in d.split(c)]

@@ -1,0 +1,1 @@
+"""Prompts, tokenizers, order, packs, and the records that a step hands on."""

@@ -1,0 +1,19 @@
+"""One prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt with the label that finds its teacher."""
+
+    index: int
+    """Place in the prompt set."""
+    label: str
+    """Label."""
+    token_ids: tuple[int, ...]
+    """Token ids, chat template included; at least one."""
+    text: str
+    """What the user wrote (the last user message of a chat)."""

@@ -1,0 +1,171 @@
+"""Tokenizers: Hugging Face folders, or a SentencePiece model alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fire_megatron.config.errors import DataError
+
+_HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+_SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class Tokenizer(Protocol):
+    """What training needs of a tokenizer."""
+
+    vocab_size: int
+    """Number of token ids, added tokens included."""
+    eos_ids: tuple[int, ...]
+    """Ids that end a response."""
+    has_chat_template: bool
+    """Whether :meth:`apply_chat_template` works."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the tokenizer's own leading special tokens."""
+        ...
+
+    def encode_piece(self, text: str) -> list[int]:
+        """Token ids of a fragment, without special tokens put around it."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        ...
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a chat up to where the assistant begins to answer."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The same for two tokenizers exactly when they map the same strings to the same ids."""
+        ...
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    """``eos_token_id`` of generation_config.json, which may list several."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return ()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+class HFTokenizer:
+    """A tokenizer that transformers loads from local files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError when transformers cannot load the folder."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers raises many kinds
+            raise DataError(f"{folder}: transformers cannot load the tokenizer there ({error})") from error
+        self.vocab_size = len(self._tokenizer)
+        own = self._tokenizer.eos_token_id
+        self.eos_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *_generation_eos(folder)]))
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
+        return list(self._tokenizer.encode(text))
+
+    def encode_piece(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """See :class:`Tokenizer`. Raises DataError when the template rejects the messages."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, ValueError) as error:
+            raise DataError(f"the chat template rejects these messages ({error})") from error
+        return self.encode_piece(text)
+
+    def fingerprint(self) -> str:
+        """See :class:`Tokenizer`."""
+        return _digest(self._tokenizer.get_vocab())
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model without Hugging Face files; it has no chat template."""
+
+    has_chat_template = False
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError when the file is not a SentencePiece model."""
+        import sentencepiece
+
+        path = folder / _SENTENCEPIECE_FILE
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path}: not a SentencePiece model ({error})") from error
+        self.vocab_size = self._model.vocab_size()
+        own = [self._model.eos_id()] if self._model.eos_id() >= 0 else []
+        self.eos_ids = tuple(dict.fromkeys([*own, *_generation_eos(folder)]))
+
+    def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
+        return list(self._model.encode(text, add_bos=self._model.bos_id() >= 0))
+
+    def encode_piece(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`; control pieces such as ``</s>`` are looked up by name."""
+        piece = self._model.piece_to_id(text)
+        return [piece] if piece != self._model.unk_id() else list(self._model.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
+        return self._model.decode([int(i) for i in ids])
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raises DataError: there is no template."""
+        raise DataError("a SentencePiece model has no chat template; set data.chat_template to 'off'")
+
+    def fingerprint(self) -> str:
+        """See :class:`Tokenizer`."""
+        return _digest({self._model.id_to_piece(i): i for i in range(self.vocab_size)})
+
+
+def _digest(vocabulary: Mapping[str, int]) -> str:
+    lines = (f"{index}\t{token}" for token, index in sorted(vocabulary.items(), key=lambda item: item[1]))
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        DataError: no tokenizer there, one that cannot be read, or one that has no end-of-sequence token.
+    """
+    folder = Path(folder)
+    if any((folder / name).exists() for name in _HF_FILES):
+        tokenizer: Any = HFTokenizer(folder)
+    elif (folder / _SENTENCEPIECE_FILE).exists():
+        tokenizer = SentencePieceTokenizer(folder)
+    else:
+        raise DataError(
+            f"{folder}: no tokenizer there ({', '.join(_HF_FILES)} or {_SENTENCEPIECE_FILE}); "
+            "copy the tokenizer files of the Hugging Face model into the folder"
+        )
+    if not tokenizer.eos_ids:
+        raise DataError(
+            f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token; "
+            'add {"eos_token_id": ...} as generation_config.json'
+        )
+    return tokenizer

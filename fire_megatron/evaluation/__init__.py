@@ -1,0 +1,1 @@
+"""Measuring the student on fixed prompts."""

@@ -1,0 +1,60 @@
+"""Reverse KL to each teacher on fixed held-out prompts, from samples that the student draws with fixed numbers.
+
+The estimate is the mean over sampled tokens of log p_S - log p_T, which is unbiased for the reverse KL along the
+student's own trajectories. The same random numbers serve every measurement, so that before and after differ by
+the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fire_megatron.data.records import Prompt
+from fire_megatron.metrics.values import Mean, Value
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.rollout.engine import Engine
+from fire_megatron.teachers.router import TeacherRouter
+
+
+def replica_rows(rows: int, grid: ModelGrid) -> list[int]:
+    """The rows of 0..rows-1 that this data-parallel replica samples."""
+    return list(range(grid.dp_rank, rows, grid.layout.data))
+
+
+class HeldOut:
+    """Measures the student on the same prompts each time."""
+
+    def __init__(self, prompts: Sequence[Prompt], engine: Engine, router: TeacherRouter, grid: ModelGrid) -> None:
+        """Args: prompts: the fixed prompts; engine: samples with the evaluation's own seed and length."""
+        self.prompts, self.engine, self.router, self.grid = list(prompts), engine, router, grid
+
+    def measure(self) -> dict[str, Value]:
+        """``eval/<teacher>/{reverse_kl,rows,mean_length}`` of this replica's rows, to be reduced."""
+        mine = replica_rows(len(self.prompts), self.grid)
+        rollouts = self.engine.generate([self.prompts[i] for i in mine], mine, step=0)
+        scores = self.router.score(rollouts)
+        totals: dict[str, list[float]] = {}
+        for teacher, student, scored in zip(scores.teachers, rollouts.log_probs, scores.log_probs, strict=True):
+            sums = totals.setdefault(teacher, [0.0, 0.0, 0.0])
+            sums[0] += float((student - scored).sum())
+            sums[1] += len(scored)
+            sums[2] += 1
+        metrics: dict[str, Value] = {}
+        for teacher, (kl, tokens, rows) in totals.items():
+            metrics[f"eval/{teacher}/reverse_kl"] = Mean(kl, tokens)
+            metrics[f"eval/{teacher}/mean_length"] = Mean(tokens, rows)
+        return metrics
+
+
+def format_table(before: dict[str, float], after: dict[str, float], prompts: Sequence[Prompt], route: dict) -> str:
+    """The table that a run ends with: reverse KL per teacher before and after, on the held-out prompts."""
+    rows = [("teacher", "held-out prompts", "reverse KL before", "after", "change")]
+    for key in sorted(k for k in after if k.endswith("/reverse_kl")):
+        teacher = key.split("/")[1]
+        count = sum(route[p.label] == teacher for p in prompts)
+        change = 100 * (after[key] / before[key] - 1) if before.get(key) else float("nan")
+        first = f"{before[key]:.4f}" if key in before else "-"
+        rows.append((teacher, str(count), first, f"{after[key]:.4f}", f"{change:+.1f}%"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,1 @@
+"""Typed metric values, and where they are written."""

@@ -1,0 +1,123 @@
+"""Metric values that carry how they reduce: adding two of a kind is what reducing over ranks does.
+
+A mean travels as total and count, so the mean over ranks is the mean over everything, not a mean of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Mean:
+    """``total / count``; left out of the report when the count is 0."""
+
+    total: float
+    count: float
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def result(self) -> float | None:
+        """The mean, or None of nothing."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A total over micro-batches and ranks."""
+
+    value: float
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.value + other.value)
+
+    @property
+    def result(self) -> float | None:
+        """The total."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Max:
+    """The largest."""
+
+    value: float
+
+    def __add__(self, other: Max) -> Max:
+        return Max(max(self.value, other.value))
+
+    @property
+    def result(self) -> float | None:
+        """The maximum."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Min:
+    """The smallest."""
+
+    value: float
+
+    def __add__(self, other: Min) -> Min:
+        return Min(min(self.value, other.value))
+
+    @property
+    def result(self) -> float | None:
+        """The minimum."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Last:
+    """Something that every rank knows alike, such as a learning rate: the lowest rank's is taken."""
+
+    value: float
+
+    def __add__(self, other: Last) -> Last:
+        return self
+
+    @property
+    def result(self) -> float | None:
+        """The value."""
+        return self.value
+
+
+Value: TypeAlias = Mean | Sum | Max | Min | Last
+
+
+def merge(into: dict[str, Value], values: Mapping[str, Value]) -> dict[str, Value]:
+    """Add ``values`` key by key to ``into`` and return it.
+
+    Raises:
+        TypeError: one key carries two kinds of value, which is our own mistake.
+    """
+    for key, value in values.items():
+        have = into.get(key)
+        if have is not None and type(have) is not type(value):
+            raise TypeError(f"metric {key} is a {type(have).__name__} here and a {type(value).__name__} there")
+        into[key] = value if have is None else have + value  # type: ignore[operator]
+    return into
+
+
+def reduce_metrics(metrics: Mapping[str, Value], *, group: dist.ProcessGroup | None) -> dict[str, float]:
+    """Reduce over ranks to plain numbers; the ranks' keys may differ, their union is reported in sorted order.
+
+    Args:
+        metrics: this rank's values; empty where another rank reports the same rows.
+        group: the ranks that take part; None for this process alone.
+    """
+    parts: list[Mapping[str, Value]] = [metrics]
+    if group is not None and group.size() > 1:
+        parts = [{}] * group.size()
+        dist.all_gather_object(parts, dict(metrics), group=group)
+    totals: dict[str, Value] = {}
+    for part in parts:
+        merge(totals, part)
+    results = {key: totals[key].result for key in sorted(totals)}
+    return {key: value for key, value in results.items() if value is not None}

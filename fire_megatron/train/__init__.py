@@ -1,0 +1,1 @@
+"""The student, one step, and the loop around it."""

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: finish the phase, save, leave."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from fire_megatron.platform import compute_device
+
+
+class StopRequest:
+    """Remembers that this process was asked to stop, and lets all ranks agree on it.
+
+    The launcher signals each process on its own, at different moments; no rank may leave while another waits in a
+    collective, so the ranks vote at fixed points of the step.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def install(self) -> StopRequest:
+        """Catch SIGINT and SIGTERM. A second Ctrl-C interrupts at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+    def agreed(self, *, group: dist.ProcessGroup) -> bool:
+        """Whether any rank was asked to stop. Collective: one all-reduce of a flag."""
+        flag = torch.tensor([float(self.signal_name is not None)], device=compute_device())
+        if group.size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        if flag.item() and self.signal_name is None:
+            self.signal_name = "a signal to another rank"
+        return bool(flag.item())

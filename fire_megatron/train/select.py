@@ -1,0 +1,152 @@
+"""From scored rollouts to the rows that train: FiRe over the global batch, then an even share for each replica.
+
+Shapes: B rows of this replica, R longest response, R_i response tokens of row i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fire_megatron.config.schema import LossConfig
+from fire_megatron.data.packing import balance
+from fire_megatron.data.records import Prompt
+from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
+from fire_megatron.fire.apply import apply_hooks
+from fire_megatron.fire.batch import FireBatch, Selection
+from fire_megatron.fire.hooks import Hook
+from fire_megatron.metrics.values import Mean, Sum, Value
+from fire_megatron.parallel.collectives import all_gather_objects, all_gather_rows
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.parallel.reducer import Reducer
+from fire_megatron.platform import compute_device
+
+
+def _padded(rows: Sequence[torch.Tensor], width: int, device: torch.device) -> torch.Tensor:
+    """Ragged rows -> [B, R] float32, zero on the right."""
+    table = torch.zeros(len(rows), width, dtype=torch.float32)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table.to(device)
+
+
+def fire_batch(rollouts: Rollouts, scores: Scores, teacher_names: Sequence[str]) -> FireBatch:
+    """Tables of this replica's rows for the hooks."""
+    device = compute_device()
+    lengths = [len(r) for r in rollouts.responses]
+    width = max(lengths, default=0)
+    mask = torch.arange(width) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    return FireBatch(
+        teacher_B=torch.tensor([teacher_names.index(t) for t in scores.teachers], dtype=torch.int64, device=device),
+        teacher_names=tuple(teacher_names),
+        mask_BR=mask.to(device),
+        teacher_logp_BR=_padded(scores.log_probs, width, device),
+        teacher_entropy_BR=_padded(scores.entropies, width, device),
+        student_entropy_BR=_padded(rollouts.entropies, width, device),
+        truncated_B=torch.tensor(rollouts.truncated, dtype=torch.bool, device=device),
+    )
+
+
+def select(
+    rollouts: Rollouts,
+    scores: Scores,
+    teacher_names: Sequence[str],
+    hooks: Sequence[Hook],
+    *,
+    micro_batch_size: int,
+    grid: ModelGrid,
+) -> tuple[TrainingRows, dict[str, Value]]:
+    """Apply the hooks over the global batch and keep this replica's surviving rows.
+
+    Returns:
+        The kept rows, in their order, and metrics (which count every row once: on one rank of each replica).
+    """
+    batch = fire_batch(rollouts, scores, teacher_names)
+    selection = apply_hooks(batch, hooks, reducer=Reducer(grid.pg.dp), micro_batch_size=micro_batch_size)
+    kept = selection.keep_B.nonzero().flatten().tolist()
+    weights = selection.weight_BR.cpu()
+    rows = TrainingRows(
+        rollouts=rollouts.select(kept),
+        teachers=tuple(scores.teachers[i] for i in kept),
+        teacher_log_probs=tuple(scores.log_probs[i] for i in kept),
+        weights=tuple(weights[i, : len(rollouts.responses[i])] for i in kept),
+    )
+    return rows, _metrics(rollouts, scores, selection)
+
+
+def _metrics(rollouts: Rollouts, scores: Scores, selection: Selection) -> dict[str, Value]:
+    metrics: dict[str, Value] = dict(selection.metrics)
+    by_teacher: dict[str, list[int]] = {}
+    for i, teacher in enumerate(scores.teachers):
+        by_teacher.setdefault(teacher, []).append(i)
+    for teacher, rows in by_teacher.items():
+        tokens = sum(len(rollouts.responses[i]) for i in rows)
+        log_prob = sum(float(scores.log_probs[i].sum()) for i in rows)
+        student = sum(float(rollouts.log_probs[i].sum()) for i in rows)
+        metrics[f"teacher/{teacher}/reverse_kl"] = Mean(student - log_prob, tokens)
+        metrics[f"teacher/{teacher}/log_prob"] = Mean(log_prob, tokens)
+    return metrics
+
+
+def rollout_metrics(rollouts: Rollouts) -> dict[str, Value]:
+    """Lengths, truncation and entropy of this replica's rollouts."""
+    rows = len(rollouts)
+    tokens = sum(len(r) for r in rollouts.responses)
+    return {
+        "rollout/tokens": Sum(tokens),
+        "rollout/mean_length": Mean(tokens, rows),
+        "rollout/truncated": Mean(sum(rollouts.truncated), rows),
+        "rollout/entropy": Mean(sum(float(e.sum()) for e in rollouts.entropies), tokens),
+    }
+
+
+def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
+    """Share the kept rows of all replicas evenly by tokens, so that dropped rows cost no replica anything.
+
+    Each row's tensors travel in a few ragged gathers over the data-parallel group. The share depends only on the
+    set of kept rows, not on where they were sampled.
+    """
+    group, device = grid.pg.dp, compute_device()
+    if group.size() == 1:
+        return rows
+    rollouts = rows.rollouts
+    floats = [
+        torch.cat(columns)
+        for columns in zip(
+            rollouts.log_probs, rollouts.entropies, rows.teacher_log_probs, rows.weights, strict=True
+        )
+    ]
+    headers: list[tuple[int, Prompt, str, bool]] = [
+        item
+        for part in all_gather_objects(
+            list(zip(rollouts.row_ids, rollouts.prompts, rows.teachers, rollouts.truncated, strict=True)), group=group
+        )
+        for item in part
+    ]
+    responses = all_gather_rows(rollouts.responses, dtype=torch.int64, device=device, group=group)
+    values = all_gather_rows(floats, dtype=torch.float32, device=device, group=group)
+    order = sorted(range(len(headers)), key=lambda i: headers[i][0])
+    lengths = [len(headers[i][1].token_ids) + len(responses[i]) for i in order]
+    mine = [order[i] for i in balance(lengths, group.size())[group.rank()]]
+    columns = [values[i].split(len(responses[i])) for i in mine]
+    return TrainingRows(
+        rollouts=Rollouts(
+            row_ids=tuple(headers[i][0] for i in mine),
+            prompts=tuple(headers[i][1] for i in mine),
+            responses=tuple(responses[i] for i in mine),
+            log_probs=tuple(c[0] for c in columns),
+            entropies=tuple(c[1] for c in columns),
+            truncated=tuple(headers[i][3] for i in mine),
+            weight_version=rollouts.weight_version,
+        ),
+        teachers=tuple(headers[i][2] for i in mine),
+        teacher_log_probs=tuple(c[2] for c in columns),
+        weights=tuple(c[3] for c in columns),
+    )
+
+
+def mini_batches(rows: TrainingRows, count: int) -> list[TrainingRows]:
+    """Split rows by id into ``count`` parts, one an optimizer update; every replica splits alike."""
+    parts = [[i for i, row in enumerate(rows.rollouts.row_ids) if row % count == part] for part in range(count)]
+    return [rows.take(part) for part in parts]

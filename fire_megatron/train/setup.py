@@ -1,0 +1,233 @@
+"""From a recipe to the objects of a run. Everything that can be wrong is found before a model is built."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.config.errors import DataError, RecipeError, UserError
+from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
+from fire_megatron.data.order import PromptOrder
+from fire_megatron.data.prompts import read_prompts
+from fire_megatron.data.records import Prompt
+from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from fire_megatron.evaluation.heldout import HeldOut
+from fire_megatron.fire.hooks import Hook, build_hooks
+from fire_megatron.models.build import build_model, check_megatron_overrides, resolve_layer_spec, transformer_config
+from fire_megatron.models.gpt import FireGPT
+from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.parallel.collectives import raise_on_any
+from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
+from fire_megatron.platform import World
+from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.teachers.router import TeacherRouter, routes
+from fire_megatron.teachers.teacher import Teacher
+from fire_megatron.train.student import Student
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    stop_ids: tuple[int, ...]
+    route: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run ready to step."""
+
+    recipe: Recipe
+    world: World
+    grid: ModelGrid
+    inputs: Inputs
+    student: Student
+    engine: MegatronEngine
+    router: TeacherRouter
+    hooks: list[Hook]
+    order: PromptOrder
+    held_out: HeldOut | None
+
+
+def role_layout(role: RoleConfig, world: World) -> Layout:
+    """A role's layout over all ranks of the world."""
+    parallel = role.parallel
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        num_ranks=world.size,
+    )
+
+
+def _on_all_ranks(action: Callable, *args: object, **kwargs: object) -> object:
+    """Run something that may find a user's mistake; if any rank does, every rank raises."""
+    problem, result = None, None
+    try:
+        result = action(*args, **kwargs)
+    except UserError as error:
+        problem = error
+    raise_on_any(str(problem) if problem else None, type(problem) if problem else UserError, group=dist.group.WORLD)
+    return result
+
+
+def _load_plugins(recipe: Recipe) -> list[Hook]:
+    for module in recipe.run.plugins:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise RecipeError(f"run.plugins: cannot import {module!r} ({error})") from error
+    return build_hooks(recipe.loss.hooks)
+
+
+def _stop_ids(tokenizer: Tokenizer, recipe: Recipe) -> tuple[int, ...]:
+    ids = list(tokenizer.eos_ids)
+    for text in recipe.rollout.stop_tokens:
+        pieces = tokenizer.encode_piece(text)
+        if len(pieces) != 1:
+            raise RecipeError(
+                f"rollout.stop_tokens: {text!r} is {len(pieces)} tokens for the student's tokenizer; "
+                "a stop token must be one"
+            )
+        ids.append(pieces[0])
+    return tuple(dict.fromkeys(ids))
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Read tokenizer and prompts and check them against the teachers.
+
+    Raises:
+        UserError: anything in them that the recipe cannot train on.
+    """
+    tokenizer = load_tokenizer(recipe.student.checkpoint)
+    route = routes({name: teacher.labels for name, teacher in recipe.teachers.items()})
+    for name, teacher in recipe.teachers.items():
+        theirs = load_tokenizer(teacher.checkpoint)
+        if theirs.fingerprint() != tokenizer.fingerprint():
+            raise RecipeError(
+                f"teachers.{name}.checkpoint: its tokenizer differs from the student's ({teacher.checkpoint} against "
+                f"{recipe.student.checkpoint}); log-probabilities can only be compared token by token when both "
+                "use one vocabulary"
+            )
+    prompts, _ = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
+    held_out: list[Prompt] = []
+    if recipe.evaluation.prompts:
+        held_out, _ = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
+        held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
+    if not prompts:
+        raise DataError("data.train: no prompt is left after reading; see the drop counts above")
+    return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route)
+
+
+def _limit_by_label(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    seen: dict[str, int] = {}
+    kept = []
+    for prompt in prompts:
+        seen[prompt.label] = seen.get(prompt.label, 0) + 1
+        if not limit or seen[prompt.label] <= limit:
+            kept.append(prompt)
+    return kept
+
+
+def _check_roles(recipe: Recipe, grids: dict[str, ModelGrid], world: World) -> dict[str, ModelShape]:
+    """Read every role's architecture and try its configuration, which costs nothing."""
+    shapes = {}
+    for path, role in roles(recipe).items():
+        shape = read_hf_config(role.checkpoint)
+        check_megatron_overrides(path, role.megatron)
+        resolve_layer_spec(role.layer_spec, world.device, role=path)
+        try:
+            transformer_config(shape, role, grids[path], device=world.device)
+        except UserError as error:
+            raise type(error)(f"{path}: {error}") from error
+        shapes[path] = shape
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    for path, shape in shapes.items():
+        if shape.vocab_size != shapes["student"].vocab_size:
+            raise RecipeError(
+                f"{path}: vocabulary of {shape.vocab_size} differs from the student's "
+                f"{shapes['student'].vocab_size}; student and teachers must share one"
+            )
+        if longest > shape.max_positions:
+            raise RecipeError(
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the {shape.max_positions} "
+                f"positions of {path} ({recipe_checkpoint(recipe, path)}); lower one of them"
+            )
+    return shapes
+
+
+def roles(recipe: Recipe) -> dict[str, RoleConfig]:
+    """Recipe path -> section of every role, the student first."""
+    return {"student": recipe.student} | {f"teachers.{name}": t for name, t in sorted(recipe.teachers.items())}
+
+
+def recipe_checkpoint(recipe: Recipe, path: str) -> str:
+    """Checkpoint folder of the role at a recipe path."""
+    return roles(recipe)[path].checkpoint
+
+
+def _loaded(path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, say: Say) -> FireGPT:
+    say(f"loading {path} from {role.checkpoint}")
+    model = build_model(shape, role, grid, device=world.device)
+    load_weights(model, Path(role.checkpoint), grid=grid)
+    return model
+
+
+def prepare(recipe: Recipe, world: World, say: Say) -> Run:
+    """Build a run. Collective: every rank of the world calls it alike, and all of them raise if one does.
+
+    Raises:
+        UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
+    """
+    factory = GridFactory(timeout=recipe.run.collective_timeout)
+    hooks = _on_all_ranks(_load_plugins, recipe)
+    grids = {path: factory.grid(role_layout(role, world)) for path, role in roles(recipe).items()}
+    shapes = _on_all_ranks(_check_roles, recipe, grids, world)
+    inputs = _on_all_ranks(read_inputs, recipe)
+    grid = grids["student"]
+    models = {
+        path: _loaded(path, shapes[path], role, grids[path], world, say) for path, role in roles(recipe).items()
+    }
+    teachers = {
+        name: Teacher(
+            name, models[f"teachers.{name}"], grids[f"teachers.{name}"], micro_batch_tokens=config.micro_batch_tokens
+        )
+        for name, config in recipe.teachers.items()
+    }
+    student = Student(
+        models["student"], grid, loss=recipe.loss, optimizer=recipe.optimizer, precision=recipe.student.precision
+    )
+    router = TeacherRouter(teachers, inputs.route, student_grid=grid)
+    engine = MegatronEngine(
+        models["student"], grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed
+    )
+    order = PromptOrder(
+        len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
+    )
+    return Run(
+        recipe, world, grid, inputs, student, engine, router, hooks, order,
+        _held_out(recipe, inputs, models["student"], router, grid),
+    )  # fmt: skip
+
+
+def _held_out(
+    recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid
+) -> HeldOut | None:
+    if not inputs.held_out:
+        return None
+    config: RolloutConfig = replace(
+        recipe.rollout, max_new_tokens=recipe.evaluation.max_new_tokens, temperature=1.0, top_p=1.0
+    )
+    engine = MegatronEngine(model, grid, config, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
+    return HeldOut(inputs.held_out, engine, router, grid)

@@ -1,0 +1,247 @@
+"""The loop: sample, score, select, update, report, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fire_megatron.checkpoint.training import find_latest, load_training_state, save_training_state
+from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.load import save_recipe
+from fire_megatron.config.schema import Recipe
+from fire_megatron.data.rollouts import Rollouts, TrainingRows
+from fire_megatron.evaluation.heldout import format_table, replica_rows
+from fire_megatron.metrics.logger import MetricsLogger
+from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
+from fire_megatron.parallel.reducer import Reducer
+from fire_megatron.platform import (
+    World,
+    capability_report,
+    get_rng_state,
+    peak_memory_mb,
+    seed_everything,
+    set_rng_state,
+    synchronize,
+)
+from fire_megatron.train.interrupt import StopRequest
+from fire_megatron.train.schedule import learning_rate
+from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
+from fire_megatron.train.setup import Run, prepare
+
+
+class _Stopped(Exception):
+    """All ranks have agreed to leave; the step in progress is given up (it is redone exactly on resume)."""
+
+
+class Trainer:
+    """Runs a recipe from its first or last saved step to its end."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        """Build or resume the run. Collective over the world.
+
+        Raises:
+            UserError: see :func:`fire_megatron.train.setup.prepare`; also a run folder that may not be continued.
+        """
+        self.recipe, self.world = recipe, world
+        self.folder = Path(recipe.run.dir)
+        self.checkpoints = Path(recipe.checkpoint.dir or self.folder / "checkpoints")
+        latest = self._resume_point()
+        seed_everything(recipe.run.seed, device=world.device)
+        self.run: Run = prepare(recipe, world, self._say)
+        self.step = 0
+        self.first_eval: dict[str, float] = {}
+        if latest is not None:
+            self._resume(latest)
+        self._save_recipe()
+        self.logger = MetricsLogger(
+            self.folder,
+            recipe.metrics,
+            total_steps=recipe.run.steps,
+            start_step=self.step if latest is not None else -1,
+            enabled=world.is_main,
+        )
+        self.stop = StopRequest()
+        self._clock: dict[str, float] = {}
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+    # ---- run folder -------------------------------------------------------------------------------------------
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to continue from, by ``run.resume``; every rank reads the same shared folder."""
+        latest, mode = find_latest(self.checkpoints), self.recipe.run.resume
+        if mode == "must" and latest is None:
+            raise RecipeError(f"run.resume is 'must' but {self.checkpoints} holds no complete checkpoint; use 'auto'")
+        if mode == "never" and (latest is not None or (self.folder / "metrics.jsonl").exists()):
+            raise RecipeError(
+                f"run.resume is 'never' but {self.folder} already holds a run; choose another run.dir or use 'auto'"
+            )
+        return latest
+
+    def _save_recipe(self) -> None:
+        if self.world.is_main:
+            first = self.folder / "recipe.yaml"
+            save_recipe(self.recipe, first if not first.exists() else self.folder / f"recipe_from_{self.step:06d}.yaml")
+
+    def _resume(self, checkpoint: Path) -> None:
+        run = self.run
+        state = load_training_state(checkpoint, [run.student.ddp], run.student.optimizer, grid=run.grid)
+        if state.extra["prompts"] != self._prompts_fingerprint():
+            raise RecipeError(
+                f"data.train: the prompts differ from those that {checkpoint} was trained on; "
+                "restore the files, or start a new run.dir"
+            )
+        set_rng_state(state.rng, device=self.world.device)
+        self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
+        self._say(f"resumed from {checkpoint} after step {self.step}")
+
+    def _prompts_fingerprint(self) -> str:
+        from fire_megatron.data.prompts import fingerprint
+
+        return fingerprint(self.run.inputs.prompts)
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed step. Collective."""
+        run = self.run
+        with self._timed("checkpoint"):
+            save_training_state(
+                self.checkpoints,
+                self.step,
+                [run.student.ddp],
+                run.student.optimizer,
+                rng=get_rng_state(device=self.world.device),
+                extra={"prompts": self._prompts_fingerprint(), "first_eval": self.first_eval},
+                source=Path(self.recipe.student.checkpoint),
+                keep=self.recipe.checkpoint.keep,
+                grid=run.grid,
+            )
+        self._saved = self.step
+        self.logger.message(f"saved checkpoint of step {self.step} to {self.checkpoints}")
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        """Run to the end, or until asked to stop. Returns whether the recipe's last step is done."""
+        self._say(capability_report(self.world.device))
+        self._saved = self.step
+        self.stop.install()
+        evaluation = self.recipe.evaluation
+        try:
+            if self.step == 0 and self.run.held_out and evaluation.at_start:
+                self.first_eval = self._evaluate()
+                self.logger.log(0, self.first_eval)
+            while self.step < self.recipe.run.steps:
+                self._one_step()
+                if self.recipe.checkpoint.every and self.step % self.recipe.checkpoint.every == 0:
+                    self.save()
+                self._check_stop()
+        except _Stopped:
+            if self._saved != self.step:
+                self.save()
+            self.logger.message(f"stopped by {self.stop.signal_name} after step {self.step}; run again to continue")
+            return False
+        finally:
+            self.stop.restore()
+            self.logger.close()
+        if self.recipe.checkpoint.final and self._saved != self.step:
+            self.save()
+        self._print_table()
+        return True
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        self._clock = {}
+        metrics = self.training_step(self.step)
+        self.step += 1
+        last, evaluation = self.step == self.recipe.run.steps, self.recipe.evaluation
+        due = bool(evaluation.every) and self.step % evaluation.every == 0
+        seconds = time.perf_counter() - started
+        metrics |= {f"time/{phase}": Max(spent) for phase, spent in self._clock.items()}
+        metrics |= {f"time/teacher/{name}": Max(spent) for name, spent in self.run.router.seconds.items()}
+        metrics["time/step"] = Max(seconds)
+        metrics["memory/peak_mb"] = Max(peak_memory_mb(self.world.device))
+        reduced = reduce_metrics(metrics, group=self.run.grid.span)
+        reduced["rollout/tokens_per_second"] = reduced["rollout/tokens"] / reduced["time/rollout"]
+        if self.run.held_out and (due or (last and evaluation.at_end)):
+            self.last_eval = self._evaluate()
+            reduced |= self.last_eval
+        self.logger.log(self.step, reduced)
+
+    def training_step(self, step: int) -> dict[str, Value]:
+        """One step of distillation; returns metrics to be reduced over the student's span."""
+        run, recipe = self.run, self.recipe
+        with self._timed("rollout"):
+            rollouts = self._sample(step)
+        self._check_stop()
+        with self._timed("teacher"):
+            scores = run.router.score(rollouts)
+        self._check_stop()
+        with self._timed("update"):
+            rows, selected = select(
+                rollouts,
+                scores,
+                run.router.names,
+                run.hooks,
+                micro_batch_size=recipe.optimizer.micro_batch_size,
+                grid=run.grid,
+            )
+            updated = self._update(rows, step)
+        # Every rank of a replica holds the same rollouts; one of them counts.
+        counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
+        return (rollout_metrics(rollouts) | selected if counts else {}) | updated
+
+    def _sample(self, step: int) -> Rollouts:
+        run, repeats = self.run, self.recipe.rollout.samples_per_prompt
+        prompts = [run.inputs.prompts[i] for i in run.order.batch(step) for _ in range(repeats)]
+        mine = replica_rows(len(prompts), run.grid)
+        return run.engine.generate([prompts[i] for i in mine], mine, step=step)
+
+    def _update(self, rows: TrainingRows, step: int) -> dict[str, Value]:
+        """One optimizer update a mini-batch, each on an even share of the kept rows."""
+        student, reducer = self.run.student, Reducer(self.run.grid.pg.dp)
+        rate = learning_rate(self.recipe.optimizer, step, self.recipe.run.steps)
+        student.set_learning_rate(rate)
+        parts = [rebalance(part, grid=self.run.grid) for part in mini_batches(rows, self.recipe.optimizer.mini_batches)]
+        # With a single update the weights are those that the first forward pass uses, so it gives the old log-probs.
+        old = [student.log_probs(part) for part in parts] if len(parts) > 1 else [None]
+        metrics: dict[str, Value] = {"learning_rate": Last(rate)}
+        for part, old_log_probs in zip(parts, old, strict=True):
+            tokens = student.count_tokens(part, reducer)
+            if tokens == 0:  # everything was dropped: nothing to learn from, on any rank
+                continue
+            merge(metrics, student.accumulate_gradients(part, tokens=tokens, old=old_log_probs))
+            metrics |= student.update()
+        return metrics
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.run.held_out is not None
+        with self._timed("evaluation"):
+            measured = self.run.held_out.measure()
+        counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
+        return reduce_metrics(measured if counts else {}, group=self.run.grid.span)
+
+    def _print_table(self) -> None:
+        last: dict[str, Any] = getattr(self, "last_eval", {})
+        if last and self.world.is_main:
+            table = format_table(self.first_eval, last, self.run.inputs.held_out, self.run.inputs.route)
+            print(f"\nReverse KL (nats a token) of the student's samples on held-out prompts\n{table}", flush=True)
+
+    def _check_stop(self) -> None:
+        if self.stop.agreed(group=dist.group.WORLD):
+            raise _Stopped
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        synchronize(self.world.device)
+        self._clock[phase] = self._clock.get(phase, 0.0) + time.perf_counter() - started
+
+

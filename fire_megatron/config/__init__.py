@@ -1,1 +1,1 @@
-"""Recipes: schema, loading, checks. Imports no torch."""
+"""Recipes: their schema, YAML loading, overrides and cross-field checks. Imports no torch."""

@@ -1,5 +1,10 @@
 """Errors that the user can fix: each message names the key, the value and the fix."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
 
 class UserError(ValueError):
     """Something in the recipe, data, checkpoint or layout that the user can put right."""
@@ -19,3 +24,41 @@ class CheckpointError(UserError):
 
 class LayoutError(UserError):
     """The parallel layout or the launcher does not fit the models or the machine."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe."""
+
+    key: str
+    """The dotted key, such as ``teachers.math.parallel.tensor``; relative to a section while that is being built."""
+    text: str
+    """What is wrong and what to do about it."""
+
+    def under(self, prefix: str) -> Problem:
+        """The same problem, seen from the section that holds this one at ``prefix``."""
+        return replace(self, key=join_key(prefix, self.key))
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}" if self.key else self.text
+
+
+class RecipeProblems(RecipeError):
+    """Everything found wrong with a recipe in one pass, so that it takes one edit to fix."""
+
+    def __init__(self, problems: Iterable[Problem], source: str = "") -> None:
+        """Args: problems: at least one; source: the recipe file, named at the start of the message."""
+        self.problems = tuple(problems)
+        assert self.problems, "an error without a problem"
+        prefix = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            message = f"{prefix}{self.problems[0]}"
+        else:
+            lines = "".join(f"\n  - {problem}" for problem in self.problems)
+            message = f"{prefix}{len(self.problems)} problems in the recipe:{lines}"
+        super().__init__(message)
+
+
+def join_key(prefix: str, key: str) -> str:
+    """``a.b`` and ``c`` -> ``a.b.c``; either may be empty."""
+    return f"{prefix}.{key}" if prefix and key else prefix or key

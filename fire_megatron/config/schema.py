@@ -1,398 +1,354 @@
-"""The recipe: every key of a run, as frozen dataclasses. Imports no torch.
+"""The recipe: one frozen dataclass a section, a docstring under every field. ``docs/recipe.md`` is made from this.
 
-The string under each field is its documentation; ``docs/recipe.md`` is made from it. What one section can judge
-by itself is checked in its ``__post_init__``; what takes several sections is in :mod:`fire_megatron.config.checks`.
+A value out of range raises as the section is built. What takes several sections, or the files that a recipe names,
+is checked in :mod:`fire_megatron.config.checks`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.errors import Problem
+from fire_megatron.config.section import INLINE, Match, NonEmpty, Range, Section
+from fire_megatron.config.walk import build, plain
 
+Count = Annotated[int, Range(at_least=0)]
+Size = Annotated[int, Range(at_least=1)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(at_least=0)]
+Fraction = Annotated[float, Range(at_least=0, below=1)]
+Text = Annotated[str, NonEmpty()]
+Seed = Annotated[int, Range(at_least=0, below=2**31)]
 
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
-    """Raise with the key relative to its section; the loader puts the section's path in front."""
-    if not condition:
-        raise RecipeError(f"{key}: {value!r} is not allowed; {rule}")
+_TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (it becomes a part of metric names)")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """The run as a whole."""
 
-    dir: str
-    """Folder of the run: resolved recipe, metrics, checkpoints. Made when missing."""
-    steps: int
-    """Steps to train: rollout, scoring and update once each."""
-    name: str = ""
-    """Name for people; the folder's name when empty."""
-    seed: int = 1234
-    """Seed of sampling and of the prompt order."""
+    name: Text
+    """Name of the run, for people."""
+    dir: Text
+    """The run's folder: resolved recipe, metrics, checkpoints. Made when missing; continued when it holds a run."""
+    steps: Size
+    """Steps to train; a step samples `rollout.prompts_per_step` prompts and learns from the answers."""
+    seed: Seed = 1234
+    """Seeds the order of prompts and the sampling. The same seed gives the same samples in any layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute: auto takes a GPU when there is one."""
-    collective_timeout: float = 600.0
-    """Seconds after which a stalled collective ends the run."""
+    """Where to compute; `auto` takes CUDA when there is a GPU."""
+    collective_timeout: Positive = 600.0
+    """Seconds that a collective may wait for the other ranks before the run ends with an error."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto continues from the last checkpoint in the folder, if any; never refuses a folder that holds a run; must refuses one without a checkpoint."""
-    threads: int = 0
-    """CPU threads a rank; 0 shares the node's cores among its ranks."""
-    plugins: tuple[str, ...] = ()
-    """Python modules imported at the start, so that they can register hooks."""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.dir), "dir", self.dir, "name a folder")
-        _require(self.steps >= 1, "steps", self.steps, "give at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "give 0 or more")
-        _require(self.collective_timeout > 0, "collective_timeout", self.collective_timeout, "give seconds above 0")
-        _require(self.threads >= 0, "threads", self.threads, "give 0 or more")
+    """`auto` continues from the newest checkpoint of the run when there is one, `must` fails when there is none,
+    `never` fails when the run's folder already holds a run."""
+    threads: Count = 0
+    """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
+    plugins: tuple[Text, ...] = ()
+    """Python modules imported at the start, so that they can register hooks of their own."""
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """A role's parallel layout; data parallelism fills the rest of the world."""
+class ParallelConfig(Section):
+    """How one model is laid out over ranks; data parallelism takes the ranks that are left."""
 
-    tensor: int = 1
-    """Tensor-parallel size; divides heads, key/value heads and FFN width."""
-    pipeline: int = 1
-    """Pipeline stages; at most the number of layers, which need not divide."""
-    context: int = 1
-    """Context-parallel size; only 1 so far."""
-    expert: int = 1
-    """Expert-parallel size; only 1 so far."""
+    tensor: Size = 1
+    """Tensor-parallel ranks; divides the model's heads and key/value heads."""
+    pipeline: Size = 1
+    """Pipeline stages; at most the model's layers."""
+    context: Size = 1
+    """Context-parallel ranks, which share each sequence."""
+    expert: Size = 1
+    """Expert-parallel ranks, for mixture-of-experts models."""
     sequence: bool | None = None
-    """Sequence parallelism; null means on when tensor > 1."""
-
-    def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context", "expert"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
-        for name in ("context", "expert"):
-            _require(getattr(self, name) == 1, name, getattr(self, name), "only 1 is supported so far")
+    """Sequence parallelism between tensor-parallel ranks; null turns it on when `tensor` is above 1."""
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
-    """A role's number formats."""
+class PrecisionConfig(Section):
+    """Number formats."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Format of weights and activations; gradients and optimizer state are float32."""
+    """Format of weights and activations; log-probabilities and losses are float32 always."""
 
 
 @dataclass(frozen=True)
-class RoleConfig:
+class RoleConfig(Section):
     """A model with a job."""
 
-    checkpoint: str
-    """Converted checkpoint folder (made by tools/convert.py, or a step folder of an earlier run)."""
+    checkpoint: Text
+    """Folder of a converted checkpoint; `python tools/convert.py hf-to-megatron --hf DIR --out DIR` makes one."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Parallel layout."""
+    """Layout over ranks."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats."""
     layer_spec: Literal["auto", "local", "te"] = "auto"
-    """Layers: te is Transformer Engine's, local megatron-core's own; auto takes te where it works."""
-    vocab_multiple: int = 128
-    """The vocabulary is padded to a multiple of this times parallel.tensor; padding never gets probability."""
+    """Implementation of the layers: `te` is Transformer Engine (CUDA only), `local` needs megatron-core alone,
+    `auto` takes `te` where it works. Checkpoints fit either."""
+    vocab_multiple: Size = 128
+    """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Any further field of megatron-core's TransformerConfig, passed through and checked against that class."""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.checkpoint), "checkpoint", self.checkpoint, "name a folder")
-        _require(self.vocab_multiple >= 1, "vocab_multiple", self.vocab_multiple, "give at least 1")
+    """Fields of megatron-core's TransformerConfig, passed through as they are."""
 
 
 @dataclass(frozen=True)
 class StudentConfig(RoleConfig):
-    """The model that samples and is trained."""
+    """The model that samples and learns."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig(RoleConfig):
-    """A frozen model that scores the rows routed to it."""
+    """A model that scores the student's answers; its vocabulary is the student's."""
 
-    labels: tuple[str, ...] = ()
-    """Labels of the rows that this teacher scores; empty means its own name."""
-    micro_batch_tokens: int = 8192
-    """Tokens of a scoring micro-batch; a longer row goes alone."""
+    labels: tuple[Text, ...] = ()
+    """Labels of the prompts that this teacher scores; empty means its own name. A label belongs to one teacher."""
+    micro_batch_tokens: Size = 8192
+    """Tokens scored in one forward pass; lower it when a teacher runs out of memory."""
+
+
+@dataclass(frozen=True)
+class SourceConfig(Section):
+    """A file of prompts."""
+
+    path: Text
+    """JSON Lines, or one JSON list, of objects that hold a prompt each."""
+    label: Text | None = None
+    """Label of every prompt in the file; null reads it from `data.label_key` of each row."""
+    limit: Count = 0
+    """Take this many rows from the start of the file; 0 takes all."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The prompts."""
+
+    train: Annotated[tuple[SourceConfig, ...], NonEmpty()]
+    """Files of prompts to train on."""
+    prompt_key: Text = "problem"
+    """Key of a row's prompt text; a dotted path reaches into nested objects."""
+    messages_key: Text = "messages"
+    """Key of a row's chat messages (a list of `role` and `content`), read when there is no prompt text."""
+    label_key: Text = "label"
+    """Key of a row's teacher label; a dotted path such as `extra_info.opd_teacher` reaches into nested objects."""
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Whether prompts go through the tokenizer's chat template; `auto` uses it when the tokenizer has one."""
+    system_prompt: str | None = None
+    """System message put before every prompt; needs a chat template."""
+    max_prompt_tokens: Size = 1024
+    """Longest prompt, in tokens."""
+    too_long: Literal["error", "drop"] = "drop"
+    """What to do with longer prompts; dropped ones are counted and reported."""
+    shuffle: bool = True
+    """Whether each pass over the prompts has an order of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """How the student samples its answers."""
+
+    engine: Literal["megatron"] = "megatron"
+    """What generates: `megatron` is the training model itself, in process, with a key/value cache."""
+    prompts_per_step: Size
+    """Prompts a step, over all ranks."""
+    samples_per_prompt: Size = 1
+    """Answers sampled for each prompt."""
+    max_new_tokens: Size
+    """Longest answer, in tokens; longer ones are cut and counted as truncated."""
+    temperature: NonNegative = 1.0
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+    top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
+    stop_tokens: tuple[Text, ...] = ()
+    """Tokens that end an answer besides those of the tokenizer and the generation config."""
+    batch_size: Count = 0
+    """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once."""
+
+
+@dataclass(frozen=True)
+class FilterOptions(Section):
+    """Drops the answers that their teacher finds least likely (mean log-probability of the response tokens)."""
+
+    percentile: Annotated[float, Range(at_least=0, below=100)] = 20.0
+    """Answers that score below this percentile are dropped; 0 keeps all."""
+    scope: Literal["global", "microbatch"] = "global"
+    """What the percentile is taken over: the step's whole batch, or each micro-batch as the published code does."""
+    group_by: Literal["teacher", "batch"] = "teacher"
+    """One threshold a teacher, or one for all teachers together."""
+    drop_truncated: bool = False
+    """Whether answers that were cut at `rollout.max_new_tokens` are dropped as well."""
+
+
+@dataclass(frozen=True)
+class ReweightOptions(Section):
+    """Puts more weight on tokens where the teacher is sure and the student is not; the mean weight is 1."""
+
+    alpha: NonNegative = 1.0
+    """Strength of the teacher's confidence; 0 ignores it."""
+    beta: NonNegative = 1.0
+    """Strength of the student's confusion; 0 ignores it."""
+    scope: Literal["global", "microbatch"] = "global"
+    """What maxima and mean are taken over: the step's whole batch, or each micro-batch as the published code does."""
+    group_by: Literal["teacher", "batch"] = "teacher"
+    """One entropy maximum a teacher, or one for all teachers together."""
+    normalise_over: Literal["kept", "all"] = "kept"
+    """Tokens whose mean weight is 1: those of kept answers, or all, as in the published code."""
+
+
+BUILTIN_HOOKS: Mapping[str, type[Section]] = {"filter": FilterOptions, "reweight": ReweightOptions}
+"""Hooks that come with the package, with the class of their options."""
+
+
+@dataclass(frozen=True)
+class HookConfig(Section):
+    """A loss hook, written as one mapping: `{name: filter, percentile: 30}`."""
+
+    name: Text
+    """`filter`, `reweight`, or a name that a module of `run.plugins` registers."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={INLINE: BUILTIN_HOOKS})
+    """The hook's own options, written beside its name; those of a built-in hook are complete, defaults included."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "give at least 1")
+        if self.name in BUILTIN_HOOKS:
+            checked = build(BUILTIN_HOOKS[self.name], self.options)
+            object.__setattr__(self, "options", plain(checked))
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """A file of prompts."""
-
-    path: str
-    """JSONL (also .gz) or a JSON list."""
-    label: str | None = None
-    """Label of every row of the file; null reads data.label_key from each row."""
-    limit: int = 0
-    """Use only the first rows; 0 uses all."""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.path), "path", self.path, "name a file")
-        _require(self.limit >= 0, "limit", self.limit, "give 0 or more")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Prompts to train on."""
-
-    train: tuple[SourceConfig, ...]
-    """Files of prompts."""
-    prompt_key: str = "problem"
-    """Key of a row's prompt text; a dotted path reaches into nested objects."""
-    messages_key: str = "messages"
-    """Key of a row's chat messages, used where prompt_key is missing."""
-    label_key: str = "label"
-    """Key of a row's label, such as extra_info.opd_teacher."""
-    chat_template: Literal["auto", "on", "off"] = "auto"
-    """Wrap prompts in the tokenizer's chat template: auto when it has one."""
-    system_prompt: str | None = None
-    """System message put in front of prompts that have none; needs the chat template."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens with the template."""
-    too_long: Literal["error", "drop"] = "drop"
-    """What to do with longer prompts; dropped ones are counted."""
-    shuffle: bool = True
-    """Shuffle the prompts anew each epoch."""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.train), "train", list(self.train), "list at least one file of prompts")
-        _require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "give at least 1")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Sampling from the student."""
-
-    prompts_per_step: int
-    """Prompts of a step, over all ranks."""
-    max_new_tokens: int
-    """Longest response."""
-    engine: Literal["megatron"] = "megatron"
-    """megatron samples in process with the student's own model."""
-    samples_per_prompt: int = 1
-    """Responses sampled for each prompt."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus mass; 1 samples from the full distribution."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a response, besides the tokenizer's end-of-sequence tokens."""
-    batch_size: int = 0
-    """Rows decoded together on each data-parallel replica; 0 means all."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "max_new_tokens", "samples_per_prompt"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
-        _require(self.temperature >= 0, "temperature", self.temperature, "give 0 (greedy) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
-        _require(self.batch_size >= 0, "batch_size", self.batch_size, "give 0 or more")
-
-
-@dataclass(frozen=True)
-class ImportanceConfig:
-    """Correction for the difference between the rollout engine's and the trainer's probabilities."""
+class ImportanceConfig(Section):
+    """Corrects for the rollout engine's log-probabilities differing from the trainer's."""
 
     mode: Literal["truncate", "mask", "off"] = "truncate"
-    """truncate bounds the ratio by high; mask drops tokens outside [low, high]; off does not correct."""
-    low: float = 0.0
-    """Lower bound of the ratio, used by mask."""
-    high: float = 2.0
-    """Upper bound of the ratio."""
+    """`truncate` caps the weight p_trainer / p_engine of a token at `high`, `mask` drops tokens whose weight is
+    outside `low`..`high`, `off` does neither. The fraction affected is a metric."""
+    low: NonNegative = 0.0
+    """Smallest weight that `mask` keeps."""
+    high: Positive = 2.0
+    """Largest weight."""
 
-    def __post_init__(self) -> None:
-        _require(self.high > 0, "high", self.high, "give a number above 0")
-        _require(0 <= self.low < self.high, "low", self.low, f"give a number from 0 to below high ({self.high})")
-
-
-@dataclass(frozen=True)
-class FilterOptions:
-    """Options of the filter hook."""
-
-    percentile: float = 20.0
-    """Trajectories scoring below this percentile of their group are dropped."""
-    scope: Literal["global", "microbatch"] = "global"
-    """Rows the percentile is taken over: the global batch, or (as published) each micro-batch."""
-    group_by: Literal["teacher", "batch"] = "teacher"
-    """One threshold a teacher, or one for all rows (as published)."""
-    drop_truncated: bool = False
-    """Also drop trajectories that ran into rollout.max_new_tokens."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.percentile < 100, "percentile", self.percentile, "give a number from 0 to below 100")
+    def _problems(self) -> Iterator[Problem]:
+        if self.low >= self.high:
+            yield Problem("low", f"{self.low} is not below high, which is {self.high}; lower it or raise high")
 
 
 @dataclass(frozen=True)
-class ReweightOptions:
-    """Options of the reweight hook."""
-
-    alpha: float = 1.0
-    """Weight of the teacher's confidence."""
-    beta: float = 1.0
-    """Weight of the student's confusion."""
-    scope: Literal["global", "microbatch"] = "global"
-    """Tokens the maxima and the mean are taken over: the global batch, or (as published) each micro-batch."""
-    group_by: Literal["teacher", "batch"] = "teacher"
-    """Entropy maxima by teacher, or over all rows (as published)."""
-    normalise_over: Literal["kept", "all"] = "kept"
-    """Tokens whose mean weight is 1: those of kept rows, or (as published) of all rows."""
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-
-
-@dataclass(frozen=True)
-class HookConfig:
-    """A loss hook: its name and, beside the name, its options."""
-
-    name: str
-    """filter, reweight, or a name registered by a module of run.plugins."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """The other keys of the mapping."""
-
-
-BUILT_IN_HOOKS = {"filter": FilterOptions, "reweight": ReweightOptions}
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The loss and its hooks."""
+class LossConfig(Section):
+    """What is minimised."""
 
     estimator: Literal["sampled"] = "sampled"
-    """sampled is the clipped policy gradient on the sampled tokens' log-ratio."""
-    clip: float = 0.2
-    """Clip range of the probability ratio."""
+    """`sampled` is the clipped policy gradient of the reverse KL on the sampled tokens."""
+    clip: Positive = 0.2
+    """The ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    """Rollout/trainer correction."""
+    """Correction between rollout engine and trainer."""
     hooks: tuple[HookConfig, ...] = (HookConfig("filter"), HookConfig("reweight"))
-    """Loss hooks in order; an empty list is plain on-policy distillation."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.clip < 1, "clip", self.clip, "give a number between 0 and 1")
+    """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = 1e-5
-    """Highest learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the last step of linear and cosine."""
+    lr: Positive = 1e-5
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate that `linear` and `cosine` end at."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's moments."""
-    eps: float = 1e-8
-    """Adam's epsilon."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
-    micro_batch_size: int = 1
-    """Rows of a training micro-batch."""
-    mini_batches: int = 1
-    """Optimizer updates a step, each on its share of the rollouts."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises to `lr`."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator of an update."""
+    clip_grad: NonNegative = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    micro_batch_size: Size = 1
+    """Answers in one forward and backward pass. It changes memory and speed, not the result."""
+    mini_batches: Size = 1
+    """Optimizer updates made from each step's answers."""
     distributed: bool = True
-    """Shard optimizer state over data-parallel ranks."""
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "give a number above 0")
-        _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"give a number from 0 to lr ({self.lr})")
-        for name in ("warmup_steps", "weight_decay", "clip_grad"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "give two numbers from 0 to below 1")
-        _require(self.eps > 0, "eps", self.eps, "give a number above 0")
-        for name in ("micro_batch_size", "mini_batches"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+    """Whether data-parallel replicas share the optimizer's state between them."""
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Saving."""
+class CheckpointConfig(Section):
+    """When the run is saved."""
 
-    every: int = 0
-    """Steps between checkpoints; 0 saves only at the end and when asked to stop."""
-    dir: str | None = None
-    """Folder of the checkpoints; null means checkpoints/ in the run's folder."""
-    keep: int = 2
-    """Newest checkpoints kept; older ones are deleted. 0 keeps all."""
+    every: Count = 0
+    """Save after every so many steps; 0 saves at the end and when the run is stopped."""
+    dir: Text | None = None
+    """Where to; null is `checkpoints` in the run's folder."""
+    keep: Size = 2
+    """Newest checkpoints to keep; older ones are deleted."""
     final: bool = True
-    """Save after the last step."""
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+    """Whether to save after the last step."""
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Reverse KL to each teacher on held-out prompts."""
+class EvaluationConfig(Section):
+    """Reverse KL to each teacher on fixed held-out prompts."""
 
+    every: Count = 0
+    """Evaluate after every so many steps; 0 leaves it at start and end."""
     prompts: tuple[SourceConfig, ...] = ()
-    """Files of held-out prompts; empty turns evaluation off."""
-    num_prompts: int = 0
-    """Prompts used of each label; 0 uses all."""
-    max_new_tokens: int = 64
-    """Longest response in evaluation."""
-    every: int = 0
-    """Steps between evaluations; 0 evaluates only at start and end."""
+    """Files of held-out prompts; with none there is no evaluation."""
+    num_prompts: Count = 0
+    """Prompts of each label, from the start; 0 takes all."""
+    max_new_tokens: Size = 64
+    """Longest answer, in tokens."""
     at_start: bool = True
-    """Evaluate before the first step."""
+    """Whether to evaluate before the first step."""
     at_end: bool = True
-    """Evaluate after the last step."""
-    seed: int = 7
-    """Seed of the evaluation's samples, the same each time."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "every", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "give at least 1")
+    """Whether to evaluate after the last step."""
+    seed: Seed = 7
+    """Seeds the sampling, alike at every evaluation."""
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Section):
     """Where metrics go."""
 
     console: bool = True
-    """Progress on the console."""
+    """Progress on the terminal."""
     jsonl: bool = True
-    """metrics.jsonl in the run's folder, one object a step."""
+    """`metrics.jsonl` in the run's folder, one object a step."""
     tensorboard: bool = False
-    """TensorBoard events in the run's folder; needs the tensorboard package."""
+    """TensorBoard files in `tensorboard` of the run's folder, when the package is installed."""
+    samples: Count = 0
+    """Answers of each step written to `samples.jsonl` in the run's folder."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything about a run."""
+class Recipe(Section):
+    """Everything that a run needs."""
 
     run: RunConfig
     """The run as a whole."""
     student: StudentConfig
-    """The model that samples and is trained."""
-    teachers: dict[str, TeacherConfig]
-    """Teachers by name."""
+    """The model that samples and learns."""
+    teachers: Annotated[dict[str, TeacherConfig], NonEmpty()]
+    """The models that score, by name."""
     data: DataConfig
-    """Prompts to train on."""
+    """The prompts."""
     rollout: RolloutConfig
-    """Sampling from the student."""
+    """How the student samples its answers."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The loss and its hooks."""
+    """What is minimised."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
+    """When the run is saved."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out evaluation."""
+    """Reverse KL to each teacher on fixed held-out prompts."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Where metrics go."""
 
-    def __post_init__(self) -> None:
-        _require(bool(self.teachers), "teachers", self.teachers, "name at least one teacher")
+    def _problems(self) -> Iterator[Problem]:
+        for name in self.teachers:
+            if not _TEACHER_NAME.accepts(name):
+                yield Problem("teachers", f"{name!r} is not a teacher's name; use {_TEACHER_NAME}")

@@ -1,0 +1,121 @@
+"""Overrides: ``a.b.c=value`` from the command line, put into the plain values before they are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems, join_key
+from fire_megatron.config.section import FieldSpec, Hint, describe, parse_hint, specs
+from fire_megatron.config.walk import plain, unknown_key
+from fire_megatron.config.yaml_text import parse_yaml
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], root: type) -> None:
+    """Set keys in ``values``, in order; a later override of the same key wins.
+
+    Lists are entered by index (``data.train.0.path=x``); the index after the last adds an entry. Mappings take new
+    names (``teachers.code.checkpoint=DIR``). A list that the file leaves out starts from its default.
+
+    Args:
+        values: plain values of the recipe, changed in place.
+        overrides: ``key=value``; the value is YAML, except that a key that holds text takes it as it stands.
+        root: the schema.
+
+    Raises:
+        RecipeProblems: a key that the schema does not have, with the nearest one.
+        RecipeError: an override that is not ``key=value`` or whose value is not YAML.
+    """
+    problems: list[Problem] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise RecipeError(f"override {override!r}: write it as key=value, for example run.steps=100")
+        try:
+            _Override(root, text).apply(values, key.split("."))
+        except RecipeProblems as error:
+            problems += error.problems
+    if problems:
+        raise RecipeProblems(problems, "override")
+
+
+class _Override:
+    """One ``key=value``, on its way from the root to the value that it sets."""
+
+    def __init__(self, root: type, text: str) -> None:
+        self.root, self.text = root, text
+
+    def apply(self, values: dict[str, Any], parts: Sequence[str]) -> None:
+        """Descend by schema and values together, then set the last key."""
+        hint: Any = self.root
+        here: Any = values
+        for depth, part in enumerate(parts):
+            prefix, parsed = ".".join(parts[:depth]), parse_hint(hint)
+            hint, default = self._child(parsed, part, prefix)
+            key: Any = part
+            if parsed.origin is tuple:
+                key = self._index(here, part, prefix)
+            if depth + 1 == len(parts):
+                value = self._value(hint, ".".join(parts))
+                here.append(value) if isinstance(here, list) and key == len(here) else here.__setitem__(key, value)
+                return
+            here = self._enter(here, key, hint, default, join_key(prefix, part))
+
+    def _child(self, parent: Hint, part: str, prefix: str) -> tuple[Any, Any]:
+        """Type hint and default of the key ``part`` of a section, list or mapping."""
+        if parent.is_section:
+            fields = specs(parent.type)
+            known = [name for name, spec in fields.items() if not spec.inline]
+            if part in known:
+                spec: FieldSpec = fields[part]
+                return spec.hint, None if spec.required else spec.default
+            if len(known) < len(fields):
+                return Any, None
+            raise RecipeProblems([unknown_key(prefix, part, known, self.root)])
+        if parent.origin is tuple:
+            return parent.item(int(part) if part.isdecimal() and parent.length else 0), None
+        if parent.origin is dict:
+            return parent.item(), None
+        if parent.type is Any:
+            return Any, None
+        problem = Problem(join_key(prefix, part), f"{prefix} is {describe(parent.type)} and holds no keys")
+        raise RecipeProblems([problem])
+
+    def _index(self, here: list[Any], part: str, prefix: str) -> int:
+        count = len(here)
+        if not part.isdecimal() or int(part) > count:
+            known = f"0..{count - 1} to change an entry, {count} to add one" if count else "0 to add the first"
+            raise RecipeProblems([Problem(join_key(prefix, part), f"not an entry of the list; use {known}")])
+        return int(part)
+
+    def _enter(self, here: Any, key: Any, hint: Any, default: Any, path: str) -> Any:
+        """The container below ``here``, made where the file leaves it out."""
+        parsed = parse_hint(hint)
+        exists = (key < len(here)) if isinstance(here, list) else here.get(key) is not None
+        if not exists:
+            fresh = list(plain(default) or ()) if parsed.origin is tuple else {}
+            here.append(fresh) if isinstance(here, list) else here.__setitem__(key, fresh)
+        inner = here[key]
+        expected: type = list if parsed.origin is tuple else dict
+        if parsed.type is Any and isinstance(inner, (dict, list)) or isinstance(inner, expected):
+            return inner
+        raise RecipeProblems([Problem(path, f"{inner!r} holds no keys; override {path} itself")])
+
+    def _value(self, hint: Any, key: str) -> Any:
+        parsed = parse_hint(hint)
+        is_text = (
+            parsed.type is str or parsed.type is not Any and parsed.origin not in (tuple, dict) and _is_choice(parsed)
+        )
+        try:
+            value = parse_yaml(self.text, source=f"override {key}={self.text}")
+        except RecipeError:
+            if is_text:
+                return self.text
+            raise
+        if is_text and not isinstance(value, str) and not (value is None and parsed.optional):
+            return self.text
+        return value
+
+
+def _is_choice(hint: Hint) -> bool:
+    return bool(hint.args) and all(isinstance(choice, str) for choice in hint.args)

@@ -6,32 +6,17 @@ Shapes: B rows of this rank, R longest response.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
 from fire_megatron.metrics.values import Value
 
 
-class Reducer(Protocol):
-    """Reductions over the ranks that hold the other rows (:class:`fire_megatron.parallel.reducer.Reducer`)."""
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise sum over the ranks."""
-        ...
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise maximum over the ranks."""
-        ...
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """[n] a rank -> concatenation in rank order."""
-        ...
-
-
 @dataclass(frozen=True)
 class FireBatch:
-    """Scores of this rank's trajectories. B may be 0."""
+    """Scores of this rank's trajectories. B may be 0. Padding (mask False) may hold anything on the way in;
+    hooks see it as 0, and rows that cannot train as fully masked (see :func:`fire_megatron.fire.apply.apply_hooks`).
+    """
 
     teacher_B: torch.Tensor
     """[B] int64 index into ``teacher_names``."""
@@ -54,6 +39,10 @@ class FireBatch:
             assert getattr(self, name).shape == (rows, width), name
         assert self.teacher_B.shape == self.truncated_B.shape == (rows,)
         assert self.mask_BR.dtype == self.truncated_B.dtype == torch.bool
+        assert self.teacher_B.dtype == torch.int64
+
+    def __len__(self) -> int:
+        return len(self.teacher_B)
 
     def rows(self, part: slice) -> FireBatch:
         """A contiguous part of the rows."""
@@ -64,6 +53,7 @@ class FireBatch:
         """[B] group index and the groups' names, for ``group_by`` of ``teacher`` or ``batch``."""
         if group_by == "teacher":
             return self.teacher_B, self.teacher_names
+        assert group_by == "batch", group_by
         return torch.zeros_like(self.teacher_B), ("all",)
 
 
@@ -74,17 +64,25 @@ class Selection:
     keep_B: torch.Tensor
     """[B] bool."""
     weight_BR: torch.Tensor
-    """[B, R] float32, no gradient; meaningful where ``keep_B`` and the mask are set."""
-    reasons: tuple[str | None, ...]
+    """[B, R] float32, no gradient; meaningful on response tokens of kept rows."""
+    reason: tuple[str | None, ...]
     """[B] why a row was dropped; None for kept rows."""
     metrics: dict[str, Value] = field(default_factory=dict)
     """What the hooks have to report, to be reduced over the same ranks as the rows."""
 
+    def __post_init__(self) -> None:
+        assert len(self.keep_B) == len(self.weight_BR) == len(self.reason)
+        assert self.keep_B.dtype == torch.bool and self.weight_BR.dtype == torch.float32
+
     def drop(self, rows_B: torch.Tensor, reason: str) -> Selection:
         """Drop more rows ([B] bool); rows dropped before keep their first reason."""
         fresh = (rows_B & self.keep_B).tolist()
-        reasons = tuple(reason if new else old for new, old in zip(fresh, self.reasons, strict=True))
-        return replace(self, keep_B=self.keep_B & ~rows_B, reasons=reasons)
+        reasons = tuple(reason if new else old for new, old in zip(fresh, self.reason, strict=True))
+        return replace(self, keep_B=self.keep_B & ~rows_B, reason=reasons)
+
+    def reweight(self, weight_BR: torch.Tensor) -> Selection:
+        """The same rows with these weights ([B, R], any float dtype)."""
+        return replace(self, weight_BR=weight_BR.detach().float())
 
     def report(self, metrics: dict[str, Value]) -> Selection:
         """Add metrics."""

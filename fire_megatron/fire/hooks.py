@@ -1,32 +1,38 @@
-"""The hook protocol and the registry that recipes name hooks from.
+"""The hook protocol and the registry by whose names recipes call hooks.
 
-A hook of your own::
+A hook of your own, in a module that the recipe lists under ``run.plugins``::
 
     @register_hook("drop_short")
-    def build(min_tokens: int = 8) -> Hook:
+    def drop_short(min_tokens: int = 8) -> Hook:
         def hook(batch, selection, reducer):
             return selection.drop(batch.mask_BR.sum(-1) < min_tokens, "short")
         return hook
 
-in a module that the recipe lists under ``run.plugins``; then ``loss.hooks: [{name: drop_short, min_tokens: 16}]``.
+and in the recipe ``loss.hooks: [{name: drop_short, min_tokens: 16}, {name: filter}, {name: reweight}]``.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FilterOptions, HookConfig, ReweightOptions
-from fire_megatron.fire.batch import FireBatch, Reducer, Selection
-from fire_megatron.fire.filter import filter_trajectories
-from fire_megatron.fire.reweight import reweight_tokens
+from fire_megatron.fire.batch import FireBatch, Selection
+from fire_megatron.fire.filter import Filter
+from fire_megatron.fire.reweight import Reweight
+from fire_megatron.parallel.reducer import Reducer
 
 
 class Hook(Protocol):
-    """Reads the scores and what earlier hooks decided; returns what now holds. Collective over the reducer's ranks:
-    every rank calls it, also one without rows."""
+    """Reads the scores and what earlier hooks decided, and returns what holds now.
+
+    Every rank of the reducer calls every hook, also a rank without rows, so a hook calls the reducer equally often
+    whatever its rows. A hook can drop rows, not bring back dropped ones. A hook with an attribute ``scope`` of
+    ``microbatch`` is called once a micro-batch instead, with a reducer over this process alone. An attribute
+    ``reasons`` lists the reasons it drops for, so that they are reported as 0 where there are none.
+    """
 
     def __call__(self, batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
         """Decide."""
@@ -38,15 +44,17 @@ _REGISTRY: dict[str, HookFactory] = {}
 
 
 def register_hook(name: str) -> Callable[[HookFactory], HookFactory]:
-    """Register a factory under a recipe name; its keyword arguments are the hook's options.
+    """Decorator: register a factory under a recipe name; its keyword arguments are the hook's options.
 
     Raises:
-        ValueError: the name is taken.
+        RecipeError: another factory has the name.
     """
 
     def add(factory: HookFactory) -> HookFactory:
         if name in _REGISTRY:
-            raise ValueError(f"a hook named {name!r} is already registered ({_REGISTRY[name]!r})")
+            raise RecipeError(
+                f"a hook named {name!r} is already registered ({_REGISTRY[name]!r}); give {factory!r} another name"
+            )
         _REGISTRY[name] = factory
         return factory
 
@@ -54,13 +62,13 @@ def register_hook(name: str) -> Callable[[HookFactory], HookFactory]:
 
 
 @register_hook("filter")
-def _filter(**options: object) -> Hook:
-    return filter_trajectories(FilterOptions(**options))  # type: ignore[arg-type]
+def _filter(**options: Any) -> Hook:
+    return Filter(FilterOptions(**options))
 
 
 @register_hook("reweight")
-def _reweight(**options: object) -> Hook:
-    return reweight_tokens(ReweightOptions(**options))  # type: ignore[arg-type]
+def _reweight(**options: Any) -> Hook:
+    return Reweight(ReweightOptions(**options))
 
 
 def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
@@ -69,18 +77,19 @@ def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
     Raises:
         RecipeError: an unregistered name, or options that the hook does not take.
     """
-    hooks = []
-    for index, config in enumerate(configs):
-        factory = _REGISTRY.get(config.name)
-        if factory is None:
-            near = difflib.get_close_matches(config.name, _REGISTRY, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(
-                f"loss.hooks.{index}.name: no hook named {config.name!r} is registered (known: "
-                f"{', '.join(sorted(_REGISTRY))}){hint}; a hook of your own needs its module in run.plugins"
-            )
-        try:
-            hooks.append(factory(**config.options))
-        except TypeError as error:
-            raise RecipeError(f"loss.hooks.{index} ({config.name}): {error}") from error
-    return hooks
+    return [_build(index, config) for index, config in enumerate(configs)]
+
+
+def _build(index: int, config: HookConfig) -> Hook:
+    factory = _REGISTRY.get(config.name)
+    if factory is None:
+        near = difflib.get_close_matches(config.name, _REGISTRY, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"loss.hooks.{index}.name: no hook named {config.name!r} is registered (known: "
+            f"{', '.join(sorted(_REGISTRY))}){hint}; a hook of your own needs its module in run.plugins"
+        )
+    try:
+        return factory(**config.options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"loss.hooks.{index} ({config.name}): {error}") from error

@@ -1,66 +1,71 @@
-"""Reweight: tokens count more where the teacher is sure and the student is not (FiRe-OPD, arXiv 2606.02684)."""
+"""Reweight: tokens count more where the teacher is sure and the student is not (FiRe-OPD, arXiv 2606.02684).
+
+Shapes: B rows of this rank, R longest response, G groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from fire_megatron.config.schema import ReweightOptions
-from fire_megatron.fire.batch import FireBatch, Reducer, Selection
-from fire_megatron.metrics.values import Max, Mean, Min, Value
+from fire_megatron.fire.batch import FireBatch, Selection
+from fire_megatron.fire.statistics import exact_sum, group_maxima
+from fire_megatron.metrics.values import Mean
+from fire_megatron.parallel.reducer import Reducer
 
 
-def _relative_entropy(
-    entropy_BR: torch.Tensor, mask_BR: torch.Tensor, group_B: torch.Tensor, groups: int, reducer: Reducer
-) -> torch.Tensor:
-    """[B, R] entropy over the largest of its group on any rank, in [0, 1]; 0 where that largest is 0."""
-    row_max = torch.where(mask_BR, entropy_BR, 0.0).amax(-1) if entropy_BR.numel() else entropy_BR.new_zeros(len(group_B))
-    largest = entropy_BR.new_zeros(groups).scatter_reduce(0, group_B, row_max, "amax")
-    largest = reducer.max(largest)[group_B][:, None]
-    return torch.where(largest > 0, entropy_BR / largest.clamp_min(torch.finfo(largest.dtype).tiny), 0.0).clamp(0, 1)
+def relative_entropy(entropy_BR: torch.Tensor, largest_B: torch.Tensor) -> torch.Tensor:
+    """[B, R] float32: entropy over the largest of the row's group, in [0, 1]; 0 where that largest is 0."""
+    largest_B1 = largest_B[:, None]
+    return torch.where(largest_B1 > 0, entropy_BR / torch.where(largest_B1 > 0, largest_B1, 1), 0).clamp(0, 1)
 
 
-def reweight_tokens(options: ReweightOptions) -> Callable[[FireBatch, Selection, Reducer], Selection]:
-    """A hook that multiplies token weights by (1 + alpha confidence)(1 + beta confusion) and scales them to mean 1.
+@dataclass(frozen=True)
+class Reweight:
+    """Hook that multiplies token weights by (1 + alpha confidence)(1 + beta confusion) and scales them to mean 1.
 
-    confidence = 1 - H_T / max H_T, confusion = H_S / max H_S; the maxima are over all response tokens of the
-    group in the global batch, the mean over those of kept rows (``normalise_over: all``: of all rows, as
-    published). Collectives: two maxima of one number a group, one sum of two numbers.
+    confidence = 1 - H_T / max H_T and confusion = H_S / max H_S. The maxima are over the response tokens of the
+    group's rows in the whole batch, dropped or not, so they do not depend on the order of the hooks. The mean is over
+    the response tokens of the rows kept so far, or (``normalise_over: all``, as published) of all rows: a filter
+    that comes later moves the mean of what remains off 1.
+
+    Collectives: one max of two numbers a group and one sum of two numbers.
     """
 
-    def hook(batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
+    options: ReweightOptions
+
+    @property
+    def scope(self) -> str:
+        """See ReweightOptions."""
+        return self.options.scope
+
+    def __call__(self, batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
+        """Apply. Reports ``fire/confidence`` and ``fire/confusion``, means over the tokens of the rows kept so far."""
+        options, mask_BR = self.options, batch.mask_BR
         group_B, names = batch.groups(options.group_by)
-        mask = batch.mask_BR
-        confidence = 1.0 - _relative_entropy(batch.teacher_entropy_BR, mask, group_B, len(names), reducer)
-        confusion = _relative_entropy(batch.student_entropy_BR, mask, group_B, len(names), reducer)
-        weight = selection.weight_BR * (1.0 + options.alpha * confidence) * (1.0 + options.beta * confusion)
-        kept = mask & selection.keep_B[:, None]
-        counted = kept if options.normalise_over == "kept" else mask
-        # float64: the sum over a large global batch must not depend on how it was split.
-        sums = reducer.sum(
-            torch.stack((torch.where(counted, weight, 0.0).double().sum(), counted.sum(dtype=torch.float64)))
+        maxima_2G = torch.stack(
+            [
+                group_maxima(entropy_BR, mask_BR, group_B, groups=len(names))
+                for entropy_BR in (batch.teacher_entropy_BR, batch.student_entropy_BR)
+            ]
         )
-        if sums[0] > 0:
-            weight = (weight.double() * (sums[1] / sums[0])).to(weight.dtype)
-        metrics = _report(weight, confidence, confusion, kept)
-        return type(selection)(selection.keep_B, weight, selection.reasons, selection.metrics | metrics)
-
-    hook.scope = options.scope  # type: ignore[attr-defined]
-    return hook
-
-
-def _report(
-    weight: torch.Tensor, confidence: torch.Tensor, confusion: torch.Tensor, kept: torch.Tensor
-) -> dict[str, Value]:
-    tokens = int(kept.sum())
-    if not tokens:
-        return {}
-    weights = weight[kept]
-    return {
-        "fire/token_weight_mean": Mean(float(weights.double().sum()), tokens),
-        "fire/token_weight_min": Min(float(weights.min())),
-        "fire/token_weight_max": Max(float(weights.max())),
-        "fire/confidence": Mean(float(confidence[kept].double().sum()), tokens),
-        "fire/confusion": Mean(float(confusion[kept].double().sum()), tokens),
-    }
+        teacher_B, student_B = reducer.max(maxima_2G)[:, group_B]
+        confidence_BR = 1 - relative_entropy(batch.teacher_entropy_BR, teacher_B)
+        confusion_BR = relative_entropy(batch.student_entropy_BR, student_B)
+        weight_BR = selection.weight_BR * (1 + options.alpha * confidence_BR) * (1 + options.beta * confusion_BR)
+        kept_BR = mask_BR & selection.keep_B[:, None]
+        counted_BR = kept_BR if options.normalise_over == "kept" else mask_BR
+        total, tokens = reducer.sum(
+            torch.stack((exact_sum(torch.where(counted_BR, weight_BR, 0)), counted_BR.sum(dtype=torch.float64)))
+        )
+        # Without any token, or with earlier weights of 0, there is no mean to divide by.
+        mean = torch.where(total > 0, total / tokens, 1)
+        kept_tokens = float(kept_BR.sum())
+        return selection.reweight(weight_BR / mean).report(
+            {
+                "fire/confidence": Mean(float(confidence_BR[kept_BR].double().sum()), kept_tokens),
+                "fire/confusion": Mean(float(confusion_BR[kept_BR].double().sum()), kept_tokens),
+            }
+        )

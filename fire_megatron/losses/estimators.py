@@ -1,6 +1,7 @@
 """Per-token losses from per-token log-probabilities (the ``sampled`` estimator).
 
 All tensors are elementwise of one shape, [T] or [B, R], float32; nothing here communicates or divides by a count.
+Only real response tokens come in: padding has no say in a mean.
 """
 
 from __future__ import annotations

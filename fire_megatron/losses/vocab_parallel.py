@@ -1,164 +1,203 @@
 """Log-probability and entropy of a softmax whose vocabulary is sharded over the tensor-parallel group.
 
-Shapes: T tokens, V local vocabulary, C tokens of a chunk.
+Shapes: T tokens, V local vocabulary, C tokens of a chunk. Shards are equally laid out: rank r of the group holds
+vocabulary entries ``[vocab_start, vocab_start + V)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-CHUNK_TOKENS = 512
-"""Tokens whose float32 copy exists at a time; bounds the extra memory to CHUNK_TOKENS x V."""
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Logits whose full-precision copy exists at a time: what stays in a core's cache, or what fills a GPU."""
 
-
-def _accumulation_dtype(logits: torch.Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _all_reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(values, op=op, group=group)
-
-
-def _local_targets(targets: torch.Tensor, vocab_start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each target in this shard (0 when elsewhere) and whether it is here. [T] each."""
-    local = targets - vocab_start
-    here = (local >= 0) & (local < width)
-    return local.clamp(0, max(width - 1, 0)), here
-
-
-def _statistics(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    vocab_start: int,
-    with_entropy: bool,
-    chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-sum-exp, log-probability and entropy, [T] each. Two all-reduces: one max, one packed sum."""
-    dtype = _accumulation_dtype(logits)
-    tokens, width = logits.shape
-    peak = logits.new_full((tokens,), float("-inf"), dtype=dtype)
-    if width and tokens:
-        peak = logits.amax(-1).to(dtype)
-    _all_reduce(peak, dist.ReduceOp.MAX, group)
-    columns, here = _local_targets(targets, vocab_start, width)
-    # Rows of sums: sum of exponentials, target's shifted logit, sum of exponential times shifted logit.
-    sums = torch.zeros(3, tokens, dtype=dtype, device=logits.device)
-    for start in range(0, tokens, chunk):
-        part = slice(start, start + chunk)
-        shifted = logits[part].to(dtype) - peak[part, None]
-        sums[1, part] = torch.where(here[part], shifted.gather(-1, columns[part, None]).squeeze(-1), 0.0)
-        weight = shifted.exp()
-        sums[0, part] = weight.sum(-1)
-        if with_entropy:
-            # A padded column is -inf with weight 0, and 0 * -inf is NaN: clamp it to a finite number first.
-            sums[2, part] = (weight * shifted.clamp_min_(torch.finfo(dtype).min)).sum(-1)
-    _all_reduce(sums, dist.ReduceOp.SUM, group)
-    log_norm = sums[0].log()
-    return peak + log_norm, sums[1] - log_norm, log_norm - sums[2] / sums[0]
-
-
-class _LogProbAndEntropy(torch.autograd.Function):
-    """Closed-form gradients from the saved log-sum-exp and entropy: no collective and no softmax kept.
-
-    d log p_y / d z_v = [v = y] - p_v        dH / d z_v = -p_v (log p_v + H)
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        group: dist.ProcessGroup | None,
-        vocab_start: int,
-        with_entropy: bool,
-        chunk: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_norm, log_prob, entropy = _statistics(
-            logits, targets, group=group, vocab_start=vocab_start, with_entropy=with_entropy, chunk=chunk
-        )
-        ctx.save_for_backward(logits, targets, log_norm, entropy)
-        ctx.vocab_start, ctx.chunk = vocab_start, chunk
-        ctx.set_materialize_grads(False)
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return log_prob, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        logits, targets, log_norm, entropy = ctx.saved_tensors
-        grad_log_prob, grad_entropy = grads
-        if grad_log_prob is None and grad_entropy is None:
-            return None, None, None, None, None, None
-        dtype = log_norm.dtype
-        columns, here = _local_targets(targets, ctx.vocab_start, logits.shape[-1])
-        result = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            log_p = logits[part].to(dtype) - log_norm[part, None]
-            grad = log_p.exp()
-            if grad_entropy is None:
-                grad.mul_(-grad_log_prob[part, None])
-            else:
-                # Where p is 0, log p is -inf: finite times 0 is the limit p log p -> 0.
-                factor = log_p.clamp_min_(torch.finfo(dtype).min).add_(entropy[part, None])
-                factor.mul_(-grad_entropy[part, None])
-                if grad_log_prob is not None:
-                    factor.sub_(grad_log_prob[part, None])
-                grad.mul_(factor)
-            if grad_log_prob is not None:
-                own = torch.where(here[part], grad_log_prob[part], 0.0)
-                grad.scatter_add_(-1, columns[part, None], own[:, None])
-            result[part] = grad.to(logits.dtype)
-        return result, None, None, None, None, None
+_NEGLIGIBLE = -1e4
+"""Log of a weight that is 0 in every dtype. Clamping a shifted logit here keeps ``0 * -inf`` out of the sums."""
 
 
 def log_prob_and_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
+    logits_TV: torch.Tensor,
+    target_T: torch.Tensor,
     *,
     group: dist.ProcessGroup | None,
     vocab_start: int,
     with_entropy: bool = True,
-    chunk: int = CHUNK_TOKENS,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of each distribution, differentiable in the logits.
+    chunk_tokens: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability of each target and entropy of each full next-token distribution, with autograd for both.
+
+    Collectives: one max and one packed sum all-reduce over ``group`` in forward, none in backward. Saved for
+    backward: the logits, the targets and three statistics a token. Extra memory: one chunk in float32 (two with
+    the entropy), and in backward the gradient itself. The input is never changed.
+
+    A padded vocabulary column carries ``-inf`` or the dtype's minimum: its probability, its part of the entropy
+    and its gradient are exactly 0.
 
     Args:
-        logits: [T, V] float32, bfloat16 or float64, this rank's vocabulary shard; ``-inf`` in padding columns,
-            which get no probability and no gradient. Never changed.
-        targets: [T] int64 global token ids. A target on a padding column or outside the vocabulary is a mistake of
-            the caller; it is not checked, since that would wait for the device.
-        group: tensor-parallel group; None for an unsharded vocabulary.
-        vocab_start: first vocabulary entry of this shard.
-        with_entropy: False saves the work; the second result is then meaningless.
-        chunk: tokens whose accumulation-precision copy exists at a time.
+        logits_TV: [T, V] this rank's shard; float32, bfloat16, float16, or float64 (then computed in float64).
+        target_T: [T] int64 ids in the whole vocabulary. A target that no shard holds gives NaN, and one on a
+            padded column ``-inf``: both are our own mistakes, made visible without a device synchronisation.
+        group: the tensor-parallel ranks, which all pass the same targets; None when V is the whole vocabulary.
+        vocab_start: vocabulary id of this shard's first column.
+        with_entropy: whether to compute the entropy; without it the second result is None.
+        chunk_tokens: tokens computed at a time; None picks a size for the device.
 
     Returns:
-        log-probability and entropy (nats), [T] each, float32 (float64 for float64 logits), the same on every rank.
-
-    Collectives: one max and one sum of [3, T] in forward, none in backward. Saved for backward: the logits, and
-    log-sum-exp and entropy, [T] each. The gradient has the logits' dtype.
+        ``(log_prob_T, entropy_T)``, float32 (float64 for float64 logits), in nats; the same on every rank.
+        The gradient with respect to the logits has the logits' dtype.
     """
-    return _LogProbAndEntropy.apply(logits, targets, group, vocab_start, with_entropy, chunk)
+    assert logits_TV.dim() == 2 and target_T.shape == logits_TV.shape[:1], (logits_TV.shape, target_T.shape)
+    return _LogProbAndEntropy.apply(logits_TV, target_T, group, vocab_start, with_entropy, chunk_tokens)
 
 
 @torch.no_grad()
 def score_log_prob_and_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
+    logits_TV: torch.Tensor,
+    target_T: torch.Tensor,
     *,
     group: dist.ProcessGroup | None,
     vocab_start: int,
-    chunk: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`log_prob_and_entropy` for scoring: nothing is saved for a backward pass."""
-    _, log_prob, entropy = _statistics(
-        logits, targets, group=group, vocab_start=vocab_start, with_entropy=True, chunk=chunk
+    """:func:`log_prob_and_entropy` for scoring: both results, nothing saved for backward."""
+    _, log_prob_T, _, entropy_T = _statistics(
+        logits_TV, target_T, group=group, vocab_start=vocab_start, with_entropy=True, chunk_tokens=chunk_tokens
     )
-    return log_prob, entropy
+    return log_prob_T, entropy_T.clamp_min(0)
+
+
+def _chunks(logits_TV: torch.Tensor, chunk_tokens: int | None) -> Iterator[slice]:
+    """Slices of the tokens, cut so that a chunk's float32 copy is small."""
+    tokens, width = logits_TV.shape
+    if chunk_tokens is None:
+        elements = _CHUNK_ELEMENTS.get(logits_TV.device.type, _CHUNK_ELEMENTS["cuda"])
+        chunk_tokens = max(1, elements // max(width, 1))
+    assert chunk_tokens > 0, chunk_tokens
+    for start in range(0, tokens, chunk_tokens):
+        yield slice(start, start + chunk_tokens)
+
+
+def _all_reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    """All-reduce in place; nothing to do for an unsharded vocabulary."""
+    if group is not None and group.size() > 1:
+        dist.all_reduce(values, op=op, group=group)
+
+
+def _local_targets(target_T: torch.Tensor, vocab_start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each target in this shard (an arbitrary one when elsewhere) and whether it is here. [T] each."""
+    column_T = target_T - vocab_start
+    return column_T.clamp(0, width - 1), (column_T >= 0) & (column_T < width)
+
+
+def _local_sums(
+    logits_TV: torch.Tensor, with_entropy: bool, chunk_tokens: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass over this shard: its peak logit, sum of weights, and sum of weight x shifted logit. [T] each.
+
+    Weights are exp(logit - peak of this shard). The third sum is 0 when there is no entropy to compute.
+    """
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    peak_T, total_T, moment_T = logits_TV.new_zeros(3, len(logits_TV), dtype=dtype).unbind()
+    for part in _chunks(logits_TV, chunk_tokens):
+        logits_CV = logits_TV[part]
+        # A shard of nothing but padding has no finite peak, and -inf - -inf is NaN.
+        peak_C = logits_CV.amax(-1).to(dtype).clamp_min_(torch.finfo(dtype).min)
+        shifted_CV = (logits_CV - peak_C[:, None]).clamp_min_(_NEGLIGIBLE)
+        peak_T[part] = peak_C
+        if with_entropy:
+            weight_CV = shifted_CV.exp()
+            total_T[part] = weight_CV.sum(-1)
+            moment_T[part] = weight_CV.mul_(shifted_CV).sum(-1)
+        else:
+            total_T[part] = shifted_CV.exp_().sum(-1)
+    return peak_T, total_T, moment_T
+
+
+def _statistics(
+    logits_TV: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    vocab_start: int,
+    with_entropy: bool,
+    chunk_tokens: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Global peak logit, log-probability, log of the sum of exp(logit - peak), entropy. [T] each.
+
+    The peak and the log-sum stay apart because their sum would round away the log-sum of large logits.
+    """
+    local_peak_T, total_T, moment_T = _local_sums(logits_TV, with_entropy, chunk_tokens)
+    peak_T = local_peak_T.clone()
+    _all_reduce(peak_T, dist.ReduceOp.MAX, group)
+    # Rescale this shard's sums from its own peak to the global one. A shift below _NEGLIGIBLE has scale 0.
+    shift_T = (local_peak_T - peak_T).clamp_min_(_NEGLIGIBLE)
+    scale_T = shift_T.exp()
+    column_T, here_T = _local_targets(target_T, vocab_start, logits_TV.shape[-1])
+    target_logit_T = logits_TV.gather(-1, column_T[:, None]).squeeze(-1) - peak_T
+    rows = [scale_T * total_T, torch.where(here_T, target_logit_T, 0), here_T.to(peak_T.dtype)]
+    if with_entropy:
+        rows.append(scale_T * (moment_T + shift_T * total_T))
+    sums = torch.stack(rows)
+    _all_reduce(sums, dist.ReduceOp.SUM, group)
+    log_total_T = sums[0].log()
+    log_prob_T = torch.where(sums[2] == 1, sums[1] - log_total_T, torch.nan)
+    entropy_T = log_total_T - sums[3] / sums[0] if with_entropy else log_total_T
+    return peak_T, log_prob_T, log_total_T, entropy_T
+
+
+class _LogProbAndEntropy(torch.autograd.Function):
+    """Closed form: with p the softmax and H its entropy,
+    d log p_y / d logit_v = [v = y] - p_v and d H / d logit_v = -p_v (log p_v + H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: torch.Tensor,
+        target_T: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        vocab_start: int,
+        with_entropy: bool,
+        chunk_tokens: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        peak_T, log_prob_T, log_total_T, entropy_T = _statistics(
+            logits_TV,
+            target_T,
+            group=group,
+            vocab_start=vocab_start,
+            with_entropy=with_entropy,
+            chunk_tokens=chunk_tokens,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.vocab_start, ctx.chunk_tokens = vocab_start, chunk_tokens
+        ctx.save_for_backward(logits_TV, target_T, peak_T, log_total_T, entropy_T)
+        # Rounding can leave the entropy of a one-hot distribution just below 0.
+        return log_prob_T, entropy_T.clamp_min(0) if with_entropy else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_prob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None) -> tuple:
+        if grad_log_prob_T is None and grad_entropy_T is None:
+            return (None,) * 6
+        logits_TV, target_T, peak_T, log_total_T, entropy_T = ctx.saved_tensors
+        grad_TV = torch.empty_like(logits_TV)
+        for part in _chunks(logits_TV, ctx.chunk_tokens):
+            log_prob_CV = torch.sub(logits_TV[part], peak_T[part, None]).sub_(log_total_T[part, None])
+            log_prob_CV.clamp_min_(_NEGLIGIBLE)
+            if grad_entropy_T is None:
+                weighted_CV = log_prob_CV.exp_().mul_(-grad_log_prob_T[part, None])
+            else:
+                p_CV = log_prob_CV.exp()
+                factor_CV = log_prob_CV.add_(entropy_T[part, None]).mul_(-grad_entropy_T[part, None])
+                if grad_log_prob_T is not None:
+                    factor_CV.sub_(grad_log_prob_T[part, None])
+                weighted_CV = factor_CV.mul_(p_CV)
+            if grad_log_prob_T is not None:
+                column_C, here_C = _local_targets(target_T[part], ctx.vocab_start, logits_TV.shape[-1])
+                weighted_CV.scatter_add_(-1, column_C[:, None], (grad_log_prob_T[part] * here_C)[:, None])
+            grad_TV[part] = weighted_CV
+        return grad_TV, None, None, None, None, None

@@ -1,178 +1,250 @@
-"""Checks that take several sections of a recipe, or the checkpoints' small JSON files. Imports no torch."""
+"""Checks that take several sections, the files that a recipe names, or the launcher: a table of small functions."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.errors import RecipeError
-from fire_megatron.config.schema import Recipe, RoleConfig
-
-MARKER = "fire_checkpoint.json"
-"""File that tells a converted checkpoint from a Hugging Face folder."""
-
-
-def roles(recipe: Recipe) -> dict[str, RoleConfig]:
-    """Recipe path -> section of every role, the student first."""
-    return {"student": recipe.student} | {f"teachers.{name}": t for name, t in sorted(recipe.teachers.items())}
+from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
+from fire_megatron.config.errors import Problem, RecipeProblems
+from fire_megatron.config.schema import BUILTIN_HOOKS, Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.walk import nearest
 
 
-def routes(recipe: Recipe) -> dict[str, str]:
-    """Label -> name of the teacher that takes it. A teacher without labels takes its own name."""
-    return {label: name for name, teacher in recipe.teachers.items() for label in teacher.labels or (name,)}
+@dataclass(frozen=True)
+class Context:
+    """What a check may look at."""
 
+    recipe: Recipe
+    world_size: int | None
+    """Ranks that the launcher started; None when that is not known, as in a dry run."""
+    models: Mapping[str, Mapping[str, Any]]
+    """``config.json`` of every role whose checkpoint has a readable one, by the role's key."""
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+    @property
+    def roles(self) -> dict[str, RoleConfig]:
+        """Every role by its key: ``student``, ``teachers.math``."""
+        teachers = {f"teachers.{name}": teacher for name, teacher in self.recipe.teachers.items()}
+        return {"student": self.recipe.student, **teachers}
 
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """Every file of prompts by its key."""
+        train = {f"data.train.{i}": source for i, source in enumerate(self.recipe.data.train)}
+        held_out = {f"evaluation.prompts.{i}": source for i, source in enumerate(self.recipe.evaluation.prompts)}
+        return train | held_out
 
-def _heads(config: dict[str, Any]) -> tuple[Any, Any]:
-    heads = config.get("num_attention_heads")
-    return heads, config.get("num_key_value_heads") or heads
-
-
-def _labels(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    owner: dict[str, str] = {}
-    for name, teacher in recipe.teachers.items():
-        for label in teacher.labels or (name,):
-            if label in owner:
-                yield (
-                    f"teachers.{name}.labels: {label!r} is already taken by teachers.{owner[label]}; "
-                    "a label belongs to one teacher"
-                )
-            owner.setdefault(label, name)
-    for section, sources in (("data.train", recipe.data.train), ("evaluation.prompts", recipe.evaluation.prompts)):
-        for index, source in enumerate(sources):
-            if source.label is not None and source.label not in owner:
-                yield (
-                    f"{section}.{index}.label: {source.label!r} has no teacher; add it to a teacher's labels, "
-                    f"or use one of: {', '.join(sorted(owner))}"
-                )
-
-
-def _files(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    for section, sources in (("data.train", recipe.data.train), ("evaluation.prompts", recipe.evaluation.prompts)):
-        for index, source in enumerate(sources):
-            if not Path(source.path).is_file():
-                yield f"{section}.{index}.path: no file {source.path!r} (looked in {os.getcwd()})"
-
-
-def _layouts(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    for path, role in roles(recipe).items():
-        layout = role.parallel
-        ranks = layout.tensor * layout.pipeline * layout.context
-        if world_size is not None and world_size % ranks:
-            yield (
-                f"{path}.parallel: tensor={layout.tensor} x pipeline={layout.pipeline} x context={layout.context} "
-                f"needs a multiple of {ranks} ranks and the run has {world_size}; change the layout or start "
-                f"{-(-world_size // ranks) * ranks} processes"
-            )
-
-
-def _checkpoints(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    for path, role in roles(recipe).items():
-        folder = Path(role.checkpoint)
-        if not folder.is_dir():
-            yield f"{path}.checkpoint: no folder {role.checkpoint!r} (looked in {os.getcwd()})"
-        elif not (folder / MARKER).is_file():
-            if any(folder.glob("*.safetensors")):
-                yield (
-                    f"{path}.checkpoint: {role.checkpoint} is a Hugging Face folder; convert it with "
-                    f"`python tools/convert.py hf-to-megatron --hf {role.checkpoint} --out {role.checkpoint}-megatron` "
-                    "and name the result"
-                )
-            else:
-                yield (
-                    f"{path}.checkpoint: {role.checkpoint} is no converted checkpoint ({MARKER} is missing); "
-                    "make one with tools/convert.py hf-to-megatron"
-                )
-        elif _read_config(folder) is None:
-            yield f"{path}.checkpoint: {folder / 'config.json'} is missing or not JSON; convert the model again"
-
-
-def _shapes(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    configs = {path: _read_config(Path(role.checkpoint)) for path, role in roles(recipe).items()}
-    vocabulary = (configs["student"] or {}).get("vocab_size")
-    for path, role in roles(recipe).items():
-        config = configs[path]
-        if config is None:
-            continue
-        layout, (heads, kv_heads) = role.parallel, _heads(config)
-        for name, count in (("attention heads", heads), ("key/value heads", kv_heads)):
-            if isinstance(count, int) and count % layout.tensor:
-                fits = [n for n in range(1, kv_heads + 1) if not kv_heads % n and not heads % n]
-                yield (
-                    f"{path}.parallel.tensor: {layout.tensor} does not divide the {count} {name} of {role.checkpoint}; "
-                    f"use one of {', '.join(map(str, fits))}"
-                )
-                break
-        layers = config.get("num_hidden_layers")
-        if isinstance(layers, int) and layout.pipeline > layers:
-            yield f"{path}.parallel.pipeline: {layout.pipeline} stages for the {layers} layers of {role.checkpoint}; use fewer"
-        theirs = config.get("vocab_size")
-        if path != "student" and None not in (vocabulary, theirs) and theirs != vocabulary:
-            yield (
-                f"{path}.checkpoint: vocabulary of {theirs} ({role.checkpoint}) differs from the student's {vocabulary} "
-                f"({recipe.student.checkpoint}); a teacher must share the student's vocabulary"
-            )
-
-
-def _folders(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    for key, name in (("run.dir", recipe.run.dir), ("checkpoint.dir", recipe.checkpoint.dir)):
-        if name is None:
-            continue
-        folder = Path(name).absolute()
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
-        if not existing.is_dir():
-            yield f"{key}: {existing} is a file, not a folder; choose another"
-        elif not os.access(existing, os.W_OK):
-            yield f"{key}: {existing} cannot be written to; choose another folder or change its permissions"
-
-
-def _hooks(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    from fire_megatron.config.schema import BUILT_IN_HOOKS
-
-    for index, hook in enumerate(recipe.loss.hooks):
-        if hook.name not in BUILT_IN_HOOKS and not recipe.run.plugins:
-            yield (
-                f"loss.hooks.{index}.name: no hook {hook.name!r}; built in are {', '.join(BUILT_IN_HOOKS)}, "
-                "and one of your own needs its module in run.plugins"
-            )
-
-
-def _schedule(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    if recipe.optimizer.warmup_steps > recipe.run.steps:
-        yield (
-            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} is more than run.steps={recipe.run.steps}; "
-            "the learning rate would never be reached"
-        )
-    rows = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
-    if recipe.optimizer.mini_batches > rows:
-        yield f"optimizer.mini_batches: {recipe.optimizer.mini_batches} is more than the {rows} rows of a step; use fewer"
-
-
-_CHECKS: tuple[Callable[[Recipe, int | None], Iterator[str]], ...] = (
-    _labels, _files, _layouts, _checkpoints, _shapes, _folders, _hooks, _schedule,
-)  # fmt: skip
+    def number(self, role: str, name: str) -> int | None:
+        """A whole number of a role's ``config.json``; None when it is not there."""
+        value = self.models.get(role, {}).get(name)
+        return value if type(value) is int and value > 0 else None
 
 
 def check_recipe(recipe: Recipe, *, world_size: int | None) -> None:
-    """Check everything that can be known without torch.
+    """Check what one section alone cannot know, reading JSON files but no weights.
 
     Args:
-        recipe: loaded recipe.
-        world_size: ranks of the run; None leaves the checks that need it out.
+        recipe: as loaded.
+        world_size: ranks of the run; None skips the checks that need it.
 
     Raises:
-        RecipeError: all problems found, a line each.
+        RecipeProblems: every problem found.
     """
-    problems = [problem for check in _CHECKS for problem in check(recipe, world_size)]
+    roles = Context(recipe, world_size, {}).roles
+    found = {key: read_json_object(Path(role.checkpoint) / "config.json") for key, role in roles.items()}
+    context = Context(recipe, world_size, {key: values for key, values in found.items() if values is not None})
+    problems = [problem for check in CHECKS for problem in check(context)]
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeProblems(problems)
+
+
+def _labels(context: Context) -> Iterator[Problem]:
+    """A label belongs to one teacher, and every label that the recipe gives has one."""
+    owners: dict[str, str] = {}
+    for name, teacher in context.recipe.teachers.items():
+        for label in teacher.labels or (name,):
+            if label in owners:
+                both = "twice by it" if owners[label] == name else f"by teachers.{owners[label]} as well"
+                yield Problem(
+                    f"teachers.{name}.labels", f"{label!r} is claimed {both}; a label belongs to one teacher, once"
+                )
+            owners.setdefault(label, name)
+    for key, source in context.sources.items():
+        if source.label is not None and source.label not in owners:
+            close = nearest(source.label, owners)
+            advice = f"did you mean {close}?" if close else f"the labels with a teacher are {', '.join(sorted(owners))}"
+            yield Problem(f"{key}.label", f"no teacher takes {source.label!r}; {advice}")
+
+
+def _prompt_files(context: Context) -> Iterator[Problem]:
+    for key, source in context.sources.items():
+        path = Path(source.path)
+        if not path.exists():
+            yield Problem(f"{key}.path", f"{path} does not exist{looked_in(path)}; correct the path")
+        elif not path.is_file():
+            yield Problem(f"{key}.path", f"{path} is a folder; give a file of prompts (JSON Lines or a JSON list)")
+        elif not os.access(path, os.R_OK):
+            yield Problem(f"{key}.path", f"{path} may not be read; change its permissions")
+
+
+def _checkpoints(context: Context) -> Iterator[Problem]:
+    for key, role in context.roles.items():
+        text = checkpoint_problem(Path(role.checkpoint))
+        if text:
+            yield Problem(f"{key}.checkpoint", text)
+
+
+def _tensor_parallel(context: Context) -> Iterator[Problem]:
+    names = {
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "key/value heads",
+        "intermediate_size": "rows of the MLP",
+    }
+    for key, role in context.roles.items():
+        tensor = role.parallel.tensor
+        counts = {noun: context.number(key, name) for name, noun in names.items()}
+        wrong = [f"{count} {noun}" for noun, count in counts.items() if count is not None and count % tensor]
+        if wrong:
+            yield Problem(
+                f"{key}.parallel.tensor",
+                f"{tensor} does not divide the model's {' nor its '.join(wrong)}; choose a number that divides "
+                f"{' and '.join(str(count) for count in counts.values() if count is not None)}",
+            )
+        if role.parallel.sequence and tensor == 1:
+            yield Problem(f"{key}.parallel.sequence", "true needs parallel.tensor above 1; leave it out (null)")
+
+
+def _pipeline(context: Context) -> Iterator[Problem]:
+    for key, role in context.roles.items():
+        layers, stages = context.number(key, "num_hidden_layers"), role.parallel.pipeline
+        if layers is not None and stages > layers:
+            yield Problem(f"{key}.parallel.pipeline", f"{stages} stages for a model of {layers} layers; lower it")
+
+
+def _experts(context: Context) -> Iterator[Problem]:
+    for key, role in context.roles.items():
+        model = context.models.get(key)
+        if model is not None and role.parallel.expert > 1 and not any("experts" in name for name in model):
+            yield Problem(f"{key}.parallel.expert", f"{role.parallel.expert}, but the model has no experts; leave it 1")
+
+
+def _world(context: Context) -> Iterator[Problem]:
+    if context.world_size is None:
+        return
+    for key, role in context.roles.items():
+        layout = role.parallel
+        ranks = layout.tensor * layout.pipeline * layout.context
+        if context.world_size % ranks:
+            yield Problem(
+                f"{key}.parallel",
+                f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} = {ranks} ranks a "
+                f"copy of the model, which does not divide the run's {context.world_size}; start a multiple of "
+                f"{ranks} ranks or lower one of them",
+            )
+
+
+def _vocabularies(context: Context) -> Iterator[Problem]:
+    student = context.number("student", "vocab_size")
+    for key, role in context.roles.items():
+        theirs = context.number(key, "vocab_size")
+        if student is not None and theirs is not None and theirs != student:
+            yield Problem(
+                f"{key}.checkpoint",
+                f"{role.checkpoint} has a vocabulary of {theirs}, the student one of {student}; "
+                "teachers and student must share one",
+            )
+
+
+def _lengths(context: Context) -> Iterator[Problem]:
+    prompt, needs = context.recipe.data.max_prompt_tokens, {"rollout": context.recipe.rollout.max_new_tokens}
+    if context.recipe.evaluation.prompts:
+        needs["evaluation"] = context.recipe.evaluation.max_new_tokens
+    for key in context.roles:
+        reach = context.number(key, "max_position_embeddings")
+        for section, answer in needs.items():
+            if reach is not None and prompt + answer > reach:
+                yield Problem(
+                    f"{section}.max_new_tokens",
+                    f"{answer} after prompts of up to {prompt} tokens (data.max_prompt_tokens) exceeds the {reach} "
+                    f"positions of {key}; lower one of them",
+                )
+
+
+def _layer_specs(context: Context) -> Iterator[Problem]:
+    for key, role in context.roles.items():
+        if role.layer_spec == "te" and context.recipe.run.device == "cpu":
+            yield Problem(f"{key}.layer_spec", "te needs CUDA and run.device is cpu; use auto or local")
+
+
+def _hook_names(context: Context) -> Iterator[Problem]:
+    if context.recipe.run.plugins:
+        return
+    for i, hook in enumerate(context.recipe.loss.hooks):
+        if hook.name not in BUILTIN_HOOKS:
+            close = nearest(hook.name, BUILTIN_HOOKS)
+            advice = f"did you mean {close}? Built in are" if close else "built in are"
+            yield Problem(
+                f"loss.hooks.{i}.name",
+                f"no hook is named {hook.name!r}; {advice} {', '.join(BUILTIN_HOOKS)}; a hook of your own needs its "
+                "module in run.plugins",
+            )
+
+
+def _counts(context: Context) -> Iterator[Problem]:
+    recipe = context.recipe
+    answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
+    if recipe.optimizer.mini_batches > answers:
+        yield Problem(
+            "optimizer.mini_batches",
+            f"{recipe.optimizer.mini_batches} updates from {answers} answers a step "
+            "(rollout.prompts_per_step x samples_per_prompt); lower it",
+        )
+    if recipe.evaluation.every and not recipe.evaluation.prompts:
+        yield Problem("evaluation.every", f"{recipe.evaluation.every}, but evaluation.prompts names no file; give one")
+    if recipe.data.system_prompt is not None and recipe.data.chat_template == "off":
+        yield Problem("data.system_prompt", "needs a chat template and data.chat_template is off; use auto or on")
+
+
+def _writable(context: Context) -> Iterator[Problem]:
+    for key, name in (("run.dir", context.recipe.run.dir), ("checkpoint.dir", context.recipe.checkpoint.dir)):
+        if name is None:
+            continue
+        folder = Path(name).absolute()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            yield Problem(key, f"{name} cannot be made because {folder} is a file; choose another folder")
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            yield Problem(key, f"{name} cannot be written because {folder} is not writable; choose another folder")
+
+
+def _home(context: Context) -> Iterator[Problem]:
+    """``~`` is the shell's, which does not see into a recipe; taken literally it would make a folder of that name."""
+    paths = {f"{key}.checkpoint": role.checkpoint for key, role in context.roles.items()}
+    paths |= {f"{key}.path": source.path for key, source in context.sources.items()}
+    paths |= {"run.dir": context.recipe.run.dir, "checkpoint.dir": context.recipe.checkpoint.dir or ""}
+    for key, path in paths.items():
+        if path.startswith("~"):
+            yield Problem(key, f"{path}: ~ is not replaced here; write {os.path.expanduser(path)}")
+
+
+CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
+    _labels,
+    _prompt_files,
+    _checkpoints,
+    _tensor_parallel,
+    _pipeline,
+    _experts,
+    _world,
+    _vocabularies,
+    _lengths,
+    _layer_specs,
+    _hook_names,
+    _counts,
+    _writable,
+    _home,
+)
+"""Every check, in the order in which their problems are listed."""

@@ -34,13 +34,17 @@ class Problem:
     """The dotted key, such as ``teachers.math.parallel.tensor``; relative to a section while that is being built."""
     text: str
     """What is wrong and what to do about it."""
+    near: str | None = None
+    """The key that was probably meant, as far from the root as ``key``."""
 
     def under(self, prefix: str) -> Problem:
         """The same problem, seen from the section that holds this one at ``prefix``."""
-        return replace(self, key=join_key(prefix, self.key))
+        near = None if self.near is None else join_key(prefix, self.near)
+        return replace(self, key=join_key(prefix, self.key), near=near)
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.text}" if self.key else self.text
+        text = f"{self.text}; did you mean {self.near}?" if self.near else self.text
+        return f"{self.key}: {text}" if self.key else text
 
 
 class RecipeProblems(RecipeError):

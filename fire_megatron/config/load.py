@@ -25,7 +25,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or has keys, types or values that the schema refuses.
     """
-    values = parse_yaml(_read(Path(path)), source=str(path))
+    values = plain(parse_yaml(_read(Path(path)), source=str(path)))  # a copy: YAML aliases share their values
     if not isinstance(values, dict):
         what = "is empty" if values is None else "is not a mapping"
         raise RecipeError(f"{path}: {what}; a recipe has sections such as run:, student: and teachers:")

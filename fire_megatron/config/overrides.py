@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems, join_key
 from fire_megatron.config.section import FieldSpec, Hint, describe, parse_hint, specs
@@ -14,8 +14,9 @@ from fire_megatron.config.yaml_text import parse_yaml
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], root: type) -> None:
     """Set keys in ``values``, in order; a later override of the same key wins.
 
-    Lists are entered by index (``data.train.0.path=x``); the index after the last adds an entry. Mappings take new
-    names (``teachers.code.checkpoint=DIR``). A list that the file leaves out starts from its default.
+    Lists are entered by index (``data.train.0.path=x``), or by the name of an entry that has one
+    (``loss.hooks.filter.percentile=30``); the index after the last adds an entry. Mappings take new names
+    (``teachers.code.checkpoint=DIR``). A list that the file leaves out starts from its default.
 
     Args:
         values: plain values of the recipe, changed in place.
@@ -82,9 +83,12 @@ class _Override:
         raise RecipeProblems([problem])
 
     def _index(self, here: list[Any], part: str, prefix: str) -> int:
-        count = len(here)
+        """Position of a list's entry: a number, or the ``name`` of the first entry that has it."""
+        count, names = len(here), [entry.get("name") if isinstance(entry, dict) else None for entry in here]
+        if part in names:
+            return names.index(part)
         if not part.isdecimal() or int(part) > count:
-            known = f"0..{count - 1} to change an entry, {count} to add one" if count else "0 to add the first"
+            known = f"0 to {count - 1} to change an entry, {count} to add one" if count else "0 to add the first"
             raise RecipeProblems([Problem(join_key(prefix, part), f"not an entry of the list; use {known}")])
         return int(part)
 
@@ -102,20 +106,15 @@ class _Override:
         raise RecipeProblems([Problem(path, f"{inner!r} holds no keys; override {path} itself")])
 
     def _value(self, hint: Any, key: str) -> Any:
+        """The text as YAML, or as it stands where text is expected."""
         parsed = parse_hint(hint)
-        is_text = (
-            parsed.type is str or parsed.type is not Any and parsed.origin not in (tuple, dict) and _is_choice(parsed)
-        )
+        is_text = parsed.type is str or parsed.origin is Literal
         try:
-            value = parse_yaml(self.text, source=f"override {key}={self.text}")
-        except RecipeError:
+            value = parse_yaml(self.text, source="value")
+        except RecipeError as error:
             if is_text:
                 return self.text
-            raise
+            raise RecipeProblems([Problem(key, f"{self.text!r} is not YAML ({error})")]) from error
         if is_text and not isinstance(value, str) and not (value is None and parsed.optional):
             return self.text
         return value
-
-
-def _is_choice(hint: Hint) -> bool:
-    return bool(hint.args) and all(isinstance(choice, str) for choice in hint.args)

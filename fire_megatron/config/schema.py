@@ -268,11 +268,16 @@ class OptimizerConfig(Section):
     clip_grad: NonNegative = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     micro_batch_size: Size = 1
-    """Answers in one forward and backward pass. It changes memory and speed, not the result."""
+    """Answers in one forward and backward pass. It changes memory and speed, not the result (except
+    through a hook with `scope: microbatch`)."""
     mini_batches: Size = 1
     """Optimizer updates made from each step's answers."""
     distributed: bool = True
     """Whether data-parallel replicas share the optimizer's state between them."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.min_lr > self.lr:
+            yield Problem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
 
 
 @dataclass(frozen=True)

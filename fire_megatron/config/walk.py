@@ -75,16 +75,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def unknown_key(prefix: str, key: Any, known: Sequence[str], root: type) -> Problem:
     """The problem of a key that a section does not have, with the key that was probably meant."""
-    close = nearest(key, known)
-    if close is None:
-        elsewhere = [path for path in all_keys(root) if path.rsplit(".", 1)[-1] == key]
-        if elsewhere:
-            advice = f"did you mean {' or '.join(elsewhere[:3])}?"
-        else:
-            advice = f"the keys here are {', '.join(known)}"
-    else:
-        advice = f"did you mean {join_key(prefix, close)}?"
-    return Problem(join_key(prefix, str(key)), f"unknown key; {advice}")
+    path, close = join_key(prefix, str(key)), nearest(key, known)
+    if close is not None:
+        return Problem(path, "unknown key", join_key(prefix, close))
+    elsewhere = [other for other in all_keys(root) if other.rsplit(".", 1)[-1] == key]
+    if elsewhere:
+        return Problem(path, f"unknown key; did you mean {' or '.join(elsewhere[:3])}?")
+    return Problem(path, f"unknown key; the keys here are {', '.join(known)}")
 
 
 _KINDS = ((bool, "true or false"), (str, "a string"), (int, "a whole number"), (float, "a number"))

@@ -97,6 +97,8 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise RecipeError(f"{where}: {error.problem}{context}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from error
     except RecursionError as error:
         raise RecipeError(f"{source}: nested too deeply to be a recipe") from error
 

@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.models.layers import CoreAttention, KVCache
 
@@ -91,6 +92,29 @@ class FireGPT(GPTModel):
         if real < logits.shape[-1]:
             logits[:, real:] = float("-inf")
         return logits
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        """As megatron-core's, with the data-parallel rank taken from our group and not from the global state.
+
+        The last stage's copy of a tied embedding is saved under the embedding's key, as a replica of it.
+        """
+        if not self.post_process or self.pre_process:
+            return
+        group = metadata["dp_cp_group"]
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, group.rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=group,
+        )
 
     @contextlib.contextmanager
     def cached(self, cache: KVCache) -> Iterator[None]:

@@ -121,6 +121,7 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         assert config.context_parallel_size == 1 and not (attention_dropout or config.attention_dropout)
         self.layer_number = layer_number
+        self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it before the global state
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         window = config.window_size
         self.window: int | None = None if window is None else window[0] + 1

@@ -8,33 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fire_megatron.config.errors import RecipeError
 from fire_megatron.data.rollouts import Rollouts, Scores
 from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform import compute_device
 from fire_megatron.teachers.teacher import Teacher
-
-
-def routes(labels_of_teachers: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Label -> teacher name.
-
-    Args:
-        labels_of_teachers: for each teacher, the labels that it takes; none means its own name.
-
-    Raises:
-        RecipeError: two teachers take the same label.
-    """
-    table: dict[str, str] = {}
-    for name, labels in labels_of_teachers.items():
-        for label in labels or (name,):
-            if label in table:
-                raise RecipeError(
-                    f"teachers.{name}.labels: {label!r} is already taken by teachers.{table[label]}; "
-                    "a label belongs to one teacher"
-                )
-            table[label] = name
-    return table
 
 
 @dataclass(frozen=True)
@@ -51,7 +29,7 @@ class TeacherRouter:
     """Scores rollouts with several teachers that live on the student's ranks."""
 
     def __init__(self, teachers: Mapping[str, Teacher], route: Mapping[str, str], *, student_grid: ModelGrid) -> None:
-        """Args: teachers: by name; route: from :func:`routes`; student_grid: how the rollouts are shared out."""
+        """Args: teachers: by name; route: label -> teacher name; student_grid: how the rollouts are shared out."""
         self.teachers = dict(teachers)
         self.names = tuple(sorted(self.teachers))
         self.route = dict(route)

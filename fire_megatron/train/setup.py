@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.data.order import PromptOrder
@@ -25,7 +26,7 @@ from fire_megatron.parallel.collectives import raise_on_any
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import World
 from fire_megatron.rollout.engine import MegatronEngine
-from fire_megatron.teachers.router import TeacherRouter, routes
+from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
 
@@ -111,7 +112,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
         UserError: anything in them that the recipe cannot train on.
     """
     tokenizer = load_tokenizer(recipe.student.checkpoint)
-    route = routes({name: teacher.labels for name, teacher in recipe.teachers.items()})
+    route = routes(recipe)
     for name, teacher in recipe.teachers.items():
         theirs = load_tokenizer(teacher.checkpoint)
         if theirs.fingerprint() != tokenizer.fingerprint():
@@ -165,11 +166,6 @@ def _check_roles(recipe: Recipe, grids: dict[str, ModelGrid], world: World) -> d
                 f"positions of {path} ({recipe_checkpoint(recipe, path)}); lower one of them"
             )
     return shapes
-
-
-def roles(recipe: Recipe) -> dict[str, RoleConfig]:
-    """Recipe path -> section of every role, the student first."""
-    return {"student": recipe.student} | {f"teachers.{name}": t for name, t in sorted(recipe.teachers.items())}
 
 
 def recipe_checkpoint(recipe: Recipe, path: str) -> str:

@@ -92,7 +92,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         run = self.run
-        state = load_training_state(checkpoint, [run.student.ddp], run.student.optimizer, grid=run.grid)
+        state = load_training_state(checkpoint, run.student.model, run.student.optimizer, grid=run.grid)
         if state.extra["prompts"] != self._prompts_fingerprint():
             raise RecipeError(
                 f"data.train: the prompts differ from those that {checkpoint} was trained on; "
@@ -114,7 +114,7 @@ class Trainer:
             save_training_state(
                 self.checkpoints,
                 self.step,
-                [run.student.ddp],
+                run.student.model,
                 run.student.optimizer,
                 rng=get_rng_state(device=self.world.device),
                 extra={"prompts": self._prompts_fingerprint(), "first_eval": self.first_eval},

@@ -1,0 +1,1 @@
+"""Conversion from and to Hugging Face checkpoints, loading at any layout, save and resume of training."""

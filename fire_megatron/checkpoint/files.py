@@ -1,0 +1,159 @@
+"""What surrounds the weights in a checkpoint folder, and how a folder comes into being whole or not at all.
+
+A checkpoint folder holds ``config.json`` and the tokenizer as published, ``weights/`` in torch_dist format, and
+``fire_checkpoint.json``, which is written last and so marks the folder as complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fire_megatron.config.errors import CheckpointError
+
+MARKER = "fire_checkpoint.json"
+WEIGHTS = "weights"
+_CARRIED = (
+    "config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer and licence files (not weights) from one checkpoint folder to another."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _CARRIED):
+            shutil.copyfile(path, target / path.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON and flush it to the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, sort_keys=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """The marker of a complete checkpoint of ours, or None where there is none."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) and (folder / WEIGHTS / ".metadata").is_file() else None
+
+
+def require_checkpoint(directory: str | Path) -> Path:
+    """The folder, once it is known to be a complete checkpoint of ours.
+
+    Raises:
+        CheckpointError: it is missing, incomplete, a Hugging Face folder, or a folder of checkpoints; the message
+            says what to give instead.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if read_marker(folder) is not None:
+        return folder
+    steps = sorted(path.name for path in folder.glob("step_*") if read_marker(path) is not None)
+    if steps:
+        raise CheckpointError(
+            f"{folder}: holds several checkpoints; give one of them, for example {folder / steps[-1]}"
+        )
+    if any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: is a Hugging Face checkpoint; convert it first: "
+            f"python tools/convert.py hf-to-megatron --hf {folder} --out DIR"
+        )
+    raise CheckpointError(f"{folder}: is not a complete checkpoint ({MARKER} or {WEIGHTS}/.metadata is missing)")
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below and including ``folder`` to the disk."""
+    for root, _, names in os.walk(folder):
+        for path in (*(os.path.join(root, name) for name in names), root):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's own entries, so that a rename inside it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that may be complete: renamed first, so that a part of it is never taken for the whole."""
+    if folder.exists():
+        doomed = folder.with_name(f".gone_{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
+    """Refuse to write over something.
+
+    Args:
+        target: the folder to be made.
+        overwrite: whether a folder of the same kind may be replaced.
+        is_ours: tells that kind from anything else.
+        what: the kind, for messages.
+
+    Raises:
+        CheckpointError: the target exists and may not be replaced.
+    """
+    if not target.exists():
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not target.is_dir() or not is_ours(target):
+        raise CheckpointError(f"{target}: exists and is not {what}, so it is left alone; choose another --out")
+    if not overwrite:
+        raise CheckpointError(f"{target}: already holds {what}; pass --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``target`` to fill, then rename it to ``target``; on any error remove it.
+
+    Raises:
+        CheckpointError: the file system refuses (no space, no permission).
+    """
+    target = target.absolute()
+    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        fsync_tree(temporary)
+        swap_in(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def swap_in(temporary: Path, target: Path) -> None:
+    """Rename a finished folder to its place; whatever stood there is set aside first and deleted last."""
+    aside = target.with_name(f".old_{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    temporary.rename(target)
+    fsync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)

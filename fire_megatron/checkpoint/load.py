@@ -1,0 +1,70 @@
+"""Loading a converted checkpoint, or a step of an earlier run, into a built model in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fire_megatron.checkpoint.files import WEIGHTS, require_checkpoint
+from fire_megatron.checkpoint.shards import Shard, model_shards
+from fire_megatron.checkpoint.torch_dist import ShardReader
+from fire_megatron.config.errors import CheckpointError
+from fire_megatron.models.gpt import FireGPT
+from fire_megatron.parallel.collectives import raise_on_any
+from fire_megatron.parallel.grid import ModelGrid
+
+
+def check_tensors(reader: ShardReader, shards: Sequence[Shard], prefix: str = "") -> None:
+    """Check that a checkpoint holds these tensors in these shapes.
+
+    Raises:
+        CheckpointError: some are missing or have another shape; names them.
+    """
+    missing = sorted({prefix + s.key for s in shards} - set(reader.tensors))
+    if missing:
+        raise CheckpointError(
+            f"{reader.folder}: {len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}; "
+            "does config.json belong to these weights?"
+        )
+    for shard in shards:
+        stored = reader.tensors[prefix + shard.key].shape
+        if stored != shard.global_shape:
+            raise CheckpointError(
+                f"{reader.folder}: {prefix + shard.key} has shape {stored} and the model needs {shard.global_shape}; "
+                "does config.json belong to these weights?"
+            )
+
+
+def open_checkpoint(folder: str | Path, shards: Sequence[Shard], *, grid: ModelGrid) -> ShardReader:
+    """Open a checkpoint once every rank of the grid finds it whole. Collective: one exchange of verdicts.
+
+    Raises:
+        CheckpointError: on every rank, if any rank finds it incomplete, cut short or unfit for the model.
+    """
+    problem, reader = None, None
+    try:
+        reader = ShardReader(require_checkpoint(folder) / WEIGHTS)
+        reader.check_files()
+        check_tensors(reader, shards)
+    except CheckpointError as error:
+        problem = str(error)
+    raise_on_any(problem, CheckpointError, group=grid.span)
+    assert reader is not None
+    return reader
+
+
+def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None:
+    """Fill this rank's part of a model, cast to the model's dtype; rows of vocabulary padding become zero.
+
+    Collective over the grid. Each rank reads only what it holds; peak extra memory is the largest stored tensor.
+
+    Raises:
+        CheckpointError: on every rank alike, before any weight is read, if the checkpoint is not usable.
+    """
+    shards = model_shards(model, grid=grid)
+    reader = open_checkpoint(folder, shards, grid=grid)
+    with torch.no_grad():
+        for shard in shards:
+            reader.read_into(shard.view, shard.key, offset=shard.offset)

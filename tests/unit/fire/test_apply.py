@@ -1,0 +1,190 @@
+"""Applying hooks: rows that cannot train, no hooks at all, hooks of the user's own, bad recipes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.schema import HookConfig, LossConfig
+from fire_megatron.fire import hooks as registry
+from fire_megatron.fire.apply import apply_hooks
+from fire_megatron.fire.batch import Selection
+from fire_megatron.fire.hooks import build_hooks, register_hook
+from fire_megatron.metrics.values import Mean, Sum, reduce_metrics
+from fire_megatron.parallel.reducer import Reducer
+
+BOTH = (HookConfig("filter"), HookConfig("reweight"))
+
+
+def run(batch, configs, micro_batch_size=1):
+    return apply_hooks(batch, build_hooks(configs), reducer=Reducer(), micro_batch_size=micro_batch_size)
+
+
+@pytest.fixture
+def unregister():
+    """Forget hooks that a test registers."""
+    before = dict(registry._REGISTRY)
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
+
+
+def test_no_hooks_is_plain_distillation(random_batch):
+    batch = random_batch()
+    selection = run(batch, [])
+    assert selection.keep_B.all() and (selection.weight_BR[batch.mask_BR] == 1).all()
+    assert selection.metrics["fire/keep_ratio"] == Mean(12, 12)
+    assert selection.metrics["fire/token_weight_mean"].result == 1
+    assert selection.metrics["teacher/math/rows"].value + selection.metrics["teacher/code/rows"].value == 12
+
+
+def test_the_default_recipe_filters_then_reweights(random_batch):
+    batch = random_batch(40)
+    assert LossConfig().hooks == BOTH
+    metrics = run(batch, BOTH).metrics
+    assert {
+        "fire/keep_ratio", "fire/threshold/math", "fire/threshold/code", "fire/confidence", "fire/confusion",
+        "fire/token_weight_mean", "fire/token_weight_min", "fire/token_weight_max", "fire/dropped/empty",
+        "fire/dropped/nonfinite", "fire/dropped/below_threshold", "fire/dropped/truncated",
+        "teacher/math/rows", "teacher/math/keep_ratio", "teacher/code/rows", "teacher/code/keep_ratio",
+    } == set(metrics)  # fmt: skip
+    assert all(isinstance(value, float) for value in reduce_metrics(metrics, group=None).values())
+
+
+@pytest.mark.parametrize("configs", [[], BOTH], ids=["no hooks", "both"])
+def test_empty_rows_are_always_dropped_and_change_nothing_for_others(random_batch, configs):
+    batch = random_batch(20)
+    mask = batch.mask_BR.clone()
+    mask[[0, 7]] = False
+    # An empty response must not get the best score, which 0 would be.
+    selection = run(replace(batch, mask_BR=mask), configs)
+    assert [selection.reason[i] for i in (0, 7)] == ["empty"] * 2 and not selection.keep_B[[0, 7]].any()
+    assert selection.metrics["fire/dropped/empty"] == Sum(2.0)
+    rest = torch.tensor([i for i in range(20) if i not in (0, 7)])
+    without = replace(batch, **{k: v[rest] for k, v in vars(batch).items() if torch.is_tensor(v)})
+    reference = run(without, configs)
+    assert torch.equal(selection.keep_B[rest], reference.keep_B)
+    assert torch.equal(selection.weight_BR[rest], reference.weight_BR)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("table", ["teacher_logp_BR", "teacher_entropy_BR", "student_entropy_BR"])
+def test_rows_with_scores_that_are_not_finite_are_dropped_and_poison_nothing(random_batch, table, value):
+    batch = random_batch(20)
+    broken = getattr(batch, table).clone()
+    broken[3, 0] = value
+    selection = run(replace(batch, **{table: broken}), BOTH)
+    assert selection.reason[3] == "nonfinite" and selection.metrics["fire/dropped/nonfinite"] == Sum(1.0)
+    mask = batch.mask_BR.clone()
+    mask[3] = False
+    reference = run(replace(batch, mask_BR=mask), BOTH)
+    assert torch.equal(selection.keep_B, reference.keep_B)
+    assert torch.equal(selection.weight_BR, reference.weight_BR)
+    assert selection.weight_BR.isfinite().all()
+
+
+def test_padding_may_hold_anything(random_batch):
+    batch = random_batch(20)
+    tables = {
+        name: torch.where(batch.mask_BR, getattr(batch, name), float("nan"))
+        for name in ("teacher_logp_BR", "teacher_entropy_BR", "student_entropy_BR")
+    }
+    clean, dirty = run(batch, BOTH), run(replace(batch, **tables), BOTH)
+    assert torch.equal(clean.keep_B, dirty.keep_B) and torch.equal(clean.weight_BR, dirty.weight_BR)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (4, 0)])
+@pytest.mark.parametrize("scope", ["global", "microbatch"])
+def test_no_rows_or_only_empty_ones(random_batch, shape, scope):
+    batch = random_batch(4, 5)
+    tables = {
+        k: v[: shape[0], : shape[1]] if v.dim() == 2 else v[: shape[0]]
+        for k, v in vars(batch).items()
+        if torch.is_tensor(v)
+    }
+    hooks = [HookConfig(name, {"scope": scope}) for name in ("filter", "reweight")]
+    selection = run(replace(batch, **tables), hooks)
+    assert selection.weight_BR.shape == shape and not selection.keep_B.any()
+    assert selection.reason == ("empty",) * shape[0]
+    assert not any(math.isnan(value) for value in reduce_metrics(selection.metrics, group=None).values())
+
+
+def test_the_first_reason_stays(random_batch):
+    batch = random_batch(3)
+    selection = Selection(torch.ones(3).bool(), torch.ones(3, 9), (None,) * 3)
+    selection = selection.drop(torch.tensor([True, False, False]), "first").drop(torch.ones(3).bool(), "second")
+    assert selection.reason == ("first", "second", "second") and not selection.keep_B.any()
+    assert len(batch) == 3
+
+
+def test_a_hook_of_the_users_own(random_batch, unregister):
+    """What a module listed under run.plugins contains."""
+
+    @register_hook("drop_short")
+    def drop_short(min_tokens: int = 3):
+        def hook(batch, selection, reducer):
+            lengths_B = batch.mask_BR.sum(-1)
+            mean = reducer.sum(lengths_B.sum()) / reducer.sum(torch.tensor(len(batch)))
+            selection = selection.drop(lengths_B < min_tokens, "short")
+            return selection.report({"length/all": Mean(float(mean), 1)})
+
+        return hook
+
+    batch = random_batch(20)
+    short = batch.mask_BR.sum(-1) < 5
+    configs = [HookConfig("drop_short", {"min_tokens": 5}), HookConfig("reweight")]
+    selection = run(batch, configs)
+    assert torch.equal(selection.keep_B, ~short)
+    assert selection.metrics["fire/dropped/short"] == Sum(float(short.sum()))
+    assert selection.metrics["length/all"].result == pytest.approx(float(batch.mask_BR.sum()) / 20)
+    # The built-in hook after it saw only the rows that it kept.
+    assert selection.metrics["fire/token_weight_mean"].result == pytest.approx(1, abs=1e-6)
+
+
+def test_a_hook_may_scale_weights_and_forget_earlier_metrics(random_batch, unregister):
+    @register_hook("halve")
+    def halve():
+        def hook(batch, selection, reducer):
+            return Selection(selection.keep_B, selection.weight_BR / 2, selection.reason)
+
+        return hook
+
+    batch = random_batch(20)
+    selection = run(batch, [HookConfig("filter"), HookConfig("halve")])
+    assert (selection.weight_BR[batch.mask_BR] == 0.5).all()
+    assert "fire/threshold/math" in selection.metrics
+
+
+def test_a_hook_cannot_bring_back_dropped_rows(random_batch, unregister):
+    @register_hook("revive")
+    def revive():
+        return lambda batch, selection, reducer: replace(selection, keep_B=torch.ones_like(selection.keep_B))
+
+    with pytest.raises(AssertionError, match="dropped before"):
+        run(random_batch(40), [HookConfig("filter"), HookConfig("revive")])
+
+
+def test_an_unknown_hook_names_the_nearest():
+    with pytest.raises(
+        RecipeError, match=r"loss\.hooks\.1\.name: no hook named 'filer'.*did you mean 'filter'.*plugins"
+    ):
+        build_hooks([HookConfig("reweight"), HookConfig("filer")])
+
+
+@pytest.mark.parametrize(("options", "message"), [({"min_token": 3}, "min_token"), ({"min_tokens": 0}, "at least 1")])
+def test_options_that_a_users_hook_does_not_take(unregister, options, message):
+    @register_hook("drop_short")
+    def drop_short(min_tokens: int = 3):
+        if min_tokens < 1:
+            raise ValueError("min_tokens must be at least 1")
+        return lambda batch, selection, reducer: selection
+
+    with pytest.raises(RecipeError, match=rf"loss\.hooks\.0 \(drop_short\): .*{message}"):
+        build_hooks([HookConfig("drop_short", options)])
+
+
+def test_a_name_is_registered_once(unregister):
+    with pytest.raises(RecipeError, match="'filter' is already registered"):
+        register_hook("filter")(lambda: None)

@@ -162,15 +162,17 @@ def _lengths(context: Context) -> Iterator[Problem]:
     prompt, needs = context.recipe.data.max_prompt_tokens, {"rollout": context.recipe.rollout.max_new_tokens}
     if context.recipe.evaluation.prompts:
         needs["evaluation"] = context.recipe.evaluation.max_new_tokens
-    for key in context.roles:
-        reach = context.number(key, "max_position_embeddings")
-        for section, answer in needs.items():
-            if reach is not None and prompt + answer > reach:
-                yield Problem(
-                    f"{section}.max_new_tokens",
-                    f"{answer} after prompts of up to {prompt} tokens (data.max_prompt_tokens) exceeds the {reach} "
-                    f"positions of {key}; lower one of them",
-                )
+    known = [(reach, key) for key in context.roles if (reach := context.number(key, "max_position_embeddings"))]
+    if not known:
+        return
+    reach, role = min(known)
+    for section, answer in needs.items():
+        if prompt + answer > reach:
+            yield Problem(
+                f"{section}.max_new_tokens",
+                f"{answer} after prompts of up to {prompt} tokens (data.max_prompt_tokens) exceeds the {reach} "
+                f"positions of {role}; lower one of them",
+            )
 
 
 def _layer_specs(context: Context) -> Iterator[Problem]:

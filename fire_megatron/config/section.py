@@ -166,7 +166,8 @@ def violations(hint: Any, value: Any, key: str) -> Iterator[Problem]:
         return
     broken = [constraint for constraint in parsed.constraints if not constraint.accepts(value)]
     if broken:
-        yield Problem(key, f"{value!r} is not allowed; it must be {' and '.join(map(str, broken))}")
+        shown = list(value) if isinstance(value, tuple) else value
+        yield Problem(key, f"{shown!r} is not allowed; it must be {' and '.join(map(str, broken))}")
     elif parsed.origin is Literal and value not in parsed.args:
         yield Problem(key, f"{value!r} is not allowed; it must be {describe(hint)}")
     elif parsed.origin is tuple:

@@ -74,6 +74,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML's single-quoted style loses Unicode line breaks; the double-quoted one escapes them.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _tag, _regexp in _Loader.yaml_implicit_resolvers[None]:
     _Dumper.yaml_implicit_resolvers.setdefault(None, []).append((_tag, _regexp))
 

@@ -1,129 +1,144 @@
-"""Where metrics are written: metrics.jsonl, the console, TensorBoard."""
+"""Where metrics go: console, ``metrics.jsonl``, ``samples.jsonl``, TensorBoard."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from tqdm import tqdm
-
+from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import MetricsConfig
+from fire_megatron.metrics.console import Console, open_console
+from fire_megatron.metrics.jsonl import JsonlFile
 
-FILE = "metrics.jsonl"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def drop_later_steps(path: Path, step: int) -> None:
-    """Keep only the lines of ``path`` up to ``step``, atomically: what a resumed run will write again goes.
-
-    A last line that a killed process left unfinished goes too.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def console_line(metrics: Mapping[str, float]) -> str:
-    """The few numbers that fit a line: loss, gradient norm, keep rate, reverse KL by teacher, speed."""
-    parts = []
-    for key, name, form in (
-        ("loss", "loss", "{:+.4f}"),
-        ("grad_norm", "grad", "{:.3f}"),
-        ("fire/keep_ratio", "keep", "{:.0%}"),
-    ):
-        if key in metrics:
-            parts.append(f"{name} {form.format(metrics[key])}")
-    kls = [
-        f"{key.split('/')[1]} {value:.3f}"
-        for key, value in metrics.items()
-        if key.startswith("teacher/") and key.endswith("/reverse_kl")
-    ]
-    if kls:
-        parts.append("kl " + " ".join(kls))
-    if "rollout/tokens_per_second" in metrics:
-        parts.append(f"{metrics['rollout/tokens_per_second']:.0f} tok/s")
-    if "time/step" in metrics:
-        parts.append(f"{metrics['time/step']:.1f} s")
-    held_out = [f"{k.split('/')[1]} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/") and "kl" in k]
-    if held_out:
-        parts.append("held-out kl " + " ".join(held_out))
-    return " | ".join(parts)
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsLogger:
-    """Writes a run's metrics. On ranks where ``enabled`` is false every method does nothing."""
+    """Writes each step's metrics to every place that the recipe asks for.
+
+    One process of a run has it enabled; in the others every method does nothing. A resumed run continues the files
+    as if it had never stopped: what they say about steps after the resumed one is dropped first.
+    """
 
     def __init__(
-        self, run_dir: Path, config: MetricsConfig, *, total_steps: int, start_step: int = 0, enabled: bool = True
+        self,
+        run_dir: str | Path,
+        config: MetricsConfig,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool,
     ) -> None:
-        """Args: start_step: step that the run continues from; later lines of metrics.jsonl are dropped. -1: none stay."""
-        self.enabled, self.config = enabled, config
-        self._bar: tqdm | None = None
-        self._file: Any = None
-        self._board: Any = None
-        self._total = total_steps
+        """Open the files.
+
+        Args:
+            run_dir: the run's folder; made when missing.
+            config: what to write.
+            total_steps: steps of the whole run.
+            start_step: last step that counts as done; -1 for a fresh run, so that step 0 may be logged again.
+            enabled: whether this process writes.
+
+        Raises:
+            RecipeError: the folder cannot be written.
+        """
+        self.config = config
+        self._console: Console | None = None
+        self._metrics: JsonlFile | None = None
+        self._samples: JsonlFile | None = None
+        self._tensorboard: Any = None
+        self._closed = not enabled
+        self._enabled = enabled
         if not enabled:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if config.jsonl:
-            drop_later_steps(run_dir / FILE, start_step)
-            self._file = (run_dir / FILE).open("a", encoding="utf-8")
-        if config.console and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=max(start_step, 0), unit="step", dynamic_ncols=True)
+        folder = Path(run_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.jsonl:
+                self._metrics = JsonlFile(folder / METRICS_FILE, last_step=start_step)
+            if config.samples:
+                self._samples = JsonlFile(folder / SAMPLES_FILE, last_step=start_step)
+        except OSError as error:
+            self.close()
+            raise RecipeError(f"run.dir: {folder} cannot be written ({error}); choose another folder") from error
+        if config.console:
+            self._console = open_console(total_steps=total_steps, start_step=max(start_step, 0))
         if config.tensorboard:
-            self._board = self._open_board(run_dir, start_step)
+            self._tensorboard = self._open_tensorboard(folder / TENSORBOARD_FOLDER, start_step)
 
-    def _open_board(self, run_dir: Path, start_step: int) -> Any:
+    def _open_tensorboard(self, folder: Path, start_step: int) -> Any:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.message("metrics.tensorboard: the tensorboard package is not installed; pip install tensorboard")
+            self.message(
+                "metrics.tensorboard is on but the tensorboard package is not installed, so none is written; "
+                "pip install tensorboard"
+            )
             return None
-        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        return SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one step's metrics; a number that is not finite becomes null in the file."""
-        if not self.enabled:
+        """Write one step.
+
+        Args:
+            step: steps done so far; 0 before the first.
+            metrics: plain numbers by name; those that are not finite are null in the file.
+        """
+        if self._closed:
             return
-        if self._file is not None:
-            row = {"step": step} | {key: _finite(value) for key, value in sorted(metrics.items())}
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        if self._board is not None:
+        if self._metrics is not None:
+            self._metrics.write({"step": step, **{key: metrics[key] for key in sorted(metrics)}})
+        if self._tensorboard is not None:
             for key, value in metrics.items():
-                self._board.add_scalar(key, value, step)
-        if self._bar is not None:
-            self._bar.n = step
-            self._bar.set_postfix_str(console_line(metrics))
-        if self.config.console:
-            self.message(f"step {step}/{self._total} | {console_line(metrics)}")
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(key, value, step)
+        if self._console is not None:
+            self._guarded(self._console.step, step, metrics)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the first ``metrics.samples`` rows of a step to ``samples.jsonl``; the others are not even made."""
+        if self._closed or self._samples is None:
+            return
+        for row in itertools.islice(rows, self.config.samples):
+            self._samples.write({"step": step, **row})
 
     def message(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
-        if self.enabled:
-            tqdm.write(text)
-            sys.stdout.flush()
+        """Show a line on the console, above the bar where there is one. Works after :meth:`close` too."""
+        if not self._enabled:
+            return
+        if self._console is not None:
+            self._guarded(self._console.message, text)
+        elif self.config.console:
+            self._guarded(lambda: print(text, flush=True))
+
+    def _guarded(self, show: Any, *arguments: Any) -> None:
+        """A terminal that has gone away must not end a run."""
+        try:
+            show(*arguments)
+        except OSError:
+            self._console = None
+        except ValueError:  # what Python raises for a stream that has been closed
+            if not sys.stdout.closed:
+                raise
+            self._console = None
 
     def close(self) -> None:
-        """Flush and close the files."""
-        for part in (self._bar, self._file, self._board):
-            if part is not None:
-                part.close()
-        self._bar = self._file = self._board = None
+        """Flush and close everything. May be called more than once."""
+        self._closed = True
+        for sink in (self._metrics, self._samples, self._tensorboard):
+            if sink is not None:
+                sink.close()
+        if self._console is not None:
+            self._guarded(self._console.close)
+        self._console = self._metrics = self._samples = self._tensorboard = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -5,6 +5,7 @@ A mean travels as total and count, so the mean over ranks is the mean over every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -45,12 +46,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest."""
+    """The largest; not-a-number wins over everything, so that no rank can hide another's."""
 
     value: float
 
     def __add__(self, other: Max) -> Max:
-        return Max(max(self.value, other.value))
+        return Max(math.nan if _any_nan(self, other) else max(self.value, other.value))
 
     @property
     def result(self) -> float | None:
@@ -60,12 +61,12 @@ class Max:
 
 @dataclass(frozen=True)
 class Min:
-    """The smallest."""
+    """The smallest; not-a-number wins over everything, so that no rank can hide another's."""
 
     value: float
 
     def __add__(self, other: Min) -> Min:
-        return Min(min(self.value, other.value))
+        return Min(math.nan if _any_nan(self, other) else min(self.value, other.value))
 
     @property
     def result(self) -> float | None:
@@ -86,6 +87,10 @@ class Last:
     def result(self) -> float | None:
         """The value."""
         return self.value
+
+
+def _any_nan(*values: Max | Min) -> bool:
+    return any(math.isnan(value.value) for value in values)
 
 
 Value: TypeAlias = Mean | Sum | Max | Min | Last

@@ -1,0 +1,75 @@
+"""JSON Lines that survive being killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class JsonlFile:
+    """Appends one object a line, each flushed, and on opening forgets what a resumed run is about to redo."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Open for appending.
+
+        Args:
+            path: the file; made when missing.
+            last_step: lines of later steps are dropped, and so is a line that was cut short; the rest stays as it is.
+        """
+        _drop_after(path, last_step)
+        self._stream: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one object; numbers that are not finite become null."""
+        self._stream.write(json.dumps(finite(values), ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every infinity and not-a-number in it."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step(line: str) -> int | None:
+    """The step of a whole line; None when it was cut short or is not ours."""
+    try:
+        values = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if type(step) is int else None
+
+
+def _drop_after(path: Path, last_step: int) -> None:
+    """Rewrite the file without lines of later steps, in one rename."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        lines = list(stream)
+    kept = [line for line in lines if (step := _step(line)) is not None and step <= last_step]
+    if len(kept) == len(lines):
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.writelines(kept)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,272 @@
+"""Checks across sections and against the JSON of the checkpoints."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fire_megatron.config.checks import CHECKS, Context, check_recipe
+from fire_megatron.config.errors import RecipeProblems
+from fire_megatron.config.load import recipe_from_dict
+
+Values = dict[str, Any]
+Make = Callable[..., Path]
+
+
+def complaint(values: Values, world_size: int | None = None) -> str:
+    with pytest.raises(RecipeProblems) as caught:
+        check_recipe(recipe_from_dict(values), world_size=world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [None, 1, 2, 7])
+def test_a_correct_recipe_passes(values: Values, world_size: int | None) -> None:
+    check_recipe(recipe_from_dict(values), world_size=world_size)
+
+
+def test_a_correct_recipe_passes_at_a_larger_layout(values: Values) -> None:
+    values["student"]["parallel"] = {"tensor": 4, "pipeline": 4, "context": 2, "sequence": True}
+    values["teachers"]["math"]["parallel"] = {"tensor": 2, "pipeline": 8}
+    values["evaluation"] = {"every": 2, "prompts": [{"path": values["data"]["train"][0]["path"], "label": "sql"}]}
+    values["checkpoint"] = {"dir": values["run"]["dir"] + "/a/b"}
+    check_recipe(recipe_from_dict(values), world_size=64)
+
+
+def set_model(values: Values, role: str, **model: Any) -> None:
+    """Change the config.json of a role's checkpoint."""
+    section = values["student"] if role == "student" else values["teachers"][role]
+    path = Path(section["checkpoint"]) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | model))
+
+
+def _two_teachers_one_label(values: Values) -> None:
+    values["teachers"]["code"]["labels"] = ["python", "math"]
+
+
+def _label_claimed_twice(values: Values) -> None:
+    values["teachers"]["code"]["labels"] = ["python", "sql", "python"]
+
+
+def _source_label_without_teacher(values: Values) -> None:
+    values["data"]["train"][0]["label"] = "maths"
+
+
+def _teacher_name_is_no_label_when_it_has_labels(values: Values) -> None:
+    values["evaluation"] = {"prompts": [{"path": values["data"]["train"][0]["path"], "label": "code"}]}
+
+
+def _missing_prompts(values: Values) -> None:
+    values["data"]["train"][1]["path"] = "nowhere.jsonl"
+
+
+def _prompts_are_a_folder(values: Values) -> None:
+    values["data"]["train"][1]["path"] = values["teachers"]["math"]["checkpoint"]
+
+
+def _missing_checkpoint(values: Values) -> None:
+    values["student"]["checkpoint"] = "no/such/folder"
+
+
+def _checkpoint_is_a_file(values: Values) -> None:
+    values["student"]["checkpoint"] = values["data"]["train"][0]["path"]
+
+
+def _heads(values: Values) -> None:
+    values["student"]["parallel"] = {"tensor": 3}
+
+
+def _kv_heads(values: Values) -> None:
+    values["teachers"]["math"]["parallel"] = {"tensor": 8}
+
+
+def _sequence(values: Values) -> None:
+    values["student"]["parallel"] = {"sequence": True}
+
+
+def _stages(values: Values) -> None:
+    values["student"]["parallel"] = {"pipeline": 5}
+
+
+def _experts(values: Values) -> None:
+    values["student"]["parallel"] = {"expert": 2}
+
+
+def _vocabulary(values: Values) -> None:
+    set_model(values, "code", vocab_size=300)
+
+
+def _positions(values: Values) -> None:
+    set_model(values, "math", max_position_embeddings=1039)
+
+
+def _evaluation_positions(values: Values) -> None:
+    values["evaluation"] = {"max_new_tokens": 1025, "prompts": [{"path": values["data"]["train"][0]["path"]}]}
+
+
+def _te_on_cpu(values: Values) -> None:
+    values["run"]["device"] = "cpu"
+    values["teachers"]["math"]["layer_spec"] = "te"
+
+
+def _unknown_hook(values: Values) -> None:
+    values["loss"] = {"hooks": [{"name": "filter"}, {"name": "reweigh"}]}
+
+
+def _mini_batches(values: Values) -> None:
+    values["optimizer"] = {"mini_batches": 5}
+
+
+def _evaluation_without_prompts(values: Values) -> None:
+    values["evaluation"] = {"every": 5}
+
+
+def _system_prompt(values: Values) -> None:
+    values["data"] |= {"system_prompt": "Be brief.", "chat_template": "off"}
+
+
+def _run_dir_below_a_file(values: Values) -> None:
+    values["run"]["dir"] = values["data"]["train"][0]["path"] + "/run"
+
+
+def _checkpoint_dir_is_a_file(values: Values) -> None:
+    values["checkpoint"] = {"dir": values["data"]["train"][0]["path"]}
+
+
+def _home_folder(values: Values) -> None:
+    values["run"]["dir"] = "~/runs/a"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (_two_teachers_one_label, "teachers.code.labels: 'math' is claimed by teachers.math as well; a label belongs"),
+        (_label_claimed_twice, "teachers.code.labels: 'python' is claimed twice by it"),
+        (_source_label_without_teacher, "data.train.0.label: no teacher takes 'maths'; did you mean math?"),
+        (
+            _teacher_name_is_no_label_when_it_has_labels,
+            "evaluation.prompts.0.label: no teacher takes 'code'; the labels with a teacher are math, python, sql",
+        ),
+        (_missing_prompts, "data.train.1.path: nowhere.jsonl does not exist (looked in "),
+        (_prompts_are_a_folder, "is a folder; give a file of prompts"),
+        (_missing_checkpoint, "student.checkpoint: no/such/folder does not exist (looked in "),
+        (_checkpoint_is_a_file, "is a file; give the folder of a converted checkpoint"),
+        (
+            _heads,
+            (
+                "student.parallel.tensor: 3 does not divide the model's 8 heads nor its 4 key/value heads nor its "
+                "64 rows of the MLP; choose a number that divides 8 and 4 and 64"
+            ),
+        ),
+        (_kv_heads, "teachers.math.parallel.tensor: 8 does not divide the model's 4 key/value heads; choose"),
+        (_sequence, "student.parallel.sequence: true needs parallel.tensor above 1"),
+        (_stages, "student.parallel.pipeline: 5 stages for a model of 4 layers; lower it"),
+        (_experts, "student.parallel.expert: 2, but the model has no experts; leave it 1"),
+        (_vocabulary, "has a vocabulary of 300, the student one of 256; teachers and student must share one"),
+        (_positions, "rollout.max_new_tokens: 16 after prompts of up to 1024 tokens (data.max_prompt_tokens) exceeds"),
+        (_evaluation_positions, "evaluation.max_new_tokens: 1025 after prompts"),
+        (_te_on_cpu, "teachers.math.layer_spec: te needs CUDA and run.device is cpu; use auto or local"),
+        (
+            _unknown_hook,
+            "loss.hooks.1.name: no hook is named 'reweigh'; did you mean reweight? Built in are filter, re",
+        ),
+        (_mini_batches, "optimizer.mini_batches: 5 updates from 4 answers a step"),
+        (_evaluation_without_prompts, "evaluation.every: 5, but evaluation.prompts names no file; give one"),
+        (_system_prompt, "data.system_prompt: needs a chat template and data.chat_template is off; use auto or on"),
+        (_run_dir_below_a_file, "prompts.jsonl is a file; choose another folder"),
+        (_checkpoint_dir_is_a_file, "checkpoint.dir: "),
+        (_home_folder, f"run.dir: ~/runs/a: ~ is not replaced here; write {os.path.expanduser('~/runs/a')}"),
+    ],
+)
+def test_one_mistake_is_one_problem(values: Values, spoil: Callable[[Values], None], expected: str) -> None:
+    spoil(values)
+    message = complaint(values)
+    assert expected in message and "problems" not in message
+
+
+def test_a_whole_world_must_hold_copies_of_every_role(values: Values) -> None:
+    values["student"]["parallel"] = {"tensor": 2, "pipeline": 2}
+    values["teachers"]["code"]["parallel"] = {"context": 3}
+    message = complaint(values, world_size=4)
+    assert "teachers.code.parallel: tensor 1 x pipeline 1 x context 3 = 3 ranks a copy of the model" in message
+    assert "does not divide the run's 4; start a multiple of 3 ranks or lower one of them" in message
+    assert "student.parallel" in complaint(values, world_size=6)
+    check_recipe(recipe_from_dict(values), world_size=12)
+    check_recipe(recipe_from_dict(values), world_size=None)
+
+
+def test_a_hugging_face_folder_must_be_converted(values: Values, tmp_path: Path, make_checkpoint: Make) -> None:
+    hf = make_checkpoint(tmp_path / "hf", converted=False)
+    values["teachers"]["math"]["checkpoint"] = str(hf)
+    assert complaint(values) == (
+        f"teachers.math.checkpoint: {hf} is a Hugging Face folder and must be converted first: "
+        f"python tools/convert.py hf-to-megatron --hf {hf} --out {hf}-megatron"
+    )
+    make_checkpoint(tmp_path / "hf-megatron")
+    assert complaint(values).endswith(f"give the checkpoint converted from it, {hf}-megatron")
+
+
+def test_incomplete_checkpoints(values: Values) -> None:
+    folder = Path(values["student"]["checkpoint"])
+    (folder / "weights" / ".metadata").unlink()
+    assert f"student.checkpoint: {folder} is not a complete checkpoint" in complaint(values)
+    (folder / "weights" / ".metadata").touch()
+    (folder / "fire_checkpoint.json").write_text("{cut sho")
+    assert f"student.checkpoint: {folder} is not a complete checkpoint" in complaint(values)
+    (folder / "fire_checkpoint.json").write_text("{}")
+    (folder / "config.json").write_text("[]")
+    assert "config.json is missing or is not a JSON object" in complaint(values)
+
+
+def test_a_folder_of_checkpoints_names_the_newest(values: Values, tmp_path: Path, make_checkpoint: Make) -> None:
+    for step in ("step_000010", "step_000020"):
+        make_checkpoint(tmp_path / "run" / "checkpoints" / step)
+    values["student"]["checkpoint"] = str(tmp_path / "run" / "checkpoints")
+    assert complaint(values).endswith("give one of them, for example " + str(tmp_path / "run/checkpoints/step_000020"))
+
+
+def test_a_hook_of_ones_own_needs_a_plugin(values: Values) -> None:
+    values["loss"] = {"hooks": [{"name": "mine"}]}
+    assert "a hook of your own needs its module in run.plugins" in complaint(values)
+    values["run"]["plugins"] = ["my_hooks"]
+    check_recipe(recipe_from_dict(values), world_size=None)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_writable(values: Values, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    values["run"]["dir"] = str(tmp_path / "locked" / "run")
+    assert "locked is not writable; choose another folder" in complaint(values)
+
+
+def test_a_folder_that_is_not_writable_even_for_root(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and allowed(path, mode))
+    values["run"]["dir"] = str(locked / "a" / "run")
+    assert f"run.dir: {locked}/a/run cannot be written because {locked} is not writable" in complaint(values)
+
+
+def test_all_problems_are_listed_together(values: Values) -> None:
+    for spoil in (_two_teachers_one_label, _missing_prompts, _heads, _vocabulary, _mini_batches):
+        spoil(values)
+    message = complaint(values, world_size=4)
+    assert message.startswith("6 problems in the recipe:\n  - ")
+
+
+def test_models_that_are_not_what_they_should_be_do_not_break_the_checks(values: Values) -> None:
+    for model in ({}, {"num_attention_heads": "8", "vocab_size": None, "num_hidden_layers": -1}):
+        path = Path(values["student"]["checkpoint"]) / "config.json"
+        path.write_text(json.dumps(model))
+        check_recipe(recipe_from_dict(values), world_size=2)
+
+
+def test_every_check_is_exercised_alone(values: Values) -> None:
+    recipe = recipe_from_dict(values)
+    for check in CHECKS:
+        assert list(check(Context(recipe, None, {}))) == [], check.__name__

@@ -1,0 +1,56 @@
+"""``docs/recipe.md`` is what the schema says today."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from fire_megatron.config.docs import EXAMPLE, field_docs, reference
+from fire_megatron.config.load import recipe_from_dict
+from fire_megatron.config.schema import BUILTIN_HOOKS, Recipe, TeacherConfig
+from fire_megatron.config.section import Section, parse_hint, specs
+from fire_megatron.config.walk import all_keys
+from fire_megatron.config.yaml_text import parse_yaml
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipe.md"
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text() == reference(), "run: python -m fire_megatron.config.docs > docs/recipe.md"
+
+
+def test_the_example_is_a_recipe() -> None:
+    recipe = recipe_from_dict(parse_yaml(EXAMPLE, source="example"))
+    assert recipe.optimizer.lr == 1e-5 and list(recipe.teachers) == ["math", "code"]
+    assert yaml.safe_load(EXAMPLE)["run"]["steps"] == recipe.run.steps
+
+
+def _sections(section: type, seen: set[type]) -> set[type]:
+    seen.add(section)
+    for spec in specs(section).values():
+        hint = parse_hint(spec.hint)
+        inner = parse_hint(hint.item()) if hint.origin in (tuple, dict) else hint
+        if inner.is_section and inner.type not in seen:
+            _sections(inner.type, seen)
+    return seen
+
+
+def test_every_section_and_field_has_a_docstring() -> None:
+    sections = _sections(Recipe, set(BUILTIN_HOOKS.values()))
+    assert len(sections) > 12
+    for section in sections:
+        assert section.__doc__ and section.__doc__ != Section.__doc__ and not section.__doc__.startswith("Recipe(")
+        for name in specs(section):
+            assert field_docs(section).get(name), f"{section.__name__}.{name} has no docstring"
+
+
+def test_inherited_fields_keep_their_docstring() -> None:
+    assert "converted checkpoint" in field_docs(TeacherConfig)["checkpoint"]
+
+
+def test_every_key_is_on_the_page_and_every_link_has_a_target() -> None:
+    page = reference()
+    for key in all_keys(Recipe):
+        assert f"`{key.rsplit('.', 1)[-1]}`" in page
+    headings = {line[3:].lower().replace(".", "") for line in page.splitlines() if line.startswith("## ")}
+    assert set(re.findall(r"\]\(#([^)]*)\)", page)) <= headings

@@ -10,6 +10,7 @@ from typing import Any
 
 from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
 from fire_megatron.config.errors import Problem, RecipeProblems
+from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import BUILTIN_HOOKS, Recipe, RoleConfig, SourceConfig
 from fire_megatron.config.walk import nearest
 
@@ -27,8 +28,7 @@ class Context:
     @property
     def roles(self) -> dict[str, RoleConfig]:
         """Every role by its key: ``student``, ``teachers.math``."""
-        teachers = {f"teachers.{name}": teacher for name, teacher in self.recipe.teachers.items()}
-        return {"student": self.recipe.student, **teachers}
+        return roles(self.recipe)
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
@@ -53,8 +53,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None) -> None:
     Raises:
         RecipeProblems: every problem found.
     """
-    roles = Context(recipe, world_size, {}).roles
-    found = {key: read_json_object(Path(role.checkpoint) / "config.json") for key, role in roles.items()}
+    found = {key: read_json_object(Path(role.checkpoint) / "config.json") for key, role in roles(recipe).items()}
     context = Context(recipe, world_size, {key: values for key, values in found.items() if values is not None})
     problems = [problem for check in CHECKS for problem in check(context)]
     if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -25,12 +26,20 @@ class Console(Protocol):
 
 def open_console(*, total_steps: int, start_step: int) -> Console:
     """A bar where standard output is a terminal and tqdm is there; lines otherwise."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and _terminal_width() > 0:
         try:
             return _Bar(total_steps, start_step)
         except ImportError:
             pass
     return _Lines(total_steps)
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal; 0 on those that do not know, where a bar would be invisible."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 _COLUMNS = (

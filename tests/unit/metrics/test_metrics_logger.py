@@ -14,6 +14,7 @@ import pytest
 
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import MetricsConfig
+from fire_megatron.metrics import console
 from fire_megatron.metrics.console import evaluation_summary, summary
 from fire_megatron.metrics.jsonl import JsonlFile
 from fire_megatron.metrics.logger import MetricsLogger
@@ -180,7 +181,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that says it is a terminal; its number is that of nothing that has a width."""
 
     def isatty(self) -> bool:
         return True
@@ -188,6 +189,7 @@ class Terminal(io.StringIO):
 
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr(console, "_terminal_width", lambda: 120)
     with MetricsLogger(tmp_path, MetricsConfig(), total_steps=20, start_step=4, enabled=True) as logger:
         logger.log(5, {"loss": 0.5, "eval/math/reverse_kl": 0.9})
         logger.message("saved")
@@ -196,9 +198,14 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "step 5/20  held-out reverse KL  math 0.9000\n" in shown and "saved\n" in shown
 
 
-def test_lines_when_tqdm_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "tqdm"), [(0, "there"), (120, None)])
+def test_lines_on_a_terminal_that_cannot_have_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, tqdm: str | None
+) -> None:
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(console, "_terminal_width", lambda: width)
+    if tqdm is None:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
     with MetricsLogger(tmp_path, MetricsConfig(), total_steps=2, enabled=True) as logger:
         logger.log(1, {"loss": 0.5})
     assert terminal.getvalue() == "step 1/2  loss 0.5000\n"

@@ -40,6 +40,7 @@ class FireGPT(GPTModel):
             # reduce-scatter; the output layer must then neither gather again nor all-reduce.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = False
+            self.output_layer.disable_grad_reduce = True
 
     @property
     def vocab_start(self) -> int:

@@ -79,7 +79,8 @@ def _metrics(rollouts: Rollouts, scores: Scores, selection: Selection) -> dict[s
     metrics: dict[str, Value] = dict(selection.metrics)
     by_teacher: dict[str, list[int]] = {}
     for i, teacher in enumerate(scores.teachers):
-        by_teacher.setdefault(teacher, []).append(i)
+        if selection.reason[i] not in ("empty", "nonfinite"):
+            by_teacher.setdefault(teacher, []).append(i)
     for teacher, rows in by_teacher.items():
         tokens = sum(len(rollouts.responses[i]) for i in rows)
         log_prob = sum(float(scores.log_probs[i].sum()) for i in rows)

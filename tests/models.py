@@ -1,0 +1,110 @@
+"""Small random models of every family, in Hugging Face and in megatron form, for the tests that need weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 301
+"""Not a multiple of any padding, so that every model here has padded columns."""
+EOS = 5
+
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": EOS,
+    "bos_token_id": 1,
+    "pad_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama3-tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": False, "head_dim": 24}),
+    "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7}),
+}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    yield
+    torch.set_rng_state(state)
+
+
+def make_hf(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random transformers model of a family; norms and biases are random too, so that none can be forgotten."""
+    import transformers
+
+    prefix, settings = FAMILIES[name]
+    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **settings, **changes})
+    with _seeded(seed):
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer over the small vocabulary: token ``w17`` is id 17; ``<eos>`` ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    del vocabulary[f"w{EOS}"]
+    vocabulary["<eos>"] = EOS
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="w0").save_pretrained(folder)
+
+
+def save_hf(name: str, folder: Path, **options: Any) -> Any:
+    """Write a model with its tokenizer as a Hugging Face folder; returns the model."""
+    model = make_hf(name, **options)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def save_megatron(name: str, folder: Path, **options: Any) -> Any:
+    """Write a model as a converted checkpoint; returns the transformers model."""
+    from fire_megatron.checkpoint.convert import hf_to_megatron
+
+    hf = folder.with_name(folder.name + "-hf")
+    model = save_hf(name, hf, **options)
+    hf_to_megatron(hf, folder)
+    return model
+
+
+def write_prompts(path: Path, label: str, count: int, *, seed: int = 0) -> Path:
+    """A prompt file of random words of the small vocabulary, 3 to 12 words each."""
+    generator = torch.Generator().manual_seed(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            length = int(torch.randint(3, 13, (1,), generator=generator))
+            words = torch.randint(6, VOCABULARY, (length,), generator=generator).tolist()
+            file.write(json.dumps({"problem": " ".join(f"w{w}" for w in words), "label": label}) + "\n")
+    return path

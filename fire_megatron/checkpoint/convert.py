@@ -1,17 +1,274 @@
+"""Between Hugging Face folders and converted checkpoints, one tensor at a time.
+
+Peak memory is one megatron-core tensor and the Hugging Face tensors that it is made of (in export, one output shard),
+whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from safetensors import safe_open
-from fire_megatron.checkpoint.files import *
-from fire_megatron.checkpoint.maps import tensor_map, pack
-from fire_megatron.checkpoint.torch_dist import ShardWriter, write_metadata
-from fire_megatron.models.hf_config import read_hf_config
-def hf_to_megatron(hf, out):
-    shape=read_hf_config(hf); f=safe_open(str(Path(hf)/'model.safetensors'),'pt')
-    with new_folder(Path(out)) as tmp:
-        (tmp/WEIGHTS).mkdir()
-        w=ShardWriter(tmp/WEIGHTS, rank=0)
-        for t in tensor_map(shape):
-            for row, part in pack(t,[f.get_tensor(n) for n in t.sources],shape):
-                w.write(t.key, part, offset=(row,)+(0,)*(part.dim()-1), global_shape=t.shape)
-        write_metadata(tmp/WEIGHTS, w.close(), common={})
-        carry_files(Path(hf), tmp)
-        write_json(tmp/MARKER, {'format':1,'family':shape.family})
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from fire_megatron.checkpoint.files import (
+    MARKER,
+    WEIGHTS,
+    carry_files,
+    check_target,
+    new_folder,
+    read_marker,
+    require_checkpoint,
+    write_json,
+)
+from fire_megatron.checkpoint.maps import Tensor, is_ignored, pack, tensor_map, unpack
+from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
+from fire_megatron.config.errors import CheckpointError
+from fire_megatron.models.hf_config import ModelShape, read_hf_config
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMAT = 1
+
+
+class HFReader:
+    """Tensors of a Hugging Face folder, read lazily from one or many safetensors files."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        """Open every file and check the index against them.
+
+        Raises:
+            CheckpointError: no safetensors, a file that is missing or cut short, or an index that names tensors
+                which are not there.
+        """
+        self.folder = folder
+        self._file_of: dict[str, Any] = {}
+        index = self._index()
+        names = sorted(set(index.values())) if index else [path.name for path in sorted(folder.glob("*.safetensors"))]
+        if not names:
+            raise CheckpointError(
+                f"{folder}: no *.safetensors; save the model with save_pretrained(..., safe_serialization=True)"
+            )
+        for name in names:
+            opened = self._open(name, stack)
+            self._file_of |= dict.fromkeys(opened.keys(), opened)
+        lost = sorted(set(index) - set(self._file_of))
+        if lost:
+            raise CheckpointError(
+                f"{folder / INDEX}: names {len(lost)} tensors that no file holds, such as {lost[0]}; copy it again"
+            )
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a safetensors index ({error}); copy it again") from error
+
+    def _open(self, name: str, stack: ExitStack) -> Any:
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, and {INDEX} says that it holds weights; copy it again")
+        try:
+            return stack.enter_context(safe_open(str(path), framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cut short or damaged ({error}); copy it again") from error
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype."""
+        return self._file_of[name].get_tensor(name)
+
+
+def _check_names(reader: HFReader, tensors: list[Tensor], shape: ModelShape) -> None:
+    """Compare what the folder holds with what the architecture has, before anything is written."""
+    wanted = {name: size for t in tensors for name, size in zip(t.sources, t.shapes, strict=True)}
+    missing = [name for name in wanted if name not in reader.names]
+    unknown = [name for name in reader.names if name not in wanted and not is_ignored(name, shape)]
+    for names, what in ((missing, "are missing"), (unknown, f"are not of a {shape.family} model as config.json has it")):
+        if names:
+            raise CheckpointError(
+                f"{reader.folder}: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}; "
+                "does config.json belong to these weights?"
+            )
+    for name, size in wanted.items():
+        if reader.shape(name) != size:
+            raise CheckpointError(
+                f"{reader.folder}: {name} has shape {reader.shape(name)} and config.json says {size}; "
+                "does config.json belong to these weights?"
+            )
+
+
+def _require_dtype(dtype: str | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}, or leave it out to keep the stored one")
+    return None if dtype is None else DTYPES[dtype]
+
+
+def hf_to_megatron(
+    hf: str | Path, out: str | Path, *, dtype: str | None = None, overwrite: bool = False, progress: bool = False
+) -> Path:
+    """Convert a Hugging Face folder to a checkpoint that loads at any TP x PP.
+
+    Args:
+        hf: folder with config.json, safetensors and tokenizer.
+        out: folder to make; whole or not at all.
+        dtype: ``float32`` or ``bfloat16``; None keeps each tensor's own.
+        overwrite: replace a converted checkpoint that is there.
+        progress: show a bar.
+
+    Raises:
+        CheckpointError: the source is not a supported, complete model, or the target may not be written.
+    """
+    hf, out = Path(hf), Path(out)
+    if not hf.is_dir():
+        raise CheckpointError(f"--hf {hf}: no such folder")
+    shape, target_dtype = read_hf_config(hf), _require_dtype(dtype)
+    check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
+    tensors = tensor_map(shape)
+    with ExitStack() as stack:
+        reader = HFReader(hf, stack)
+        _check_names(reader, tensors, shape)
+        with new_folder(out) as temporary:
+            (temporary / WEIGHTS).mkdir()
+            writer = ShardWriter(temporary / WEIGHTS, rank=0)
+            stored: set[str] = set()
+            for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
+                parts = [reader.read(name) for name in tensor.sources]
+                kept = target_dtype or torch.promote_types(parts[0].dtype, parts[-1].dtype)
+                stored.add(str(kept).removeprefix("torch."))
+                for row, part in pack(tensor, [part.to(kept) for part in parts], shape):
+                    writer.write(tensor.key, part, offset=(row, *(0,) * (part.dim() - 1)), global_shape=tensor.shape)
+            write_metadata(temporary / WEIGHTS, writer.close(), common={})
+            carry_files(hf, temporary)
+            write_json(
+                temporary / MARKER,
+                {
+                    "format": FORMAT,
+                    "family": shape.family,
+                    "dtype": stored.pop() if len(stored) == 1 else "mixed",
+                    "vocab_size": shape.vocab_size,
+                },
+            )
+    return out
+
+
+def _export_tensors(
+    reader: ShardReader, tensors: list[Tensor], shape: ModelShape, dtype: torch.dtype | None, progress: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for tensor in tqdm(tensors, desc="exporting", unit="tensor", disable=not progress):
+        whole = reader.read(tensor.key, rows=tensor.shape[0])
+        for name, part in zip(tensor.sources, unpack(tensor, whole, shape), strict=True):
+            yield name, part.to(dtype or part.dtype).contiguous().clone()
+
+
+def _check_export(reader: ShardReader, tensors: list[Tensor]) -> None:
+    missing = [t.key for t in tensors if t.key not in reader.tensors]
+    if missing:
+        raise CheckpointError(f"{reader.folder}: {len(missing)} tensors are missing, such as {missing[0]}; convert it again")
+    for tensor in tensors:
+        stored = reader.tensors[tensor.key].shape
+        if stored[0] < tensor.shape[0] or stored[1:] != tensor.shape[1:]:
+            raise CheckpointError(
+                f"{reader.folder}: {tensor.key} has shape {stored} and config.json says {tensor.shape}; "
+                "does config.json belong to these weights?"
+            )
+
+
+def _write_shards(
+    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
+) -> tuple[dict[str, str], int]:
+    """Write tensors to numbered files of at most ``shard_bytes`` (or one tensor); returns name -> file and bytes."""
+    batches: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(held, str(folder / f"part-{len(batches):05d}"), metadata={"format": "pt"})
+        batches.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if held and size + nbytes > shard_bytes:
+            flush()
+            size = 0
+        held[name] = tensor
+        size, total = size + nbytes, total + nbytes
+    flush()
+    files: dict[str, str] = {}
+    for number, names in enumerate(batches):
+        final = SINGLE if len(batches) == 1 else f"model-{number + 1:05d}-of-{len(batches):05d}.safetensors"
+        (folder / f"part-{number:05d}").rename(folder / final)
+        files |= dict.fromkeys(names, final)
+    return files, total
+
+
+def megatron_to_hf(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_gb: float = 5.0,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Export a converted checkpoint, or a step of a run, to a Hugging Face folder that transformers loads.
+
+    Args:
+        checkpoint: folder with fire_checkpoint.json.
+        out: folder to make; whole or not at all.
+        dtype: ``float32`` or ``bfloat16``; None keeps the stored one.
+        shard_gb: largest safetensors file, in GB (10^9 bytes); also the peak memory.
+        overwrite: replace a Hugging Face folder that is there.
+        progress: show a bar.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged, or the target may not be written.
+    """
+    source, out = require_checkpoint(checkpoint), Path(out)
+    shape, target_dtype = read_hf_config(source), _require_dtype(dtype)
+    if shard_gb <= 0:
+        raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")
+    check_target(out, overwrite=overwrite, is_ours=_is_hf, what="a Hugging Face model")
+    reader = ShardReader(source / WEIGHTS)
+    reader.check_files()
+    tensors = tensor_map(shape)
+    _check_export(reader, tensors)
+    with new_folder(out) as temporary:
+        carry_files(source, temporary)
+        exported = _export_tensors(reader, tensors, shape, target_dtype, progress)
+        files, total = _write_shards(temporary, exported, int(shard_gb * 1e9))
+        if len(set(files.values())) > 1:
+            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+        _set_config_dtype(temporary / "config.json", target_dtype or reader.tensors[tensors[0].key].dtype)
+    return out
+
+
+def _is_hf(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """transformers loads in the dtype that config.json names, so it must be the one that was written."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    write_json(path, config)

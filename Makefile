@@ -1,0 +1,53 @@
+# Targets for people: quickstart, test, test-gpu, lint, format, clean. PYTHON chooses another environment:
+#   make test PYTHON=/opt/te-env/bin/python
+VENV   ?= .venv
+BASE   ?= python3
+PYTHON ?= $(VENV)/bin/python
+# The CPU build of torch that this project is developed with; on GPU machines install your own torch first.
+TORCH  ?= torch==2.13.0
+EXTRAS ?= dev,demo
+TORCHRUN = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone
+
+.PHONY: venv quickstart test test-gpu lint format clean
+
+venv: $(VENV)/.complete
+
+$(VENV)/.complete: setup.py pyproject.toml
+	$(BASE) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(VENV)/bin/python -m pip install -q -e ".[$(EXTRAS)]"
+	touch $@
+
+# With the default PYTHON, make its environment first; another one is taken as it is.
+ifeq ($(PYTHON),$(VENV)/bin/python)
+ENVIRONMENT = venv
+endif
+
+demo/megatron/%/fire_checkpoint.json: demo/hf/%/config.json
+	$(PYTHON) tools/convert.py hf-to-megatron --hf demo/hf/$* --out demo/megatron/$* --overwrite
+
+demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json &: | $(ENVIRONMENT)
+	$(PYTHON) tools/make_demo.py --out demo/hf student=15 math=30 code=24
+
+quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megatron/math/fire_checkpoint.json demo/megatron/code/fire_checkpoint.json
+	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 -m fire_megatron.train \
+		--recipe recipes/smollm2_two_teachers.yaml
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest tests -m "not gpu" --ignore tests/distributed
+	$(TORCHRUN) --nproc-per-node 2 -m pytest -q tests/distributed
+	$(TORCHRUN) --nproc-per-node 4 -m pytest -q tests/distributed
+
+test-gpu: $(ENVIRONMENT)
+	$(PYTHON) -m pytest tests -m gpu
+
+lint: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:
+	rm -rf $(VENV) demo runs build *.egg-info .pytest_cache .ruff_cache

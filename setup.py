@@ -6,13 +6,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "fire_megatron" / "__init__.py").read_text())[1]
 
 setup(
     name="fire_megatron",
     version=VERSION,
     description="Megatron-scale multi-teacher on-policy distillation with FiRe-OPD",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

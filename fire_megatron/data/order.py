@@ -19,7 +19,9 @@ class PromptOrder:
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_prompts)
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_prompts)
+        # Raw words of the counter-based generator are the same in every numpy; Generator.permutation need not be.
+        words = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)).random_raw(self.num_prompts)
+        return np.argsort(words, kind="stable")
 
     def batch(self, step: int) -> list[int]:
         """Prompt indices of the 0-based ``step``."""

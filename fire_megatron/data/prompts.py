@@ -1,22 +1,22 @@
-"""Reading prompt files. Every row is checked; what is wrong is named by file and line."""
+"""From prompt files to tokenized, labelled prompts. Every row is checked; what is wrong is named by file and line."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
+from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
+from fire_megatron.data.tokenizer import Tokenizer
 
-_SHOWN = 5
-"""Problems named one by one before the rest is counted."""
+_EXAMPLES = 5
+"""Wrong rows named one by one before the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PromptReport:
     too_long: int
     """Prompts dropped for their length."""
     token_percentiles: dict[int, int]
-    """Prompt length in tokens at the 50th, 90th and 100th percentile."""
+    """Length in tokens of the kept prompts at the 50th, 90th and 100th percentile."""
 
     def __str__(self) -> str:
         labels = ", ".join(f"{label} {count}" for label, count in sorted(self.by_label.items()))
@@ -37,35 +37,38 @@ class PromptReport:
         return f"{sum(self.by_label.values())} prompts ({labels}); tokens {lengths}{dropped}"
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, parsed row); a row that is not JSON comes as the error itself."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if path.suffix == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise DataError(f"{path}: a .json file of prompts is a list of objects; for one object a line use .jsonl")
-                yield from ((f"{path}: entry {i}", row) for i, row in enumerate(rows))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"{path}:{number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        yield f"{path}:{number}", error
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of prompts") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, json.JSONDecodeError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 JSON ({error})") from error
+class _NoTeacher(DataError):
+    """A row's label has no teacher."""
+
+    def __init__(self, label: str, known: str) -> None:
+        super().__init__(f"label {shown(label)} has no teacher; add it to a teacher's labels, or use one of: {known}")
+        self.label = label
 
 
-def _lookup(row: Mapping[str, Any], dotted: str) -> Any:
+def _lookup(row: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted path, or at a key that itself holds dots; None where there is none."""
+    if key in row:
+        return row[key]
     value: Any = row
-    for key in dotted.split("."):
-        if not isinstance(value, Mapping) or key not in value:
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
             return None
-        value = value[key]
+        value = value[part]
+    return value
+
+
+def _checked_text(value: Any, key: str, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        advice = "; a chat belongs under data.messages_key" if isinstance(value, list) else "; write a text there"
+        raise DataError(f"{key!r} is {shown(value)}, not a text{advice}")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"{key!r} is empty; write a prompt there, or remove the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{key!r} holds half a surrogate pair ({error.object[error.start]!a}); repair the text"
+        ) from error
     return value
 
 
@@ -73,103 +76,149 @@ def _messages(row: Mapping[str, Any], config: DataConfig) -> list[dict[str, str]
     """The chat that a row stands for. Raises DataError saying what the row lacks."""
     text = _lookup(row, config.prompt_key)
     if text is not None:
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{config.prompt_key!r} is {text!r}, not a text with something in it")
-        return [{"role": "user", "content": text}]
-    messages = _lookup(row, config.messages_key)
+        return [{"role": "user", "content": _checked_text(text, config.prompt_key)}]
+    key = config.messages_key
+    messages = _lookup(row, key)
     if messages is None:
+        keys = shown(", ".join(map(str, row))) if row else "none"
         raise DataError(
-            f"neither {config.prompt_key!r} nor {config.messages_key!r} is there; "
-            "set data.prompt_key or data.messages_key to one of: " + ", ".join(map(str, row))
+            f"neither {config.prompt_key!r} nor {key!r} is there; set data.prompt_key or data.messages_key "
+            f"to one of the row's keys ({keys})"
         )
-    good = isinstance(messages, list) and messages
-    if not good or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
-        raise DataError(f"{config.messages_key!r} is not a list of {{role, content}} messages")
-    return [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{key!r} is {shown(messages)}; write a list of {{role, content}} messages there")
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not role:
+            raise DataError(f"'{key}[{number}]' is {shown(message)}; write {{role, content}} there")
+        last = number == len(messages) - 1
+        _checked_text(message.get("content"), f"{key}[{number}].content", may_be_empty=not last)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{key!r} ends with the assistant's message; remove it, since the student is to write it")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def _label(row: Mapping[str, Any], source: SourceConfig, config: DataConfig, labels: Collection[str]) -> str:
     label = source.label if source.label is not None else _lookup(row, config.label_key)
     known = ", ".join(sorted(labels))
     if label is None:
-        raise DataError(f"no label: {config.label_key!r} is missing; add it, or set the source's label (known: {known})")
+        raise DataError(
+            f"no label: {config.label_key!r} is missing; add it, set data.label_key, or set the source's label "
+            f"(labels with a teacher: {known})"
+        )
+    if not isinstance(label, str):
+        raise DataError(f"{config.label_key!r} is {shown(label)}, not a label; use one of: {known}")
     if label not in labels:
-        raise DataError(f"label {label!r} has no teacher; add it to a teacher's labels, or use one of: {known}")
-    return str(label)
+        raise _NoTeacher(label, known)
+    return label
 
 
 class _Encoder:
     """Turns a chat into token ids, with the template where the recipe wants it."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         if config.chat_template == "on" and not tokenizer.has_chat_template:
             raise DataError("data.chat_template is 'on' but the student's tokenizer has no chat template; use 'off'")
         self.system = config.system_prompt
         self.use_template = config.chat_template != "off" and tokenizer.has_chat_template
         self.tokenizer = tokenizer
+        self.max_tokens = config.max_prompt_tokens
+        self.drop = config.too_long == "drop"
         if self.system and not self.use_template:
-            raise DataError("data.system_prompt needs a chat template; remove it, or use a tokenizer that has one")
+            raise DataError(f"data.system_prompt needs a chat template; remove it, or {self._otherwise()}")
 
-    def __call__(self, messages: list[dict[str, str]]) -> list[int]:
+    def _otherwise(self) -> str:
+        if self.tokenizer.has_chat_template:
+            return "set data.chat_template to 'auto'"
+        return "use a student whose tokenizer has one"
+
+    def __call__(self, messages: list[dict[str, str]]) -> list[int] | None:
+        """At least one token id; None for a prompt that is to be dropped for its length."""
         if self.use_template:
             if self.system and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
-            return self.tokenizer.apply_chat_template(messages)
-        if len(messages) > 1:
-            raise DataError("a chat of several messages needs a chat template; set data.chat_template to 'on'")
-        return self.tokenizer.encode(messages[0]["content"])
+            token_ids = self.tokenizer.apply_chat_template(messages)
+        elif len(messages) > 1:
+            raise DataError(f"a chat of several messages needs a chat template; remove the row, or {self._otherwise()}")
+        else:
+            token_ids = self.tokenizer.encode(messages[0]["content"])
+        if not token_ids:
+            raise DataError(
+                f"{shown(messages[-1]['content'])} has no tokens in the student's vocabulary; remove the row"
+            )
+        if len(token_ids) <= self.max_tokens:
+            return token_ids
+        if self.drop:
+            return None
+        raise DataError(
+            f"{len(token_ids)} tokens, more than data.max_prompt_tokens={self.max_tokens}; "
+            "raise it, or set data.too_long to 'drop'"
+        )
 
 
 def read_prompts(
-    config: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, labels: Collection[str]
+    config: DataConfig, sources: Sequence[SourceConfig], tokenizer: Tokenizer, labels: Collection[str]
 ) -> tuple[list[Prompt], PromptReport]:
     """Read, label and tokenize prompts.
 
     Args:
         config: how rows are read.
-        sources: the files.
+        sources: the files, in order.
         tokenizer: the student's.
         labels: labels that have a teacher.
 
+    Returns:
+        The prompts in file order, at least one, and what there is to say about them.
+
     Raises:
-        DataError: a file that cannot be read, or rows that are wrong: the first few by file and line, the rest
-            counted; also rows over ``max_prompt_tokens`` when ``too_long`` is ``error``.
+        DataError: a file that cannot be read; rows that are wrong (the first few by file and line, the rest counted),
+            among them rows over ``max_prompt_tokens`` when ``too_long`` is ``error``; or no prompt left.
     """
     encode = _Encoder(config, tokenizer)
     prompts: list[Prompt] = []
-    problems: list[str] = []
+    problems: list[tuple[str, DataError]] = []
     too_long = 0
     for source in sources:
-        for number, (where, row) in enumerate(_rows(Path(source.path))):
+        for number, (where, row) in enumerate(read_rows(Path(source.path))):
             if source.limit and number >= source.limit:
                 break
             try:
-                if not isinstance(row, Mapping):
-                    raise DataError(f"not a JSON object ({row})")
+                if isinstance(row, DataError):
+                    raise row
                 messages = _messages(row, config)
                 label = _label(row, source, config, labels)
                 token_ids = encode(messages)
-                if len(token_ids) > config.max_prompt_tokens:
-                    if config.too_long == "error":
-                        raise DataError(
-                            f"{len(token_ids)} tokens, more than data.max_prompt_tokens={config.max_prompt_tokens}; "
-                            "raise it, or set data.too_long to 'drop'"
-                        )
-                    too_long += 1
-                    continue
             except DataError as error:
-                problems.append(f"{where}: {error}")
+                problems.append((where, error))
                 continue
-            prompts.append(Prompt(len(prompts), label, tuple(token_ids), messages[-1]["content"]))
+            if token_ids is None:
+                too_long += 1
+            else:
+                prompts.append(Prompt(len(prompts), label, tuple(token_ids), messages[-1]["content"]))
     if problems:
-        more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DataError("\n".join(problems[:_SHOWN]) + more)
+        raise DataError(_summary(problems))
+    if not prompts:
+        files = ", ".join(source.path for source in sources)
+        why = f"all {too_long} are longer than data.max_prompt_tokens={config.max_prompt_tokens}; raise it"
+        raise DataError(f"no prompt in {files}: {why if too_long else 'there is no row; name files that hold prompts'}")
     return prompts, _report(prompts, too_long)
+
+
+def _summary(problems: Sequence[tuple[str, DataError]]) -> str:
+    lines = [f"{where}: {error}" for where, error in problems[:_EXAMPLES]]
+    if len(problems) > _EXAMPLES:
+        lines.append(f"... and {len(problems) - _EXAMPLES} more wrong rows")
+        unknown = Counter(error.label for _, error in problems if isinstance(error, _NoTeacher))
+        if unknown:
+            lines.append(
+                "rows by label without a teacher: " + ", ".join(f"{k} {n}" for k, n in unknown.most_common(10))
+            )
+    return "\n".join(lines)
 
 
 def _report(prompts: Sequence[Prompt], too_long: int) -> PromptReport:
     lengths = sorted(len(p.token_ids) for p in prompts)
-    percentiles = {p: lengths[min(len(lengths) - 1, p * len(lengths) // 100)] for p in (50, 90, 100)} if lengths else {}
+    percentiles = {p: lengths[min(len(lengths) - 1, p * len(lengths) // 100)] for p in (50, 90, 100)}
     return PromptReport(dict(Counter(p.label for p in prompts)), too_long, percentiles)
 
 

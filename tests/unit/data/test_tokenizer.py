@@ -1,0 +1,130 @@
+"""Tokenizers from Hugging Face folders and from a SentencePiece model alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fire_megatron.config.errors import DataError
+from fire_megatron.data.tokenizer import load_tokenizer
+
+CHAT = [{"role": "user", "content": "what is two"}]
+
+
+def test_hf_round_trip(plain_tokenizer):
+    ids = plain_tokenizer.encode("what is two")
+    assert ids == [1, 5, 6, 7] and plain_tokenizer.decode([*ids, 2]) == "what is two"
+    assert plain_tokenizer.encode_piece("two") == [7]
+    assert (plain_tokenizer.vocab_size, plain_tokenizer.eos_ids, plain_tokenizer.pad_id) == (15, (2,), 2)
+    assert not plain_tokenizer.has_chat_template
+
+
+def test_hf_chat_template(chat_tokenizer):
+    assert chat_tokenizer.has_chat_template
+    ids = chat_tokenizer.apply_chat_template(CHAT)
+    assert ids == [3, 12, 5, 6, 7, 4, 3, 13], "the template's text, without a second BOS"
+    assert chat_tokenizer.apply_chat_template(CHAT, add_generation_prompt=False) == ids[:-2]
+
+
+def test_a_text_is_left_open_for_the_student(make_hf_tokenizer, tmp_path):
+    """A tokenizer that closes texts with EOS would have the student continue after the end."""
+    tokenizer = load_tokenizer(make_hf_tokenizer(tmp_path / "t", closing=True))
+    assert tokenizer.encode("what is two") == [1, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [(4, (2, 4)), ([4, 2, 3], (2, 4, 3)), (2, (2,)), (None, (2,)), ([], (2,))]
+)
+def test_eos_ids_join_the_generation_config(make_hf_tokenizer, tmp_path, listed, expected):
+    folder = make_hf_tokenizer(tmp_path / "t")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert load_tokenizer(folder).eos_ids == expected
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [1, true]}', "{", "\x00"])
+def test_a_bad_generation_config_is_named(make_hf_tokenizer, tmp_path, content):
+    folder = make_hf_tokenizer(tmp_path / "t")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(DataError, match="generation_config.json"):
+        load_tokenizer(folder)
+
+
+def test_a_template_that_rejects_a_role(make_hf_tokenizer, tmp_path):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}user"
+    tokenizer = load_tokenizer(make_hf_tokenizer(tmp_path / "t", template=template))
+    assert tokenizer.apply_chat_template(CHAT) == [12]
+    with pytest.raises(DataError, match="no system role"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "be brief"}, *CHAT])
+
+
+def test_fingerprint_follows_the_meaning_of_ids(make_hf_tokenizer, tmp_path, chat_tokenizer, plain_tokenizer):
+    assert chat_tokenizer.fingerprint() == plain_tokenizer.fingerprint(), (
+        "a chat template does not change what ids mean"
+    )
+    other = load_tokenizer(make_hf_tokenizer(tmp_path / "t", words=("is", "what")))
+    swapped = load_tokenizer(make_hf_tokenizer(tmp_path / "u", words=("what", "is")))
+    assert len({other.fingerprint(), swapped.fingerprint(), plain_tokenizer.fingerprint()}) == 3
+
+
+def test_sentencepiece_alone(sentencepiece_tokenizer):
+    tokenizer = sentencepiece_tokenizer
+    ids = tokenizer.encode("what is two")
+    assert ids[0] == 1 and tokenizer.decode([*ids, 2]) == "what is two"
+    assert tokenizer.encode_piece("</s>") == [2]
+    assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id) == (40, (2,), 2)
+    assert not tokenizer.has_chat_template and len(tokenizer.fingerprint()) == 64
+    with pytest.raises(DataError, match="chat_template"):
+        tokenizer.apply_chat_template(CHAT)
+
+
+def test_sentencepiece_with_a_padding_piece(make_sentencepiece, tmp_path):
+    assert load_tokenizer(make_sentencepiece(tmp_path / "t", pad_id=3)).pad_id == 3
+
+
+def test_sentencepiece_without_end_takes_the_generation_config(make_sentencepiece, tmp_path):
+    folder = make_sentencepiece(tmp_path / "t", eos_id=-1)
+    with pytest.raises(DataError, match="no end-of-sequence|names an end-of-sequence"):
+        load_tokenizer(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert load_tokenizer(folder).eos_ids == (9,)
+
+
+def test_hf_files_come_before_the_sentencepiece_model(make_hf_tokenizer, make_sentencepiece, tmp_path):
+    folder = make_hf_tokenizer(tmp_path / "t")
+    shutil.copy(make_sentencepiece(tmp_path / "sp") / "tokenizer.model", folder)
+    assert load_tokenizer(folder).vocab_size == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, b"", "no tokenizer there"),
+        ("tokenizer.model", b"nothing of the kind", "not a SentencePiece model"),
+        ("tokenizer.model", b"", "SentencePiece"),
+        ("tokenizer.json", b"{}", "cannot load the tokenizer"),
+    ],
+)
+def test_folders_without_a_usable_tokenizer(tmp_path, name, content, message):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_importing_the_package_does_not_import_transformers():
+    code = (
+        "import sys, fire_megatron.data.prompts, fire_megatron.data.order\n"
+        "heavy = {'torch', 'transformers', 'sentencepiece'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

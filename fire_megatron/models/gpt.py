@@ -12,11 +12,18 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.models.layers import CoreAttention, KVCache
 
+_SPLIT_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
 
 
@@ -35,12 +42,23 @@ class FireGPT(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.rotary_pos_emb.inv_freq = inv_freq
+        self._mark_tensor_parallel_weights()
         if self.post_process and self.config.sequence_parallel:
             # forward() gathers the sequence itself, selects positions, and lets that gather's backward
             # reduce-scatter; the output layer must then neither gather again nor all-reduce.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = False
             self.output_layer.disable_grad_reduce = True
+
+    def _mark_tensor_parallel_weights(self) -> None:
+        """Tell the optimizer which weights are split over tensor ranks. megatron-core 0.16.1 does so only where it
+        initialises them; unmarked, every shard but the first would be left out of the gradient norm."""
+        for module in self.modules():
+            weight = getattr(module, "weight", None)
+            for kind, dimension in _SPLIT_DIMENSION.items():
+                if isinstance(module, kind) and weight is not None:
+                    set_defaults_if_not_set_tensor_model_parallel_attributes(weight)
+                    weight.tensor_model_parallel, weight.partition_dim = True, dimension
 
     @property
     def vocab_start(self) -> int:

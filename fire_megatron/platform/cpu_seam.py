@@ -104,6 +104,24 @@ def _patch_megatron_rng() -> None:
     megatron_random._set_cuda_rng_state = _set_cpu_rng_state
 
 
+def _patch_megatron_optimizer() -> None:
+    """Where Transformer Engine or apex is installed, megatron's optimizer takes their CUDA kernels at import, whatever
+    the device; give it what it takes where neither is installed."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    optimizer.Adam, optimizer.SGD, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (base, clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
+
+
 def install() -> None:
     """Point ``cuda`` at the CPU in this process. Idempotent; never called in a process that uses a GPU."""
     global _installed
@@ -128,3 +146,4 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *a, **k: self
     torch.nn.Module.cuda = lambda self, *a, **k: self
     _patch_megatron_rng()
+    _patch_megatron_optimizer()

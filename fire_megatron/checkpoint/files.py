@@ -149,11 +149,16 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def swap_in(temporary: Path, target: Path) -> None:
-    """Rename a finished folder to its place; whatever stood there is set aside first and deleted last."""
-    aside = target.with_name(f".old_{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename a finished folder to its place. What stood there is set aside first and deleted last, so that a kill in
+    between leaves it at :func:`aside`, and one that such a kill left there stays until the new one is in place."""
     if target.exists():
-        target.rename(aside)
+        shutil.rmtree(aside(target), ignore_errors=True)
+        target.rename(aside(target))
     temporary.rename(target)
     fsync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside(target), ignore_errors=True)
+
+
+def aside(target: Path) -> Path:
+    """Where a folder is while another takes its place."""
+    return target.with_name(f".old_{target.name}")

@@ -20,6 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from fire_megatron.checkpoint.files import (
     MARKER,
     WEIGHTS,
+    aside,
     carry_files,
     fsync_tree,
     read_marker,
@@ -43,7 +44,8 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import all_gather_objects, raise_on_any
 from fire_megatron.parallel.grid import ModelGrid
 
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"(?:\.old_)?step_(\d+)")
+_LEFT_OVER = re.compile(r"\.(tmp|old|gone)_(step_\d+)")
 _OPTIMIZER = "optimizer."
 
 
@@ -64,18 +66,41 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
-def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps saved completely, ascending. Temporary and unfinished folders do not count."""
+def _complete_steps(checkpoints: Path) -> dict[int, Path]:
+    """Steps saved completely and their folders. A step that was being saved once more when the process was killed
+    may lie aside; temporary and unfinished folders do not count."""
     if not checkpoints.is_dir():
-        return []
-    found = ((_STEP.fullmatch(path.name), path) for path in checkpoints.iterdir())
-    return sorted(int(match[1]) for match, path in found if match and read_marker(path) is not None)
+        return {}
+    steps: dict[int, Path] = {}
+    for step in {int(match[1]) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}:
+        target = step_folder(checkpoints, step)
+        for folder in (target, aside(target)):
+            if step not in steps and read_marker(folder) is not None:
+                steps[step] = folder
+    return steps
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps saved completely, ascending."""
+    return sorted(_complete_steps(checkpoints))
 
 
 def find_latest(checkpoints: Path) -> Path | None:
     """The newest complete step, or None."""
-    steps = saved_steps(checkpoints)
-    return step_folder(checkpoints, steps[-1]) if steps else None
+    steps = _complete_steps(checkpoints)
+    return steps[max(steps)] if steps else None
+
+
+def _tidy(checkpoints: Path) -> None:
+    """Undo what a killed process left of its saving or deleting: parts are deleted, and a complete step that had been
+    set aside goes back to its place."""
+    for left in checkpoints.glob(".*_step_*"):
+        kind = _LEFT_OVER.fullmatch(left.name)
+        target = kind and checkpoints / kind[2]
+        if kind and kind[1] == "old" and not target.exists() and read_marker(left) is not None:
+            left.rename(target)
+        elif kind:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _by_parameter(shards: list[Shard]) -> Iterator[tuple[torch.nn.Parameter, list[Shard]]]:
@@ -167,7 +192,7 @@ def save_training_state(
 
 
 def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    _tidy(folder.parent)
     (folder / WEIGHTS).mkdir(parents=True)
 
 

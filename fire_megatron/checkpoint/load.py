@@ -61,10 +61,16 @@ def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None
     Collective over the grid. Each rank reads only what it holds; peak extra memory is the largest stored tensor.
 
     Raises:
-        CheckpointError: on every rank alike, before any weight is read, if the checkpoint is not usable.
+        CheckpointError: on every rank alike, if the checkpoint is not usable; what can be told from metadata and file
+            sizes is found before any weight is read.
     """
     shards = model_shards(model, grid=grid)
     reader = open_checkpoint(folder, shards, grid=grid)
-    with torch.no_grad():
-        for shard in shards:
-            reader.read_into(shard.view, shard.key, offset=shard.offset)
+    problem = None
+    try:
+        with torch.no_grad():
+            for shard in shards:
+                reader.read_into(shard.view, shard.key, offset=shard.offset)
+    except CheckpointError as error:
+        problem = str(error)
+    raise_on_any(problem, CheckpointError, group=grid.span)

@@ -112,9 +112,7 @@ def _by_parameter(shards: list[Shard]) -> Iterator[tuple[torch.nn.Parameter, lis
         yield group[0].parameter, group
 
 
-def _write_shards(
-    writer: ShardWriter, shards: list[Shard], optimizer: MegatronOptimizer, *, grid: ModelGrid
-) -> None:
+def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronOptimizer, *, grid: ModelGrid) -> None:
     """Write what this rank is to write. Each replica's data-parallel ranks take turns as writers, one a parameter."""
     group = grid.pg.dp_cp
     for turn, (parameter, parts) in enumerate(_by_parameter(shards)):
@@ -227,11 +225,15 @@ def load_training_state(
     raise_on_any(problem, CheckpointError, group=grid.span)
     assert common is not None
     initialise(optimizer)
-    with torch.no_grad():
-        for parameter, parts in _by_parameter(shards):
-            for shard in parts:
-                reader.read_into(shard.view, shard.key, offset=shard.offset)
-            _read_state(reader, parameter, parts, optimizer)
+    try:
+        with torch.no_grad():
+            for parameter, parts in _by_parameter(shards):
+                for shard in parts:
+                    reader.read_into(shard.view, shard.key, offset=shard.offset)
+                _read_state(reader, parameter, parts, optimizer)
+    except CheckpointError as error:
+        problem = str(error)
+    raise_on_any(problem, CheckpointError, group=grid.span)
     set_steps_taken(optimizer, common["optimizer_steps"])
     return TrainingState(common["step"], common["rng"], common["extra"])
 

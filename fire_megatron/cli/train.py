@@ -24,29 +24,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe. Exit codes: 0 done or stopped on request with everything saved, 2 a mistake in the input."""
+    """Run a recipe.
+
+    Exit codes: 0 done or stopped on request with everything saved, 2 a mistake in the input, 130 interrupted twice or
+    before there was anything to save.
+    """
     args = _parser().parse_intermixed_args(argv)
     # torch takes seconds to import; mistakes in a recipe should not.
     from fire_megatron.platform import launch
 
-    rank = 0
+    rank, recipe, problem = 0, None, None
     try:
         rank = launch.launched_rank()
-        recipe = load_recipe(args.recipe, args.overrides)
-        check_recipe(recipe, world_size=launch.launched_world_size())
+        try:
+            recipe = load_recipe(args.recipe, args.overrides)
+            check_recipe(recipe, world_size=launch.launched_world_size())
+        except UserError as error:
+            problem = str(error)
+        launch.raise_on_any_rank(problem)
         if args.check:
             if rank == 0:
                 print(f"{args.recipe}: no problem found for {launch.launched_world_size()} ranks")
             return 0
         world = launch.start(recipe.run.device, timeout=recipe.run.collective_timeout, threads=recipe.run.threads)
-        try:
-            from fire_megatron.train.trainer import Trainer
+        from fire_megatron.train.trainer import Trainer
 
-            Trainer(recipe, world).train()
-        finally:
-            launch.stop()
+        Trainer(recipe, world).train()
     except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or not error.everywhere:
+            where = "" if error.everywhere or launch.launched_world_size() == 1 else f" on rank {rank}"
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        launch.stop()
     return 0

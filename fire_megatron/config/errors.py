@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 class UserError(ValueError):
     """Something in the recipe, data, checkpoint or layout that the user can put right."""
 
+    everywhere = False
+    """Whether every rank raises the same, so that one of them is enough to tell it."""
+
 
 class RecipeError(UserError):
     """A recipe key or value is wrong."""

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fire_megatron.config.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -47,7 +49,13 @@ def all_gather_flat(values: torch.Tensor, *, group: dist.ProcessGroup) -> list[t
 
 
 def broadcast_flat(
-    values: torch.Tensor | None, *, numel: int, dtype: torch.dtype, device: torch.device, src: int, group: dist.ProcessGroup
+    values: torch.Tensor | None,
+    *,
+    numel: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    src: int,
+    group: dist.ProcessGroup,
 ) -> torch.Tensor:
     """Broadcast a 1-D tensor of known length from global rank ``src`` to the rest of ``group``."""
     if group.size() == 1:
@@ -61,7 +69,7 @@ def broadcast_flat(
     return values
 
 
-def raise_on_any(problem: str | None, error: type[Exception], *, group: dist.ProcessGroup) -> None:
+def raise_on_any(problem: str | None, error: type[UserError], *, group: dist.ProcessGroup) -> None:
     """Raise ``error`` on every rank of ``group`` when any rank has a problem, so that none waits for another.
 
     Args:
@@ -71,7 +79,9 @@ def raise_on_any(problem: str | None, error: type[Exception], *, group: dist.Pro
     """
     problems = [p for p in dict.fromkeys(all_gather_objects(problem, group=group)) if p]
     if problems:
-        raise error("\n".join(problems))
+        raised = error("\n".join(problems))
+        raised.everywhere = True
+        raise raised
 
 
 def all_gather_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fire_megatron.config.errors import LayoutError
+from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import cpu_seam
 from fire_megatron.platform.device import Device, select_device
+
+_store: dist.Store | None = None
+"""Where the ranks meet; made once, since each making counts as another arrival."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,62 @@ def launched_rank() -> int:
     return _variable("RANK", "SLURM_PROCID", default=0)
 
 
+def _meeting_point(timeout: float) -> dist.Store:
+    """The key-value store that the launcher announces, or one in memory for a single plain process."""
+    global _store
+    rank, size = launched_rank(), launched_world_size()
+    if _store is None and size == 1 and "MASTER_ADDR" not in os.environ:
+        _store = dist.HashStore()
+    elif _store is None:
+        patience = datetime.timedelta(seconds=timeout)
+        try:
+            _store = next(iter(dist.rendezvous("env://", rank=rank, world_size=size, timeout=patience)))[0]
+        except (ValueError, RuntimeError) as error:
+            raise LayoutError(
+                f"rank {rank} of {size} cannot meet the others ({error}); start all ranks with torchrun, or set "
+                "MASTER_ADDR and MASTER_PORT to the first node under srun"
+            ) from error
+    return _store
+
+
+def raise_on_any_rank(problem: str | None, *, timeout: float = 600.0) -> None:
+    """Raise on every rank when any rank has a problem, before there is a process group to ask over.
+
+    Args:
+        problem: this rank's message, or None.
+        timeout: seconds to wait for the other ranks.
+
+    Raises:
+        LayoutError: a rank did not come.
+        UserError: the first rank's problem, the same on every rank.
+    """
+    rank, size = launched_rank(), launched_world_size()
+    if size == 1:
+        if problem is not None:
+            raise UserError(problem)
+        return
+    store = _meeting_point(timeout)
+    patience = datetime.timedelta(seconds=timeout)
+    if problem is not None and store.add("fire/problems", 1) == 1:
+        store.set("fire/problem", problem)
+    if store.add("fire/arrived", 1) == size:
+        store.set("fire/all_arrived", "")
+    try:
+        store.wait(["fire/all_arrived"], patience)
+        if store.add("fire/problems", 0) == 0:
+            return
+        store.wait(["fire/problem"], patience)
+    except RuntimeError as error:
+        raise LayoutError(f"rank {rank}: not all of the {size} ranks came within {timeout:.0f} s ({error})") from error
+    raised = UserError(store.get("fire/problem").decode())
+    raised.everywhere = True
+    if store.add("fire/told", 1) == size:
+        store.set("fire/all_told", "")
+    with contextlib.suppress(RuntimeError):  # the store may live in rank 0, which must not leave before the others
+        store.wait(["fire/all_told"], patience)
+    raise raised
+
+
 def _quiet_third_parties() -> None:
     """Keep import-time chatter of optional dependencies off the console; our report says what is missing."""
     for pattern in (".*absl.logging.*", ".*Apex is not installed.*", ".*Transformer Engine.*", ".*[Gg]rouped.*gemm.*"):
@@ -91,15 +151,14 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
         _set_threads(threads, local_size)
         cpu_seam.install()
     if not dist.is_initialized():
-        patience = datetime.timedelta(seconds=timeout)
-        if size == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(chosen.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
-        else:
-            dist.init_process_group(chosen.backend, rank=rank, world_size=size, timeout=patience)
+        store, patience = _meeting_point(timeout), datetime.timedelta(seconds=timeout)
+        dist.init_process_group(chosen.backend, store=store, rank=rank, world_size=size, timeout=patience)
     return World(rank, size, local_rank, local_size, chosen)
 
 
 def stop() -> None:
     """Leave the run; a no-op when it was never joined."""
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None

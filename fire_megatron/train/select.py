@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fire_megatron.config.schema import LossConfig
 from fire_megatron.data.packing import balance
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
@@ -114,9 +113,7 @@ def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
     rollouts = rows.rollouts
     floats = [
         torch.cat(columns)
-        for columns in zip(
-            rollouts.log_probs, rollouts.entropies, rows.teacher_log_probs, rows.weights, strict=True
-        )
+        for columns in zip(rollouts.log_probs, rollouts.entropies, rows.teacher_log_probs, rows.weights, strict=True)
     ]
     headers: list[tuple[int, Prompt, str, bool]] = [
         item

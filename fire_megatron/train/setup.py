@@ -6,12 +6,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
-from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.errors import DataError, RecipeError, UserError
+from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.prompts import read_prompts
@@ -31,6 +32,7 @@ from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def role_layout(role: RoleConfig, world: World) -> Layout:
     )
 
 
-def _on_all_ranks(action: Callable, *args: object, **kwargs: object) -> object:
+def on_all_ranks(action: Callable[..., T], *args: object, **kwargs: object) -> T:
     """Run something that may find a user's mistake; if any rank does, every rank raises."""
     problem, result = None, None
     try:
@@ -80,15 +82,20 @@ def _on_all_ranks(action: Callable, *args: object, **kwargs: object) -> object:
     except UserError as error:
         problem = error
     raise_on_any(str(problem) if problem else None, type(problem) if problem else UserError, group=dist.group.WORLD)
-    return result
+    return result  # type: ignore[return-value]
 
 
 def _load_plugins(recipe: Recipe) -> list[Hook]:
     for module in recipe.run.plugins:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise RecipeError(f"run.plugins: cannot import {module!r} ({error})") from error
+        except UserError:
+            raise
+        except Exception as error:  # a module of the user's may raise anything
+            raise RecipeError(
+                f"run.plugins: cannot import {module!r} ({type(error).__name__}: {error}); correct the name, or put "
+                "its folder on PYTHONPATH"
+            ) from error
     return build_hooks(recipe.loss.hooks)
 
 
@@ -187,14 +194,12 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
         UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
     """
     factory = GridFactory(timeout=recipe.run.collective_timeout)
-    hooks = _on_all_ranks(_load_plugins, recipe)
+    hooks = on_all_ranks(_load_plugins, recipe)
     grids = {path: factory.grid(role_layout(role, world)) for path, role in roles(recipe).items()}
-    shapes = _on_all_ranks(_check_roles, recipe, grids, world)
-    inputs = _on_all_ranks(read_inputs, recipe)
+    shapes = on_all_ranks(_check_roles, recipe, grids, world)
+    inputs = on_all_ranks(read_inputs, recipe)
     grid = grids["student"]
-    models = {
-        path: _loaded(path, shapes[path], role, grids[path], world, say) for path, role in roles(recipe).items()
-    }
+    models = {path: _loaded(path, shapes[path], role, grids[path], world, say) for path, role in roles(recipe).items()}
     teachers = {
         name: Teacher(
             name, models[f"teachers.{name}"], grids[f"teachers.{name}"], micro_batch_tokens=config.micro_batch_tokens
@@ -205,9 +210,7 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
         models["student"], grid, loss=recipe.loss, optimizer=recipe.optimizer, precision=recipe.student.precision
     )
     router = TeacherRouter(teachers, inputs.route, student_grid=grid)
-    engine = MegatronEngine(
-        models["student"], grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed
-    )
+    engine = MegatronEngine(models["student"], grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed)
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )
@@ -217,9 +220,7 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
     )  # fmt: skip
 
 
-def _held_out(
-    recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid
-) -> HeldOut | None:
+def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid) -> HeldOut | None:
     if not inputs.held_out:
         return None
     config: RolloutConfig = replace(

@@ -29,7 +29,6 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import compute_device
 
-
 _LOSS_METRICS = ("loss/clip_fraction", "loss/approx_kl", "rollout/importance_mean", "rollout/importance_cut")
 
 

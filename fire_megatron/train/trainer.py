@@ -11,10 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.training import find_latest, load_training_state, save_training_state
-from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.errors import CheckpointError, RecipeError
 from fire_megatron.config.load import save_recipe
 from fire_megatron.config.schema import Recipe
-from fire_megatron.data.rollouts import Rollouts, TrainingRows
+from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
 from fire_megatron.metrics.logger import MetricsLogger
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
@@ -31,7 +31,7 @@ from fire_megatron.platform import (
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
-from fire_megatron.train.setup import Run, prepare
+from fire_megatron.train.setup import Run, on_all_ranks, prepare
 
 
 class _Stopped(Exception):
@@ -50,21 +50,14 @@ class Trainer:
         self.recipe, self.world = recipe, world
         self.folder = Path(recipe.run.dir)
         self.checkpoints = Path(recipe.checkpoint.dir or self.folder / "checkpoints")
-        latest = self._resume_point()
+        latest = on_all_ranks(self._resume_point)
         seed_everything(recipe.run.seed, device=world.device)
         self.run: Run = prepare(recipe, world, self._say)
         self.step = 0
         self.first_eval: dict[str, float] = {}
         if latest is not None:
             self._resume(latest)
-        self._save_recipe()
-        self.logger = MetricsLogger(
-            self.folder,
-            recipe.metrics,
-            total_steps=recipe.run.steps,
-            start_step=self.step if latest is not None else -1,
-            enabled=world.is_main,
-        )
+        self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
         self.stop = StopRequest()
         self._clock: dict[str, float] = {}
 
@@ -85,14 +78,26 @@ class Trainer:
             )
         return latest
 
-    def _save_recipe(self) -> None:
+    def _open_run_folder(self, *, resumed: bool) -> MetricsLogger:
+        """Save the resolved recipe and open the metrics; only the main rank writes."""
         if self.world.is_main:
             first = self.folder / "recipe.yaml"
             save_recipe(self.recipe, first if not first.exists() else self.folder / f"recipe_from_{self.step:06d}.yaml")
+        return MetricsLogger(
+            self.folder,
+            self.recipe.metrics,
+            total_steps=self.recipe.run.steps,
+            start_step=self.step if resumed else -1,
+            enabled=self.world.is_main,
+        )
 
     def _resume(self, checkpoint: Path) -> None:
         run = self.run
-        state = load_training_state(checkpoint, run.student.model, run.student.optimizer, grid=run.grid)
+        try:
+            state = load_training_state(checkpoint, run.student.model, run.student.optimizer, grid=run.grid)
+        except CheckpointError as error:  # every rank's
+            error.args = (f"{error}\ndelete {checkpoint} to continue from the step saved before it",)
+            raise
         if state.extra["prompts"] != self._prompts_fingerprint():
             raise RecipeError(
                 f"data.train: the prompts differ from those that {checkpoint} was trained on; "
@@ -138,10 +143,12 @@ class Trainer:
                 self.first_eval = self._evaluate()
                 self.logger.log(0, self.first_eval)
             while self.step < self.recipe.run.steps:
+                self._check_stop()
                 self._one_step()
                 if self.recipe.checkpoint.every and self.step % self.recipe.checkpoint.every == 0:
                     self.save()
-                self._check_stop()
+            if self.recipe.checkpoint.final and self._saved != self.step:
+                self.save()
         except _Stopped:
             if self._saved != self.step:
                 self.save()
@@ -150,8 +157,6 @@ class Trainer:
         finally:
             self.stop.restore()
             self.logger.close()
-        if self.recipe.checkpoint.final and self._saved != self.step:
-            self.save()
         self._print_table()
         return True
 
@@ -193,9 +198,23 @@ class Trainer:
                 grid=run.grid,
             )
             updated = self._update(rows, step)
+        self.logger.samples(step + 1, self._samples(rollouts, scores))
         # Every rank of a replica holds the same rollouts; one of them counts.
         counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
         return (rollout_metrics(rollouts) | selected if counts else {}) | updated
+
+    def _samples(self, rollouts: Rollouts, scores: Scores) -> Iterator[dict[str, Any]]:
+        """This replica's answers as lines of ``samples.jsonl``."""
+        for i, response in enumerate(rollouts.responses):
+            yield {
+                "row": rollouts.row_ids[i],
+                "teacher": scores.teachers[i],
+                "prompt": rollouts.prompts[i].text,
+                "response": self.run.inputs.tokenizer.decode(response.tolist()),
+                "tokens": len(response),
+                "truncated": rollouts.truncated[i],
+                "reverse_kl": float((rollouts.log_probs[i] - scores.log_probs[i]).sum()),
+            }
 
     def _sample(self, step: int) -> Rollouts:
         run, repeats = self.run, self.recipe.rollout.samples_per_prompt
@@ -243,5 +262,3 @@ class Trainer:
         yield
         synchronize(self.world.device)
         self._clock[phase] = self._clock.get(phase, 0.0) + time.perf_counter() - started
-
-

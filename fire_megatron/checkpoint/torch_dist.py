@@ -77,7 +77,10 @@ class ShardWriter:
             data = data.clone()  # torch.save stores the whole storage that a view looks at
         stream = self._open()
         position = stream.tell()
-        torch.save(data, stream)
+        try:
+            torch.save(data, stream)
+        except RuntimeError as error:  # what its zip writer makes of a disk that is full
+            raise OSError(f"{stream.name}: {error}") from error
         self._entries.append(
             Entry(
                 key, tuple(global_shape), data.dtype, tuple(offset), tuple(data.shape),

@@ -113,24 +113,34 @@ def _by_parameter(shards: list[Shard]) -> Iterator[tuple[torch.nn.Parameter, lis
 
 
 def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronOptimizer, *, grid: ModelGrid) -> None:
-    """Write what this rank is to write. Each replica's data-parallel ranks take turns as writers, one a parameter."""
-    group = grid.pg.dp_cp
+    """Write what this rank is to write. Each replica's data-parallel ranks take turns as writers, one a parameter.
+
+    Raises:
+        OSError: this rank cannot write; only after its part in the other ranks' reduces.
+    """
+    group, failure = grid.pg.dp_cp, None
+
+    def write(key: str, shard: Shard, part: torch.Tensor) -> None:
+        nonlocal failure
+        real = shard.real(part)
+        if real.numel() and failure is None:
+            try:
+                writer.write(key, real, offset=shard.offset, global_shape=shard.global_shape)
+            except OSError as error:
+                failure = error
+
     for turn, (parameter, parts) in enumerate(_by_parameter(shards)):
         owner = turn % group.size()
         mine = group.rank() == owner
         writes = [shard for shard in parts if shard.writes]
         if mine:
             for shard in writes:
-                _write(writer, shard.key, shard, shard.view)
+                write(shard.key, shard, shard.view)
         for name, whole in whole_state(optimizer, parameter, group=group, owner=owner):
             for shard in writes if mine and whole is not None else ():
-                _write(writer, f"{_OPTIMIZER}{name}.{shard.key}", shard, shard.within(whole))
-
-
-def _write(writer: ShardWriter, key: str, shard: Shard, part: torch.Tensor) -> None:
-    real = shard.real(part)
-    if real.numel():
-        writer.write(key, real, offset=shard.offset, global_shape=shard.global_shape)
+                write(f"{_OPTIMIZER}{name}.{shard.key}", shard, shard.within(whole))
+    if failure is not None:
+        raise failure
 
 
 def save_training_state(

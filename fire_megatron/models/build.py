@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +40,17 @@ _SET_ELSEWHERE = {
     "pipeline_dtype": "precision.dtype",
     "bf16": "precision.dtype",
     "fp16": "precision.dtype",
-    "num_layers": "checkpoint (the model's own config.json)",
-    "hidden_size": "checkpoint (the model's own config.json)",
-    "num_attention_heads": "checkpoint (the model's own config.json)",
-}
+    **dict.fromkeys(
+        (
+            "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+            "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func", "add_bias_linear",
+            "add_qkv_bias", "qk_layernorm", "window_size", "num_moe_experts", "multi_latent_attention",
+        ),
+        "checkpoint (the model's own config.json)",
+    ),
+}  # fmt: skip
+_RELIED_ON = ("variable_seq_lengths", "calculate_per_token_loss", "perform_initialization")
+"""Fields without which the trainer computes something else."""
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
@@ -58,16 +67,38 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
         overrides: the mapping.
 
     Raises:
-        RecipeError: a key that TransformerConfig does not have, or that another recipe key sets.
+        RecipeError: a key that TransformerConfig does not have or that may not be changed, or a value of a wrong type.
     """
+    hints = typing.get_type_hints(TransformerConfig)
     known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
-    for key in overrides:
+    for key, value in overrides.items():
+        if key in _RELIED_ON:
+            raise RecipeError(f"{role}.megatron.{key}: the trainer relies on its own value; remove it here")
         if key in _SET_ELSEWHERE:
             raise RecipeError(f"{role}.megatron.{key}: this is set by {role}.{_SET_ELSEWHERE[key]}; remove it here")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"{role}.megatron.{key}: megatron-core's TransformerConfig has no such field{hint}")
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key])) if isinstance(hints[key], type) else hints[key]
+            raise RecipeError(f"{role}.megatron.{key}: {value!r} does not fit megatron-core's type of it, {wanted}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML fits a type hint of TransformerConfig; classes that YAML cannot hold fit nothing."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return hint in (bool, int, str, list, dict, type(None)) and type(value) is hint
 
 
 def resolve_layer_spec(setting: str, device: Device, *, role: str) -> str:

@@ -182,7 +182,15 @@ def recipe_checkpoint(recipe: Recipe, path: str) -> str:
 
 def _loaded(path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, say: Say) -> FireGPT:
     say(f"loading {path} from {role.checkpoint}")
-    model = build_model(shape, role, grid, device=world.device)
+    try:
+        model = build_model(shape, role, grid, device=world.device)
+    except Exception as error:  # megatron-core checks some fields only where it uses them
+        if not role.megatron or isinstance(error, UserError):
+            raise
+        raise RecipeError(
+            f"{path}.megatron: megatron-core cannot build the model with {dict(role.megatron)}: "
+            f"{str(error) or type(error).__name__}; remove what it names"
+        ) from error
     load_weights(model, Path(role.checkpoint), grid=grid)
     return model
 

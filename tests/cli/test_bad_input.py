@@ -399,9 +399,24 @@ def megatron_field_set_elsewhere(box):
     box.recipe["teachers"]["math"]["megatron"] = {"hidden_size": 128}
 
 
-@case("student", "megatron-core rejects", "recompute")
-def megatron_field_rejected(box):
+@case("student.megatron.recompute_granularity", "'everything'", "'full'")
+def megatron_field_of_wrong_type(box):
     box.recipe["student"]["megatron"] = {"recompute_granularity": "everything"}
+
+
+@case("student", "megatron-core rejects", "recompute_method")
+def megatron_field_rejected(box):
+    box.recipe["student"]["megatron"] = {"recompute_granularity": "full"}
+
+
+@case("student.megatron", "cannot build the model", "gradient_accumulation_fusion")
+def megatron_field_that_needs_a_gpu(box):
+    box.recipe["student"]["megatron"] = {"gradient_accumulation_fusion": True}
+
+
+@case("student.megatron.calculate_per_token_loss", "relies on its own value", "remove it")
+def megatron_field_relied_on(box):
+    box.recipe["student"]["megatron"] = {"calculate_per_token_loss": False}
 
 
 # ---- resuming -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""What a run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+
+from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+
+from fire_megatron.cli.train import main
+from fire_megatron.config.load import load_recipe, recipe_to_dict
+
+
+def test_files_of_a_run(tmp_path):
+    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+    run_dir = tmp_path / "run"
+    held_out = {"prompts": [{"path": str(inputs / "math.jsonl")}], "num_prompts": 2, "max_new_tokens": 4}
+    values = tiny_recipe(inputs, run_dir, metrics__samples=3, evaluation=held_out)
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    assert main(["--recipe", str(recipe), "run.steps=2"]) == 0
+
+    resolved = load_recipe(run_dir / "recipe.yaml")
+    assert resolved == load_recipe(recipe, ["run.steps=2"])
+    assert recipe_to_dict(resolved)["optimizer"]["betas"] == [0.9, 0.95], "defaults are written out"
+    assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2]
+
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    places = [(step, row) for step in (1, 2) for row in (0, 1, 2)]
+    assert [(sample["step"], sample["row"]) for sample in samples] == places
+        (step, row) for step in (1, 2) for row in (0, 1, 2)
+    ]
+    for sample in samples:
+        assert sample["teacher"] in ("math", "code") and sample["prompt"].startswith("w")
+        assert 1 <= sample["tokens"] <= 6 and isinstance(sample["response"], str)
+
+    assert main(["--recipe", str(recipe), "run.steps=3"]) == 0
+    assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]
+    assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3

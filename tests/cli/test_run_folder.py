@@ -26,8 +26,6 @@ def test_files_of_a_run(tmp_path):
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     places = [(step, row) for step in (1, 2) for row in (0, 1, 2)]
     assert [(sample["step"], sample["row"]) for sample in samples] == places
-        (step, row) for step in (1, 2) for row in (0, 1, 2)
-    ]
     for sample in samples:
         assert sample["teacher"] in ("math", "code") and sample["prompt"].startswith("w")
         assert 1 <= sample["tokens"] <= 6 and isinstance(sample["response"], str)

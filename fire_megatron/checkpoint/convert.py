@@ -217,6 +217,7 @@ def _write_shards(
     for number, names in enumerate(batches):
         final = SINGLE if len(batches) == 1 else f"model-{number + 1:05d}-of-{len(batches):05d}.safetensors"
         (folder / f"part-{number:05d}").rename(folder / final)
+        (folder / final).chmod(0o644)  # safetensors makes files that only their owner reads
         files |= dict.fromkeys(names, final)
     return files, total
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert between Hugging Face folders and megatron checkpoints.
 
-    python tools/convert.py hf-to-megatron --hf DIR --out DIR [--dtype bfloat16]
-    python tools/convert.py megatron-to-hf --checkpoint DIR --out DIR
+python tools/convert.py hf-to-megatron --hf DIR --out DIR [--dtype bfloat16]
+python tools/convert.py megatron-to-hf --checkpoint DIR --out DIR
 """
 
 import argparse

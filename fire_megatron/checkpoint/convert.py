@@ -102,11 +102,14 @@ def _check_names(reader: HFReader, tensors: list[Tensor], shape: ModelShape) -> 
     wanted = {name: size for t in tensors for name, size in zip(t.sources, t.shapes, strict=True)}
     missing = [name for name in wanted if name not in reader.names]
     unknown = [name for name in reader.names if name not in wanted and not is_ignored(name, shape)]
-    for names, what in ((missing, "are missing"), (unknown, f"are not of a {shape.family} model as config.json has it")):
+    for names, what in (
+        (missing, "are missing"),
+        (unknown, f"are not of a {shape.family} model as config.json has it"),
+    ):
         if names:
             raise CheckpointError(
-                f"{reader.folder}: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}; "
-                "does config.json belong to these weights?"
+                f"{reader.folder}: {len(names)} tensors {what}: {', '.join(names[:4])}"
+                f"{' ...' if len(names) > 4 else ''}; does config.json belong to these weights?"
             )
     for name, size in wanted.items():
         if reader.shape(name) != size:
@@ -118,7 +121,9 @@ def _check_names(reader: HFReader, tensors: list[Tensor], shape: ModelShape) -> 
 
 def _require_dtype(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}, or leave it out to keep the stored one")
+        raise CheckpointError(
+            f"--dtype {dtype}: use one of {', '.join(DTYPES)}, or leave it out to keep the stored one"
+        )
     return None if dtype is None else DTYPES[dtype]
 
 
@@ -182,7 +187,9 @@ def _export_tensors(
 def _check_export(reader: ShardReader, tensors: list[Tensor]) -> None:
     missing = [t.key for t in tensors if t.key not in reader.tensors]
     if missing:
-        raise CheckpointError(f"{reader.folder}: {len(missing)} tensors are missing, such as {missing[0]}; convert it again")
+        raise CheckpointError(
+            f"{reader.folder}: {len(missing)} tensors are missing, such as {missing[0]}; convert it again"
+        )
     for tensor in tensors:
         stored = reader.tensors[tensor.key].shape
         if stored[0] < tensor.shape[0] or stored[1:] != tensor.shape[1:]:

@@ -1,1 +1,1 @@
-"""FiRe: filter trajectories, then reweight tokens, over the global batch. Pure tensor math; the reducer is passed in."""
+"""FiRe: filter trajectories, then reweight tokens, over the global batch. Tensor math; the reducer is passed in."""

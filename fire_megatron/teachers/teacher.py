@@ -85,7 +85,5 @@ class Teacher:
     def _last_stage(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
         """[N, local vocabulary] -> [2, N] float32."""
         return torch.stack(
-            score_log_prob_and_entropy(
-                logits, pack.targets, group=self.grid.pg.tp, vocab_start=self.model.vocab_start
-            )
+            score_log_prob_and_entropy(logits, pack.targets, group=self.grid.pg.tp, vocab_start=self.model.vocab_start)
         )

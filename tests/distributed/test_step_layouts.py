@@ -124,9 +124,7 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
     teachers = {}
     for name in ROUTE:
         teacher = TeacherConfig(checkpoint=str(folder / name), vocab_multiple=4)
-        teachers[name] = Teacher(
-            name, load_role(folder / name, teacher, grid, world), grid, micro_batch_tokens=24
-        )
+        teachers[name] = Teacher(name, load_role(folder / name, teacher, grid, world), grid, micro_batch_tokens=24)
     # distributed=False leaves each whole gradient in main_grad on every data-parallel rank, to be compared.
     student = Student(
         model,
@@ -155,9 +153,7 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
 
 def layouts(size):
     """Every tensor x pipeline split of the world; data parallelism takes the rest."""
-    return [
-        Layout(tensor=t, pipeline=p, num_ranks=size) for t in (1, 2) for p in (1, 2, 3) if size % (t * p) == 0
-    ]
+    return [Layout(tensor=t, pipeline=p, num_ranks=size) for t in (1, 2) for p in (1, 2, 3) if size % (t * p) == 0]
 
 
 def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, factory):
@@ -187,9 +183,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     twin = load_role(checkpoints / "student", role, grid, world)
     teacher = Teacher("twin", twin, grid, micro_batch_tokens=24)
     router = TeacherRouter({"twin": teacher}, {"math": "twin", "code": "twin"}, student_grid=grid)
-    engine = MegatronEngine(
-        model, grid, RolloutConfig(prompts_per_step=ROWS, max_new_tokens=9), stop_ids=[EOS], seed=5
-    )
+    engine = MegatronEngine(model, grid, RolloutConfig(prompts_per_step=ROWS, max_new_tokens=9), stop_ids=[EOS], seed=5)
     prompts, _ = rows()
     mine = replica_rows(ROWS, grid)
     rollouts = engine.generate([prompts[i] for i in mine], mine, step=0)

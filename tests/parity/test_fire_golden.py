@@ -23,6 +23,15 @@ CASES = sorted((Path(__file__).parents[1] / "data" / "fire_reference").glob("*.n
 TEACHERS = ("math", "code")
 
 
+def _is_first_update(path):
+    """Some cases have made updates since their rollouts, so that the ratio is not 1."""
+    with np.load(path) as data:
+        return np.array_equal(data["old_log_prob"], data["log_prob"])
+
+
+FIRST_UPDATES = [path for path in CASES if _is_first_update(path)]
+
+
 def load(path):
     with np.load(path) as data:
         return {k: torch.from_numpy(v) if v.ndim == 2 else v for k, v in data.items()}
@@ -110,11 +119,9 @@ def test_agrees_with_the_published_code(path, scope):
         assert value == pytest.approx(float(case[f"metric_{key}"]), abs=1e-5), key
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FIRST_UPDATES, ids=lambda path: path.stem)
 def test_first_update_needs_no_old_log_prob(path):
     case = load(path)
-    if not torch.equal(case["old_log_prob"], case["log_prob"]):
-        pytest.skip("this case has made updates since its rollouts")
     batch = fire_batch(case)
     loss, gradient, _ = loss_and_gradient(case, batch, select(case, batch), None)
     assert loss == pytest.approx(float(case["loss"]), abs=1e-5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,47 +39,62 @@ FORMAT = 1
 
 
 class HFReader:
-    """Tensors of a Hugging Face folder, read lazily from one or many safetensors files."""
+    """Tensors of a Hugging Face folder, read lazily from one or many safetensors files.
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        """Open every file and check the index against them.
+    safetensors maps a file into memory, and pages once read stay in the process's memory for as long as the map does;
+    so each read maps the file anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read every file's header and check the index against them.
 
         Raises:
             CheckpointError: no safetensors, a file that is missing or cut short, or an index that names tensors
                 which are not there.
         """
         self.folder = folder
-        self._file_of: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        self._shape_of: dict[str, tuple[int, ...]] = {}
         index = self._index()
-        names = sorted(set(index.values())) if index else [path.name for path in sorted(folder.glob("*.safetensors"))]
+        names = sorted(set(index.values())) if index else self._files_without_index()
         if not names:
             raise CheckpointError(
                 f"{folder}: no *.safetensors; save the model with save_pretrained(..., safe_serialization=True)"
             )
         for name in names:
-            opened = self._open(name, stack)
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
+            with self._open(name) as opened:
+                held = list(opened.keys())
+                self._shape_of |= {key: tuple(opened.get_slice(key).get_shape()) for key in held}
+            self._file_of |= dict.fromkeys(held, name)
         lost = sorted(set(index) - set(self._file_of))
         if lost:
             raise CheckpointError(
                 f"{folder / INDEX}: names {len(lost)} tensors that no file holds, such as {lost[0]}; copy it again"
             )
 
+    def _files_without_index(self) -> list[str]:
+        """The file that transformers loads where it is there: some models come with a second copy of the weights."""
+        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        return [SINGLE] if SINGLE in found else found
+
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX
         if not path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a safetensors index ({error}); copy it again") from error
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise CheckpointError(f"{path}: not a safetensors index (weight_map names no files); copy it again")
+        return index
 
-    def _open(self, name: str, stack: ExitStack) -> Any:
+    def _open(self, name: str) -> Any:
         path = self.folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, and {INDEX} says that it holds weights; copy it again")
         try:
-            return stack.enter_context(safe_open(str(path), framework="pt"))
+            return safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cut short or damaged ({error}); copy it again") from error
 
@@ -90,11 +105,12 @@ class HFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return self._shape_of[name]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""
-        return self._file_of[name].get_tensor(name)
+        with self._open(self._file_of[name]) as opened:
+            return opened.get_tensor(name)
 
 
 def _check_names(reader: HFReader, tensors: list[Tensor], shape: ModelShape) -> None:
@@ -148,30 +164,28 @@ def hf_to_megatron(
     shape, target_dtype = read_hf_config(hf), _require_dtype(dtype)
     check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
     tensors = tensor_map(shape)
-    with ExitStack() as stack:
-        reader = HFReader(hf, stack)
-        _check_names(reader, tensors, shape)
-        with new_folder(out) as temporary:
-            (temporary / WEIGHTS).mkdir()
-            writer = ShardWriter(temporary / WEIGHTS, rank=0)
-            stored: set[str] = set()
-            for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
-                parts = [reader.read(name) for name in tensor.sources]
-                kept = target_dtype or torch.promote_types(parts[0].dtype, parts[-1].dtype)
-                stored.add(str(kept).removeprefix("torch."))
-                for row, part in pack(tensor, [part.to(kept) for part in parts], shape):
-                    writer.write(tensor.key, part, offset=(row, *(0,) * (part.dim() - 1)), global_shape=tensor.shape)
-            write_metadata(temporary / WEIGHTS, writer.close(), common={})
-            carry_files(hf, temporary)
-            write_json(
-                temporary / MARKER,
-                {
-                    "format": FORMAT,
-                    "family": shape.family,
-                    "dtype": stored.pop() if len(stored) == 1 else "mixed",
-                    "vocab_size": shape.vocab_size,
-                },
-            )
+    reader = HFReader(hf)
+    _check_names(reader, tensors, shape)
+    with new_folder(out) as temporary, ShardWriter(temporary / WEIGHTS, rank=0) as writer:
+        (temporary / WEIGHTS).mkdir()
+        stored: set[str] = set()
+        for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
+            parts = [reader.read(name) for name in tensor.sources]
+            kept = target_dtype or reduce(torch.promote_types, (part.dtype for part in parts))
+            stored.add(str(kept).removeprefix("torch."))
+            for row, part in pack(tensor, [part.to(kept) for part in parts], shape):
+                writer.write(tensor.key, part, offset=(row, *(0,) * (part.dim() - 1)), global_shape=tensor.shape)
+        write_metadata(temporary / WEIGHTS, writer.close(), common={})
+        carry_files(hf, temporary)
+        write_json(
+            temporary / MARKER,
+            {
+                "format": FORMAT,
+                "family": shape.family,
+                "dtype": stored.pop() if len(stored) == 1 else "mixed",
+                "vocab_size": shape.vocab_size,
+            },
+        )
     return out
 
 
@@ -179,7 +193,7 @@ def _export_tensors(
     reader: ShardReader, tensors: list[Tensor], shape: ModelShape, dtype: torch.dtype | None, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in tqdm(tensors, desc="exporting", unit="tensor", disable=not progress):
-        whole = reader.read(tensor.key, rows=tensor.shape[0])
+        whole = reader.read(tensor.key)
         for name, part in zip(tensor.sources, unpack(tensor, whole, shape), strict=True):
             yield name, part.to(dtype or part.dtype).contiguous().clone()
 
@@ -192,7 +206,7 @@ def _check_export(reader: ShardReader, tensors: list[Tensor]) -> None:
         )
     for tensor in tensors:
         stored = reader.tensors[tensor.key].shape
-        if stored[0] < tensor.shape[0] or stored[1:] != tensor.shape[1:]:
+        if stored != tensor.shape:
             raise CheckpointError(
                 f"{reader.folder}: {tensor.key} has shape {stored} and config.json says {tensor.shape}; "
                 "does config.json belong to these weights?"
@@ -208,7 +222,11 @@ def _write_shards(
     total = size = 0
 
     def flush() -> None:
-        save_file(held, str(folder / f"part-{len(batches):05d}"), metadata={"format": "pt"})
+        path = folder / f"part-{len(batches):05d}"
+        try:
+            save_file(held, str(path), metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of a disk that is full
+            raise OSError(f"{path}: {error}") from error
         batches.append(list(held))
         held.clear()
 

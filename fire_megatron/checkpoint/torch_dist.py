@@ -11,6 +11,7 @@ A tensor is stored as non-overlapping rectangular chunks; ``.metadata`` tells wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -80,7 +81,7 @@ class ShardWriter:
         try:
             torch.save(data, stream)
         except RuntimeError as error:  # what its zip writer makes of a disk that is full
-            raise OSError(f"{stream.name}: {error}") from error
+            raise OSError(f"{stream.name}: {error.__context__ or error}") from error
         self._entries.append(
             Entry(
                 key, tuple(global_shape), data.dtype, tuple(offset), tuple(data.shape),
@@ -102,6 +103,15 @@ class ShardWriter:
             os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Let go of a file that an error has cut short; what still waited to be written is lost with it."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.close()
 
     def close(self) -> list[Entry]:
         """Flush to the disk and return what was written."""
@@ -234,12 +244,11 @@ class ShardReader:
                 source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, entry.offset, strict=True))
                 target[inside].copy_(self._chunk(entry)[source])
 
-    def read(self, key: str, *, rows: int | None = None) -> torch.Tensor:
-        """A whole tensor in its stored dtype on the CPU, or its first ``rows`` rows."""
+    def read(self, key: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype on the CPU."""
         stored = self.tensors[key]
-        shape = stored.shape if rows is None else (rows, *stored.shape[1:])
-        target = torch.empty(shape, dtype=stored.dtype)
-        self.read_into(target, key, offset=(0,) * len(shape))
+        target = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_into(target, key, offset=(0,) * len(stored.shape))
         return target
 
     def _chunk(self, entry: Entry) -> torch.Tensor:

@@ -135,14 +135,20 @@ def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
 
 def pipeline_stages(num_layers: int, pipeline: int) -> list[int]:
     """Layers of each stage: even where they divide; otherwise the first and last stage, which also embed and
-    project, take what the even middle stages leave."""
-    for middle in (-(-num_layers // pipeline), num_layers // pipeline):
-        ends = num_layers - middle * (pipeline - 2)
-        if pipeline == 1:
-            return [num_layers]
-        if ends >= 2:
-            return [ends - ends // 2, *[middle] * (pipeline - 2), ends // 2]
-    raise LayoutError(f"parallel.pipeline={pipeline} exceeds the model's {num_layers} layers")
+    project, take what the even middle stages leave.
+
+    Raises:
+        LayoutError: there are fewer layers than stages.
+    """
+    if pipeline > num_layers:
+        raise LayoutError(f"parallel.pipeline={pipeline} exceeds the model's {num_layers} layers")
+    if pipeline == 1:
+        return [num_layers]
+    middle = -(-num_layers // pipeline)
+    if num_layers - middle * (pipeline - 2) < 2:
+        middle = num_layers // pipeline
+    ends = num_layers - middle * (pipeline - 2)
+    return [ends - ends // 2, *[middle] * (pipeline - 2), ends // 2]
 
 
 def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
@@ -165,8 +171,6 @@ def transformer_config(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, 
     for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", shape.ffn)):
         if count % layout.tensor:
             raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
-    if layout.pipeline > shape.num_layers:
-        raise LayoutError(f"parallel.pipeline={layout.pipeline} exceeds the model's {shape.num_layers} layers")
     dtype = DTYPES[role.precision.dtype]
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {

@@ -131,6 +131,8 @@ def _qwen_window(config: _Reader) -> None:
             )
         return
     layer_types = config.values.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise config.fail(f"layer_types is {layer_types!r}; it must be a list")
     others = sorted({str(t) for t in layer_types} - {"full_attention"})
     if others:
         raise config.fail(f"layer_types contains {', '.join(others)}; only full_attention is supported")
@@ -166,7 +168,7 @@ def _read_rope(config: _Reader) -> tuple[float, dict[str, Any] | None]:
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in _ROPE_PARAMETERS:
+    if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
         supported = ", ".join(("default", *_ROPE_PARAMETERS))
         raise config.fail(f"{name}.rope_type is {kind!r}; supported: {supported}")
     scaling = {key: config.number(key, settings, where=f"{name}.") for key in _ROPE_PARAMETERS[kind]}
@@ -209,7 +211,7 @@ def read_hf_config(directory: str | Path) -> ModelShape:
     values = read_config_json(directory)
     path = Path(directory) / CONFIG_FILE
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type is {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     config = _Reader(path, {**_DEFAULTS, **family.defaults, **values})

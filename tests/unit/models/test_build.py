@@ -1,0 +1,286 @@
+"""From shape and recipe to megatron-core's configuration: vocabulary, stages, rotary frequencies, overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fire_megatron import platform
+from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, StudentConfig
+from fire_megatron.models import build
+from fire_megatron.models.build import (
+    build_model,
+    check_megatron_overrides,
+    padded_vocab_size,
+    pipeline_stages,
+    resolve_layer_spec,
+    rotary_frequencies,
+    transformer_config,
+)
+from fire_megatron.models.hf_config import read_hf_config
+from fire_megatron.parallel.grid import GridFactory, Layout
+
+CPU = platform.Device("cpu")
+CUDA = platform.Device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "multiple", "tensor", "padded"),
+    [(301, 128, 1, 384), (301, 128, 4, 512), (384, 128, 1, 384), (384, 128, 3, 384), (1, 1, 1, 1), (301, 4, 2, 304)],
+)
+def test_padded_vocab_size(vocabulary, multiple, tensor, padded):
+    assert padded_vocab_size(vocabulary, multiple=multiple, tensor=tensor) == padded
+
+
+@pytest.mark.parametrize(("multiple", "tensor"), [(128, 1), (128, 8), (7, 3)])
+def test_padded_vocab_size_is_the_smallest_that_divides(multiple, tensor):
+    unit = multiple * tensor
+    for vocabulary in range(1, 3 * unit, 5):
+        padded = padded_vocab_size(vocabulary, multiple=multiple, tensor=tensor)
+        assert padded % unit == 0 and padded - unit < vocabulary <= padded
+
+
+def stages_of_megatron(layers, pipeline):
+    """What megatron-core gives each stage with the settings that we pass it."""
+    config = TransformerConfig(
+        num_layers=layers,
+        hidden_size=8,
+        num_attention_heads=1,
+        pipeline_model_parallel_size=pipeline,
+        pipeline_dtype=torch.float32,
+        **build._pipeline_settings(layers, pipeline),
+    )
+    return [get_num_layers_to_build(config, vp_stage=None, pp_rank=rank) for rank in range(pipeline)]
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 3, 4, 5, 8, 16])
+def test_pipeline_stages(pipeline):
+    for layers in range(pipeline, 81):
+        stages = pipeline_stages(layers, pipeline)
+        assert len(stages) == pipeline and sum(stages) == layers and min(stages) >= 1, layers
+        assert len(set(stages[1:-1])) <= 1, "megatron-core can size the first and the last stage only"
+        if layers % pipeline == 0:
+            assert len(set(stages)) == 1
+        if layers <= 17 or layers > 76:
+            assert stages_of_megatron(layers, pipeline) == stages
+
+
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "stages"),
+    [(3, 2, [2, 1]), (5, 3, [2, 2, 1]), (22, 4, [5, 6, 6, 5]), (30, 4, [7, 8, 8, 7]), (5, 4, [2, 1, 1, 1])],
+)
+def test_stages_that_do_not_divide(layers, pipeline, stages):
+    assert pipeline_stages(layers, pipeline) == stages
+
+
+def test_fewer_layers_than_stages():
+    for layers, pipeline in ((1, 2), (3, 4), (7, 8)):
+        with pytest.raises(LayoutError, match=f"parallel.pipeline={pipeline} exceeds the model's {layers} layers"):
+            pipeline_stages(layers, pipeline)
+
+
+ROPES = {
+    "default": None,
+    "another base": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "llama3.2": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_frequencies_are_those_of_transformers(name, head_dim, save_config, tmp_path):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    changes = {} if ROPES[name] is None else {"rope_parameters": ROPES[name]}
+    config = save_config("llama", head_dim=head_dim, **changes)
+    ours, theirs = rotary_frequencies(read_hf_config(tmp_path)), LlamaRotaryEmbedding(config).inv_freq
+    assert ours.dtype == torch.float32 and ours.shape == (head_dim // 2,)
+    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)  # two units in the last place
+    if name.startswith("llama3") and head_dim == 128:
+        plain = rotary_frequencies(dataclasses.replace(read_hf_config(tmp_path), rope_scaling=None))
+        ratios = plain / ours
+        middle = (ratios > 1.01) & (ratios < ROPES[name]["factor"] * 0.99)
+        assert (
+            middle.any() and ratios.min() == pytest.approx(1) and ratios.max() == pytest.approx(ROPES[name]["factor"])
+        ), "all three bands occur"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"recompute_granularty": "full"}, "no such field; did you mean 'recompute_granularity'?"),
+        ({"xyzzy": 1}, "xyzzy: megatron-core's TransformerConfig has no such field"),
+        ({"tensor_model_parallel_size": 2}, "set by student.parallel.tensor; remove it here"),
+        ({"sequence_parallel": True}, "set by student.parallel.sequence"),
+        ({"bf16": True}, "set by student.precision.dtype"),
+        ({"num_layers": 3}, "set by student.checkpoint (the model's own config.json)"),
+        ({"calculate_per_token_loss": False}, "the trainer relies on its own value"),
+        ({"hidden_dropout": "0.1"}, "'0.1' does not fit megatron-core's type of it, float"),
+        ({"hidden_dropout": True}, "True does not fit"),
+        ({"recompute_num_layers": 1.5}, "1.5 does not fit"),
+        ({"recompute_num_layers": True}, "True does not fit"),
+        ({"recompute_modules": "core_attn"}, "'core_attn' does not fit"),
+        ({"recompute_modules": [1]}, "[1] does not fit"),
+        ({"deterministic_mode": 1}, "1 does not fit megatron-core's type of it, bool"),
+        ({"init_method": "normal"}, "'normal' does not fit"),
+        ({"hidden_dropout": None}, "None does not fit"),
+    ],
+)
+def test_overrides_that_are_refused(overrides, says):
+    with pytest.raises(RecipeError) as error:
+        check_megatron_overrides("student", overrides)
+    assert str(error.value).startswith(f"student.megatron.{next(iter(overrides))}: ") and says in str(error.value)
+
+
+def test_an_unknown_key_without_a_likeness_gets_no_suggestion():
+    with pytest.raises(RecipeError) as error:
+        check_megatron_overrides("teachers.math", {"xyzzy": 1})
+    assert "did you mean" not in str(error.value) and str(error.value).startswith("teachers.math.megatron.xyzzy")
+
+
+FITTING = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+    "recompute_modules": ["core_attn"],
+    "deterministic_mode": True,
+    "layernorm_zero_centered_gamma": False,
+    "init_method_std": 1,
+}
+
+
+def test_overrides_that_fit():
+    check_megatron_overrides("student", FITTING)
+    check_megatron_overrides("student", {"recompute_granularity": None})
+    check_megatron_overrides("student", {})
+
+
+def test_every_field_set_elsewhere_is_one_of_megatron():
+    """A field that megatron-core renames would otherwise be overridden without a word."""
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert {*build._SET_ELSEWHERE, *build._RELIED_ON} <= known
+
+
+def test_layer_spec_without_transformer_engine(monkeypatch):
+    absent = platform.Capability("transformer-engine", None, "not installed; layer spec 'local'")
+    monkeypatch.setattr(build, "detect_capabilities", lambda device: (absent,))
+    assert resolve_layer_spec("auto", CUDA, role="student") == "local"
+    assert resolve_layer_spec("local", CUDA, role="student") == "local"
+    with pytest.raises(RecipeError, match="teachers.math.layer_spec is 'te' but Transformer Engine is not installed"):
+        resolve_layer_spec("te", CUDA, role="teachers.math")
+
+
+def test_layer_spec_with_transformer_engine(monkeypatch):
+    found = platform.Capability("transformer-engine", "2.9", "layer spec 'te'")
+    monkeypatch.setattr(build, "detect_capabilities", lambda device: (found,))
+    assert [resolve_layer_spec(s, CUDA, role="student") for s in ("auto", "te", "local")] == ["te", "te", "local"]
+
+
+def test_layer_spec_on_a_cpu():
+    """Detected in earnest: without a GPU it is never used, installed or not."""
+    assert resolve_layer_spec("auto", CPU, role="student") == "local"
+    with pytest.raises(RecipeError, match="student.layer_spec is 'te' but Transformer Engine is .*; use 'local'"):
+        resolve_layer_spec("te", CPU, role="student")
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """Process groups of one rank."""
+    platform.start("cpu", threads=1)
+    yield GridFactory(timeout=60)
+    platform.stop()
+
+
+def student(**changes):
+    """A role without a checkpoint."""
+    return StudentConfig(checkpoint="absent", **changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral-window"])
+def test_transformer_config(family, save_config, grids, tmp_path):
+    save_config(family)
+    shape = read_hf_config(tmp_path)
+    role = student(precision=PrecisionConfig(dtype="bfloat16"), megatron={"recompute_granularity": "selective"})
+    config = transformer_config(shape, role, grids.grid(Layout()), device=CPU)
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (4, 64, 96)
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (4, 2, shape.head_dim)
+    assert (config.add_qkv_bias, config.qk_layernorm) == (family == "qwen2", family == "qwen3")
+    # megatron-core counts the positions before the token itself.
+    assert config.window_size == ((6, 0) if family == "mistral-window" else None)
+    assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
+    assert config.layernorm_epsilon == 1e-5 and config.hidden_dropout == config.attention_dropout == 0
+    assert config.recompute_granularity == "selective" and not config.sequence_parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class GridOf:
+    """A grid of more ranks than this process has; the configuration reads its layout only."""
+
+    layout: Layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"tensor": 8}, "parallel.tensor=8 does not divide the model's 4 attention heads"),
+        ({"tensor": 4}, "parallel.tensor=4 does not divide the model's 2 key/value heads"),
+        ({"pipeline": 5}, "parallel.pipeline=5 exceeds the model's 4 layers"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_model(layout, says, save_config, tmp_path):
+    save_config("llama")
+    ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    with pytest.raises(LayoutError, match=says):
+        transformer_config(read_hf_config(tmp_path), student(), GridOf(Layout(num_ranks=ranks, **layout)), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "asked", "used"), [(1, None, False), (2, None, True), (2, False, False), (2, True, True)]
+)
+def test_sequence_parallelism(tensor, asked, used, save_config, tmp_path):
+    save_config("llama")
+    role = student(parallel=ParallelConfig(tensor=tensor, sequence=asked))
+    grid = GridOf(Layout(tensor=tensor, num_ranks=tensor))
+    assert transformer_config(read_hf_config(tmp_path), role, grid, device=CPU).sequence_parallel == used
+
+
+def test_a_combination_that_megatron_rejects(save_config, tmp_path):
+    save_config("llama")
+    role = student(megatron={"recompute_granularity": "full"})
+    with pytest.raises(RecipeError, match="megatron-core rejects this model configuration: .*recompute_method"):
+        transformer_config(read_hf_config(tmp_path), role, GridOf(Layout()), device=CPU)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_build_model(tied, save_config, grids, tmp_path):
+    save_config("qwen2", tie_word_embeddings=tied)
+    shape = read_hf_config(tmp_path)
+    model = build_model(shape, student(vocab_multiple=128), grids.grid(Layout()), device=CPU)
+    parameters = dict(model.named_parameters())
+    assert parameters["embedding.word_embeddings.weight"].shape == (384, 64)
+    assert ("output_layer.weight" in parameters) == (not tied)
+    assert sum("self_attention.linear_qkv.bias" in name for name in parameters) == 4
+    assert not any(name.endswith(("linear_proj.bias", "linear_fc1.bias")) for name in parameters)
+    assert (model.vocab_start, model.real_vocab_size) == (0, 301)
+    torch.testing.assert_close(model.rotary_pos_emb.inv_freq, rotary_frequencies(shape), rtol=0, atol=0)

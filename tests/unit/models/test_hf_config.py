@@ -1,0 +1,189 @@
+"""config.json of every family in both of transformers' forms, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from models import FAMILIES
+
+from fire_megatron.config.errors import CheckpointError
+from fire_megatron.models.hf_config import ModelShape, read_config_json, read_hf_config
+
+SHAPE = ModelShape(
+    family="llama",
+    num_layers=4,
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=96,
+    vocab_size=301,
+    max_positions=512,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tied=False,
+)
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+DEPARTURES = {
+    "llama": {},
+    "llama3-tied": {"tied": True, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "qwen2": {"family": "qwen2", "tied": True, "qkv_bias": True},
+    "qwen3": {"family": "qwen3", "head_dim": 24, "qk_norm": True},
+    "mistral": {"family": "mistral"},
+    "mistral-window": {"family": "mistral", "sliding_window": 7},
+}
+"""How each family's shape differs from :data:`SHAPE`."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_transformers_writes_it(family, save_config, tmp_path):
+    save_config(family)
+    assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text()), "transformers 5"
+    assert read_hf_config(tmp_path) == dataclasses.replace(SHAPE, **DEPARTURES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_transformers_4_wrote_it(family, save_config, tmp_path):
+    """The base at the top and ``rope_scaling`` beside it."""
+    save_config(family)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    rope = values.pop("rope_parameters")
+    values["rope_theta"] = rope.pop("rope_theta")
+    values["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    path.write_text(json.dumps(values))
+    assert read_hf_config(tmp_path) == dataclasses.replace(SHAPE, **DEPARTURES[family])
+
+
+def test_the_oldest_form_of_rope_scaling(write_config):
+    shape = read_hf_config(write_config(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4}))
+    assert (shape.rope_theta, shape.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 4.0})
+
+
+def test_the_new_form_comes_before_the_old(write_config):
+    """transformers reads it so, and writes both for others' sake."""
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+    shape = read_hf_config(write_config(rope_parameters=new, rope_scaling={"type": "linear", "factor": 9.0}))
+    assert (shape.rope_theta, shape.rope_scaling) == (7.0, {"rope_type": "linear", "factor": 2.0})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_keys_left_out_mean_what_they_mean_to_transformers(family, write_config):
+    """Sizes that no published config leaves out are not among them."""
+    import transformers
+
+    optional = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "head_dim", "rope_theta")
+    heads = {"num_attention_heads": 32, "hidden_size": 1024}
+    folder = write_config(model_type=family, max_position_embeddings=32768, **heads, **dict.fromkeys(optional))
+    shape, config = read_hf_config(folder), transformers.AutoConfig.from_pretrained(folder)
+    assert shape.kv_heads == config.num_key_value_heads
+    assert shape.norm_eps == config.rms_norm_eps
+    assert shape.tied == config.tie_word_embeddings
+    assert shape.head_dim == (getattr(config, "head_dim", None) or 1024 // 32)
+    assert shape.rope_theta == config.rope_parameters["rope_theta"]
+    assert shape.sliding_window == config.sliding_window if family == "mistral" else shape.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 100}, 100),
+        ({"model_type": "mistral", "sliding_window": 511}, 511),
+        ({"model_type": "mistral", "sliding_window": 512}, None),  # reaches every position
+        ({"model_type": "mistral", "sliding_window": None}, None),  # left out: 4096, beyond the 512 positions
+        ({"model_type": "llama", "sliding_window": 100}, None),  # not a setting of Llama's
+        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}, None),
+        ({"model_type": "qwen2", "sliding_window": 600, "use_sliding_window": True, "max_window_layers": 0}, None),
+        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True, "max_window_layers": 4}, None),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 4}, None),
+    ],
+)
+def test_sliding_window(changes, window, write_config):
+    assert read_hf_config(write_config(**changes)).sliding_window == window
+
+
+LONGROPE = {"rope_type": "longrope", "factor": 4.0}
+REFUSED = [
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: llama, mistral, qwen2, qwen3"),
+    ({"model_type": None}, "model_type is None; supported: llama"),
+    ({"model_type": ["llama"]}, "model_type is ['llama']; supported: llama"),
+    ({"hidden_size": None}, "hidden_size is missing; the file is incomplete"),
+    ({"vocab_size": None}, "vocab_size is missing"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number of at least 1"),
+    ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
+    ({"intermediate_size": 96.5}, "intermediate_size is 96.5"),
+    ({"intermediate_size": True}, "intermediate_size is True"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    ({"hidden_size": 66}, "hidden_size 66 is not a multiple of num_attention_heads 4 and head_dim is unset"),
+    ({"head_dim": 15}, "head_dim is 15; rotary positions need an even number"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be a number above 0"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+    ({"attention_bias": True}, "attention_bias is True; only False is supported"),
+    ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set; give the unquantized"),
+    ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a number above 0"),
+    ({"rope_scaling": LONGROPE}, "rope_scaling.rope_type is 'longrope'; supported: default, linear, llama3"),
+    ({"rope_parameters": {**LONGROPE, "rope_theta": 1.0}}, "rope_parameters.rope_type is 'longrope'; supported"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'; supported"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type is ['linear']; supported"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0; it must be a number above 0"),
+    (
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
+        "rope_scaling.high_freq_factor must exceed low_freq_factor",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        "rope_scaling.original_max_position_embeddings is missing",
+    ),
+    ({"rope_scaling": 4.0}, "rope_scaling is 4.0; it must be one mapping"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters is {'full_attention'"),
+    ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+    (
+        {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2},
+        "use_sliding_window is true with sliding_window 100 below max_position_embeddings 512",
+    ),
+    ({"model_type": "qwen3", "layer_types": 4}, "layer_types is 4; it must be a list"),
+    (
+        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types contains sliding_attention; only full_attention is supported",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=[f"{i}-{next(iter(c))}" for i, (c, _) in enumerate(REFUSED)])
+def test_refused(changes, says, write_config):
+    folder = write_config(**changes)
+    with pytest.raises(CheckpointError) as error:
+        read_hf_config(folder)
+    assert str(error.value).startswith(f"{folder / 'config.json'}: ") and says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "cannot be read as JSON"), (b"{", "cannot be read as JSON"), (b"\xff", "JSON"), (b"[]", "a JSON object")],
+)
+def test_not_a_config(content, says, tmp_path):
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        read_config_json(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says) as error:
+        read_hf_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="absent: no such checkpoint folder"):
+        read_hf_config(tmp_path / "absent")
+
+
+def test_reading_a_shape_imports_no_torch():
+    """A recipe is checked before the seconds that torch takes."""
+    code = "import sys, fire_megatron.models.hf_config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -63,12 +63,15 @@ def _gather_vocabulary(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.
 
 
 def _nucleus(mass: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero everything outside the smallest set of likeliest tokens that holds ``top_p`` of the mass. [B, V]"""
-    ranked = mass.sort(dim=-1, descending=True).values
+    """Zero everything outside the smallest set of likeliest tokens that holds ``top_p`` of the mass. [B, V]
+
+    Of equals at the edge the first are kept. Keeping all would add their mass where two differ by less than rounding,
+    which depends on the layout, and many where logits are bfloat16.
+    """
+    ranked, order = mass.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1, dtype=torch.float64) - ranked
-    kept = (before < top_p * mass.sum(-1, keepdim=True, dtype=torch.float64)).sum(-1, keepdim=True)
-    threshold = ranked.gather(-1, kept - 1)
-    return torch.where(mass >= threshold, mass, torch.zeros_like(mass))
+    outside = before >= top_p * mass.sum(-1, keepdim=True, dtype=torch.float64)
+    return torch.zeros_like(mass).scatter(-1, order, ranked.masked_fill(outside, 0.0))
 
 
 def _invert(mass: torch.Tensor, numbers: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:

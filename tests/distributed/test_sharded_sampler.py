@@ -104,6 +104,18 @@ def test_nucleus_is_of_the_whole_vocabulary(shards):
     torch.testing.assert_close(drawn.log_probs.exp(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nucleus_of_equals_keeps_no_more_than_it_needs(shards, dtype):
+    # 96 equal tokens: half of the mass is the first 48, not all 96.
+    many, _ = shards
+    rows = 500
+    drawn = draw(
+        torch.zeros(rows, VOCABULARY, dtype=dtype), uniforms(0, 0, range(rows), 0), many, temperature=1.0, top_p=0.5
+    )
+    assert set(drawn.tokens.tolist()) == set(range(48))
+    torch.testing.assert_close(drawn.log_probs, torch.full((rows,), 1 / 48).log())
+
+
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
 def test_frequencies_follow_the_softmax(shards, temperature, top_p):
     many, _ = shards

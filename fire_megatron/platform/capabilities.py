@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
@@ -53,10 +54,15 @@ def _transformer_engine(device: Device) -> Capability:
 def _apex(device: Device) -> Capability:
     """NVIDIA's apex, told by its own modules: the ``apex`` of the package index is another project."""
     fallback = "torch kernels instead"
-    if importlib.util.find_spec("apex") is None:
+    package = importlib.util.find_spec("apex")
+    if package is None:
         return Capability("apex", None, f"not installed; {fallback}")
-    if not all(importlib.util.find_spec(m) for m in ("apex.multi_tensor_apply", "apex.optimizers")):
+    # Looked for in its folder, without importing the package: the other apex raises when it is imported.
+    folder, find = package.submodule_search_locations, importlib.machinery.PathFinder.find_spec
+    if not all(find(f"apex.{name}", folder) for name in ("multi_tensor_apply", "optimizers")):
         return Capability("apex", None, f"an unrelated package named apex is installed (uninstall it); {fallback}")
+    if not device.is_cuda:
+        return Capability("apex", None, f"installed, needs a GPU; {fallback}")
     problem = _importable("amp_C")
     if problem:
         return Capability("apex", None, f"its CUDA extension does not import ({problem}); {fallback}")
@@ -71,7 +77,9 @@ def _flash_attention(device: Device) -> Capability:
     if not device.is_cuda:
         return Capability("flash-attn", None, f"{version} installed, needs a GPU; {fallback}")
     problem = _importable("flash_attn")
-    return Capability("flash-attn", None if problem else version, f"does not import: {problem}" if problem else "used")
+    if problem:
+        return Capability("flash-attn", None, f"{version} does not import ({problem}); {fallback}")
+    return Capability("flash-attn", version, f"installed, but the core attention calls {fallback}")
 
 
 def detect_capabilities(device: Device) -> tuple[Capability, ...]:

@@ -1,0 +1,86 @@
+"""Which device a process takes, on machines with and without GPUs; torch is told how many there are."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from fire_megatron.config.errors import LayoutError
+from fire_megatron.platform import Device, compute_device, peak_memory_mb, select_device, synchronize
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(gpus)`` makes it one with so many; returns the list of devices that are taken."""
+
+    def make(gpus):
+        taken = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        return taken
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("gpus", "setting", "local_rank", "chosen"),
+    [
+        (0, "auto", 0, Device("cpu")),
+        (0, "auto", 3, Device("cpu")),
+        (0, "cpu", 0, Device("cpu")),
+        (2, "cpu", 1, Device("cpu")),
+        (2, "cpu", 5, Device("cpu")),  # more processes than GPUs matter to nobody here
+        (2, "auto", 1, Device("cuda", 1)),
+        (2, "cuda", 0, Device("cuda", 0)),
+    ],
+)
+def test_selection(gpus, setting, local_rank, chosen, machine):
+    taken = machine(gpus)
+    assert select_device(setting, local_rank=local_rank) == chosen
+    assert taken == ([local_rank] if chosen.is_cuda else []), "CUDA is not touched without need"
+
+
+def test_cuda_where_there_is_none(machine):
+    machine(0)
+    with pytest.raises(LayoutError, match="run.device is 'cuda' but torch sees no GPU; set run.device=cpu"):
+        select_device("cuda")
+
+
+@pytest.mark.parametrize("setting", ["auto", "cuda"])
+def test_more_processes_than_gpus(setting, machine):
+    """Two ranks on one GPU would hang in NCCL."""
+    taken = machine(2)
+    with pytest.raises(LayoutError, match=r"local rank 2 has no GPU of its own \(2 on this node\)"):
+        select_device(setting, local_rank=2)
+    assert not taken
+
+
+def test_what_a_device_is_to_torch():
+    cpu, cuda = Device("cpu"), Device("cuda", 3)
+    assert (cpu.torch_device, cpu.backend, cpu.is_cuda) == (torch.device("cpu"), "gloo", False)
+    assert (cuda.torch_device, cuda.backend, cuda.is_cuda) == (torch.device("cuda:3"), "nccl", True)
+    assert cpu.describe() == f"cpu (gloo, {torch.get_num_threads()} threads a rank)"
+
+
+def test_compute_device_without_a_gpu(machine):
+    machine(0)
+    assert compute_device() == torch.device("cpu")
+    synchronize(Device("cpu"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="compares with Linux' own count")
+def test_peak_memory_of_a_cpu_process_is_in_mebibytes():
+    """It rises by what is allocated and used, and does not fall."""
+    before = peak_memory_mb(Device("cpu"))
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    assert now - 1 <= before < now + 100_000
+    rise = 64
+    block = torch.ones(int(before - now) + rise, 2**20, dtype=torch.uint8)  # past the peak of earlier tests
+    peak = peak_memory_mb(Device("cpu"))
+    del block
+    assert before + rise / 2 < peak < before + 2 * rise
+    assert peak_memory_mb(Device("cpu")) >= peak

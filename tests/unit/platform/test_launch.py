@@ -1,0 +1,161 @@
+"""The launcher's variables: torchrun's, Slurm's, or none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fire_megatron import platform
+from fire_megatron.config.errors import LayoutError, UserError
+from fire_megatron.platform import launch
+
+ROOT = Path(__file__).resolve().parents[3]
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """``launcher(**variables)``: these and no others."""
+    for name in (*TORCHRUN, *SLURM, *MEETING):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.fixture
+def leave():
+    """Leaves the run after the test, and gives back the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    platform.stop()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "size"),
+    [({}, 0, 1), (TORCHRUN, 5, 8), (SLURM, 3, 6), ({**SLURM, **TORCHRUN}, 5, 8)],
+    ids=["plain", "torchrun", "srun", "torchrun in a Slurm job"],
+)
+def test_rank_and_size(variables, rank, size, launcher):
+    launcher(**variables)
+    assert (launch.launched_rank(), launch.launched_world_size()) == (rank, size)
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("value", ["", "one", "1.0"])
+def test_a_variable_that_is_no_number(name, value, launcher):
+    launcher(**{name: value})
+    with pytest.raises(LayoutError, match=f"environment variable {name}='{value}' is not a whole number"):
+        launch.launched_rank()
+
+
+def test_a_plain_process(launcher, leave):
+    launcher()
+    world = platform.start("cpu", threads=3)
+    assert world == platform.World(0, 1, 0, 1, platform.Device("cpu")) and world.is_main
+    assert dist.get_world_size() == 1 and dist.get_backend() == "gloo"
+    assert torch.get_num_threads() == 3
+
+
+def test_local_places_under_srun(launcher, leave):
+    """One task, but neither the first of its node nor alone there."""
+    launcher(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="2", SLURM_NTASKS_PER_NODE="3")
+    world = platform.start("cpu", threads=1)
+    assert (world.local_rank, world.local_size) == (2, 3)
+
+
+@pytest.mark.parametrize("local_size", [1, 2, 10_000])
+def test_ranks_share_the_cores_of_their_node(local_size, launcher, leave):
+    launcher(LOCAL_WORLD_SIZE=str(local_size))
+    platform.start("cpu")
+    assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def test_a_run_can_be_joined_again_after_it_was_left(launcher, leave):
+    launcher()
+    for _ in range(2):
+        platform.start("cpu", threads=1)
+        platform.stop()
+    platform.stop()
+    assert not dist.is_initialized()
+
+
+def test_srun_without_a_meeting_point(launcher, leave):
+    launcher(SLURM_PROCID="0", SLURM_NTASKS="2")
+    with pytest.raises(LayoutError, match="rank 0 of 2 cannot meet the others .*set MASTER_ADDR and MASTER_PORT"):
+        platform.start("cpu", timeout=1, threads=1)
+
+
+def test_a_rank_that_does_not_come(launcher, leave):
+    launcher(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    with pytest.raises(LayoutError, match="rank 0"):
+        launch.raise_on_any_rank("a problem", timeout=1)
+
+
+def test_a_problem_of_the_only_rank(launcher):
+    launcher()
+    launch.raise_on_any_rank(None)
+    with pytest.raises(UserError, match="^a problem$"):
+        launch.raise_on_any_rank("a problem")
+
+
+RANK = """
+import sys, torch
+from fire_megatron import platform
+from fire_megatron.config.errors import UserError
+from fire_megatron.platform import launch
+launch.raise_on_any_rank(None, timeout=60)
+world = platform.start("auto", timeout=60, threads=1)
+total = torch.tensor([float(world.rank + 1)])
+torch.distributed.all_reduce(total)
+print(world.rank, world.size, world.local_rank, world.local_size, world.device.kind, int(total))
+platform.stop()
+"""
+"""One rank: meet, add up ranks, leave."""
+
+
+def free_port():
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_tasks_of_srun():
+    """As srun starts them: Slurm's variables, and a meeting point that the sbatch script exports."""
+    inherited = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN, *SLURM, *MEETING)}
+    common = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    common["MASTER_PORT"] = str(free_port())
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK],
+            cwd=ROOT,
+            env={**inherited, **common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank, task in enumerate(tasks):
+            output, errors = task.communicate(timeout=90)
+            assert task.returncode == 0, errors
+            assert output.split() == [str(rank), "2", str(rank), "2", "cpu", "3"]
+    finally:
+        for task in tasks:
+            task.kill()
+            task.wait()

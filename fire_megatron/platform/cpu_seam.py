@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
@@ -139,6 +140,9 @@ def install() -> None:
     cuda.manual_seed = lambda seed: None  # torch.manual_seed has seeded the one generator there is
     cuda.get_rng_state = _cpu_rng_state
     cuda.set_rng_state = _set_cpu_rng_state
+    # `with torch.device(...)` acts on a set of factories that torch collects once, at first use: let it hold the real
+    # ones. Else transformers' from_pretrained, which builds on the meta device, leaves rotary frequencies undefined.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _wrap_factory(getattr(torch, name)))
     torch.Tensor.to = _wrap_to(torch.Tensor.to)

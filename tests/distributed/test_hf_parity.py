@@ -103,3 +103,16 @@ def test_the_reference_tells_models_apart(roles, world_size, family):
     other = Spec(family, seed=9) if family == "llama" else Spec(family, changes=(("sliding_window", 6),))
     model, grid = roles.build(Spec(family), layouts(world_size)[0])
     assert largest_difference(model, grid, draw_rows(), reference(other)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3-tied"])
+def test_transformers_loads_in_a_process_of_the_program(roles, family):
+    # from_pretrained builds on the meta device, through the very factories that the CPU seam wraps.
+    import transformers
+
+    path = roles.checkpoint(Spec(family))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.with_name(path.name + "-hf")).eval()
+    row = draw_rows()[1]
+    torch.testing.assert_close(hf_logits(loaded, row), hf_logits(reference(Spec(family)), row), rtol=0, atol=1e-5)
+    with torch.device("meta"):
+        assert torch.arange(3).is_meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,16 @@ def test_overwrite_replaces_the_whole_folder(published, read_weights, tmp_path):
     assert len(list(back.glob("*.safetensors"))) == 1 and not (back / "model.safetensors.index.json").exists()
     check_equal(read_weights(back), read_weights(published))
     assert {path.name for path in tmp_path.iterdir()} == {"old", "megatron", "back"}
+
+
+def test_leftovers_of_a_killed_conversion_do_not_get_in(published, tmp_path):
+    """Containers give every conversion the same process id, which names its temporary folder."""
+    leftover = tmp_path / f".tmp_megatron_{os.getpid()}"
+    (leftover / "weights").mkdir(parents=True)
+    (leftover / "weights" / "__0_7.distcp").write_text("from another model")
+    megatron = hf_to_megatron(published, tmp_path / "megatron")
+    assert {path.name for path in tmp_path.iterdir()} == {"megatron"}
+    assert not (megatron / "weights" / "__0_7.distcp").exists()
 
 
 def test_an_empty_folder_is_free(published, tmp_path):

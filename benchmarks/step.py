@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Our distillation step against TRL's on the same two models, prompts and token counts, in one run on one machine.
+
+    python benchmarks/step.py --student HF_DIR --teacher HF_DIR --prompts PROMPTS.jsonl \
+        --peer-python /tmp/trl-env/bin/python [--rollouts 8 --new-tokens 64 --steps 4 --threads 2]
+
+Both sides run as processes of their own, float32, one process, the same number of threads, in turn: sample
+`--rollouts` answers of up to `--new-tokens` tokens, score them with the teacher, forward, backward, AdamW. Seconds are
+those of a whole step, the median over the steps after the first; memory is the process's peak resident set. TRL
+computes the reverse KL over the full vocabulary, we the policy gradient of the same reverse KL on the sampled tokens.
+The row `ours, FiRe` has the filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
+The peer is run by trl_distill.py beside this file, in an environment with `pip install torch==2.13.0 trl==1.16.0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+FIRE_HOOKS = "[{name: filter, percentile: 20}, {name: reweight}]"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", required=True, type=Path, help="Hugging Face folder")
+    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
+    parser.add_argument("--prompts", required=True, type=Path, help="JSONL with a 'problem' field")
+    parser.add_argument("--peer-python", required=True, type=Path, help="python of an environment with TRL 1.16")
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-prompt-chars", type=int, default=350)
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="answers in one of our update's passes")
+    parser.add_argument("--rounds", type=int, default=1, help="repeat both sides in turn; the best round counts")
+    return parser
+
+
+def _run(command: list[str], threads: int) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[:6])} ... failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def _peer(args: argparse.Namespace) -> dict[str, float]:
+    shared = ("student", "teacher", "prompts", "rollouts", "new_tokens", "steps", "threads", "max_prompt_chars")
+    flags = [text for key in shared for text in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+    line = _run([str(args.peer_python), str(HERE / "trl_distill.py"), *flags], args.threads).strip().splitlines()[-1]
+    report = json.loads(line)
+    return _summary(report["step_seconds"], report["peak_rss_mb"], report["tokens_per_step"])
+
+
+def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=work) as run:
+        overrides = {
+            "run.dir": run,
+            "run.steps": args.steps,
+            "run.threads": args.threads,
+            "student.checkpoint": work / "student",
+            "teachers.peer.checkpoint": work / "teacher",
+            "data.train.0.path": work / "prompts.jsonl",
+            "rollout.prompts_per_step": args.rollouts,
+            "rollout.max_new_tokens": args.new_tokens,
+            "optimizer.micro_batch_size": args.micro_batch_size,
+            "loss.hooks": hooks,
+        }
+        _run(
+            [sys.executable, "-m", "fire_megatron.train", "--recipe", str(HERE / "step.yaml")]
+            + [f"{key}={value}" for key, value in overrides.items()],
+            args.threads,
+        )
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return _summary(
+        [line["time/step"] for line in lines],
+        max(line["memory/peak_mb"] for line in lines),
+        [line["rollout/tokens"] for line in lines],
+    ) | {
+        f"{phase}_s": statistics.median(x[f"time/{phase}"] for x in lines[1:])
+        for phase in ("rollout", "teacher", "update")
+    }
+
+
+def _summary(seconds: list[float], memory: float, tokens: list[float]) -> dict[str, float]:
+    later = slice(1, None) if len(seconds) > 1 else slice(None)
+    return {
+        "step_s": statistics.median(seconds[later]),
+        "peak_mb": memory,
+        "tokens": statistics.mean(tokens[later]),
+    }
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    """Convert both models and write the prompts that the peer will take."""
+    for role in ("student", "teacher"):
+        convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py"), "hf-to-megatron"]
+        _run([*convert, "--hf", str(getattr(args, role)), "--out", str(work / role)], args.threads)
+    problems = [json.loads(line)["problem"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    chosen = [p for p in problems if len(p) < args.max_prompt_chars][: args.rollouts * args.steps]
+    if len(chosen) < args.rollouts * args.steps:
+        sys.exit(f"{args.prompts}: {len(chosen)} prompts are short enough; {args.rollouts * args.steps} are needed")
+    (work / "prompts.jsonl").write_text("".join(json.dumps({"problem": p}) + "\n" for p in chosen), encoding="utf-8")
+
+
+def main() -> None:
+    """Print a table and a JSON line."""
+    args = _parser().parse_args()
+    sides: dict[str, Any] = {
+        "trl 1.16": lambda work: _peer(args),
+        "ours": lambda work: _ours(args, work, "[]"),
+        "ours, FiRe": lambda work: _ours(args, work, FIRE_HOOKS),
+    }
+    best: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        _prepare(args, work)
+        for number in range(args.rounds):
+            for name, measure in sides.items():
+                print(f"round {number + 1} of {args.rounds}: {name} ...", file=sys.stderr, flush=True)
+                result = measure(work)
+                if name not in best or result["step_s"] < best[name]["step_s"]:
+                    best[name] = result
+    peer = best["trl 1.16"]
+    print(f"{'':12}{'s/step':>9}{'ratio':>8}{'peak MB':>10}{'ratio':>8}{'tokens':>9}   rollout + teacher + update s")
+    for name, side in best.items():
+        phases = " + ".join(f"{side[k]:.2f}" for k in ("rollout_s", "teacher_s", "update_s") if k in side)
+        print(
+            f"{name:12}{side['step_s']:9.2f}{side['step_s'] / peer['step_s']:8.2f}{side['peak_mb']:10.0f}"
+            f"{side['peak_mb'] / peer['peak_mb']:8.2f}{side['tokens']:9.0f}   {phases}"
+        )
+    print(json.dumps(best))
+
+
+if __name__ == "__main__":
+    main()

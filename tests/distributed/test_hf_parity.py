@@ -73,6 +73,7 @@ def test_logits_equal_transformers(roles, world_size, family):
         assert largest_difference(model, grid, rows, reference(spec)) < TOLERANCE, layout
 
 
+@pytest.mark.world_size(2)
 @pytest.mark.parametrize("family", ["llama3-tied", "qwen3"])
 def test_without_sequence_parallelism(roles, world_size, family):
     spec = Spec(family)
@@ -90,6 +91,7 @@ def test_stages_of_unequal_depth(roles, world_size):
             assert largest_difference(model, grid, draw_rows(), reference(spec)) < TOLERANCE, layout
 
 
+@pytest.mark.world_size(2)
 def test_a_shard_of_padding_alone(roles, world_size):
     # 400 columns a shard leave the second shard without one real entry.
     spec = Spec("llama")

@@ -16,6 +16,8 @@ from fire_megatron.parallel.grid import Layout
 from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.teacher import Teacher
 
+pytestmark = pytest.mark.world_size(2)  # teachers of 2 tensor ranks and of 2 stages
+
 SPECS = {
     "math": Spec("qwen3", seed=1, changes=(("num_hidden_layers", 5),)),
     "code": Spec("llama", seed=2, changes=(("hidden_size", 96), ("num_hidden_layers", 2))),

@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, cut short, or not what the recipe says."""
 
 
+class TrainingError(UserError):
+    """The run itself cannot go on, such as after a loss that is not finite."""
+
+
 class LayoutError(UserError):
     """The parallel layout or the launcher does not fit the models or the machine."""
 

@@ -19,6 +19,7 @@ Size = Annotated[int, Range(at_least=1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, below=1)]
+Threads = Annotated[int, Range(at_least=0, at_most=1024)]
 Text = Annotated[str, NonEmpty()]
 Seed = Annotated[int, Range(at_least=0, below=2**31)]
 
@@ -44,7 +45,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues from the newest checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""
-    threads: Count = 0
+    threads: Threads = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: tuple[Text, ...] = ()
     """Python modules imported at the start, so that they can register hooks of their own."""

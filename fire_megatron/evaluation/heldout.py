@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fire_megatron.data.records import Prompt
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.rollout.engine import Engine
+from fire_megatron.rollout.engine import Engine, Progress
 from fire_megatron.teachers.router import TeacherRouter
 
 
@@ -28,10 +28,10 @@ class HeldOut:
         """Args: prompts: the fixed prompts; engine: samples with the evaluation's own seed and length."""
         self.prompts, self.engine, self.router, self.grid = list(prompts), engine, router, grid
 
-    def measure(self) -> dict[str, Value]:
-        """``eval/<teacher>/{reverse_kl,rows,mean_length}`` of this replica's rows, to be reduced."""
+    def measure(self, progress: Progress | None = None) -> dict[str, Value]:
+        """``eval/<teacher>/{reverse_kl,mean_length}`` of this replica's rows, to be reduced."""
         mine = replica_rows(len(self.prompts), self.grid)
-        rollouts = self.engine.generate([self.prompts[i] for i in mine], mine, step=0)
+        rollouts = self.engine.generate([self.prompts[i] for i in mine], mine, step=0, progress=progress)
         scores = self.router.score(rollouts)
         totals: dict[str, list[float]] = {}
         for teacher, student, scored in zip(scores.teachers, rollouts.log_probs, scores.log_probs, strict=True):

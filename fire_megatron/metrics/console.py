@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -17,6 +18,10 @@ class Console(Protocol):
 
     def message(self, text: str) -> None:
         """Show a line of text."""
+        ...
+
+    def progress(self, text: str) -> None:
+        """Show what the step in progress is doing; called often."""
         ...
 
     def close(self) -> None:
@@ -76,8 +81,12 @@ def evaluation_summary(metrics: Mapping[str, float]) -> str:
 class _Lines:
     """One line a step, which reads well in a file or a Slurm log."""
 
+    quiet_seconds = 30.0
+    """Silence after which a line tells what the step in progress is doing."""
+
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
+        self._spoke = time.monotonic()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         width = len(str(self.total_steps))
@@ -87,6 +96,11 @@ class _Lines:
 
     def message(self, text: str) -> None:
         print(text, flush=True)
+        self._spoke = time.monotonic()
+
+    def progress(self, text: str) -> None:
+        if time.monotonic() - self._spoke >= self.quiet_seconds:
+            self.message(text)
 
     def close(self) -> None:
         pass
@@ -98,6 +112,7 @@ class _Bar:
     def __init__(self, total_steps: int, start_step: int) -> None:
         from tqdm import tqdm
 
+        self._drawn = 0.0
         layout = "{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
         self._bar: Any = tqdm(
             total=total_steps, initial=start_step, file=sys.stdout, dynamic_ncols=True, bar_format=layout, leave=True
@@ -113,6 +128,12 @@ class _Bar:
 
     def message(self, text: str) -> None:
         self._bar.write(text, file=sys.stdout)
+
+    def progress(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._drawn >= 0.2:
+            self._drawn = now
+            self._bar.set_description_str(f"{text}  ")
 
     def close(self) -> None:
         self._bar.close()

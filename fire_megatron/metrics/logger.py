@@ -19,6 +19,25 @@ SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
+def set_aside(run_dir: str | Path) -> list[Path]:
+    """Rename the metrics of an earlier run that is not going to be continued, so that they are not lost.
+
+    Returns:
+        The new names; none when there was nothing.
+    """
+    renamed = []
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        path = Path(run_dir) / name
+        if path.exists() and path.stat().st_size:
+            free = next(
+                candidate
+                for number in itertools.count(1)
+                if not (candidate := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists()
+            )
+            renamed.append(path.rename(free))
+    return renamed
+
+
 class MetricsLogger:
     """Writes each step's metrics to every place that the recipe asks for.
 
@@ -115,6 +134,11 @@ class MetricsLogger:
             self._guarded(self._console.message, text)
         elif self.config.console:
             self._guarded(lambda: print(text, flush=True))
+
+    def progress(self, text: str) -> None:
+        """Show what the step in progress is doing. Cheap enough to be called for every sampled token."""
+        if self._console is not None:
+            self._guarded(self._console.progress, text)
 
     def _guarded(self, show: Any, *arguments: Any) -> None:
         """A terminal that has gone away must not end a run."""

@@ -210,6 +210,12 @@ def transformer_config(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, 
         "gradient_accumulation_fusion": False,
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
+    for key in ("fp8", "fp4"):
+        if role.megatron.get(key) and resolve_layer_spec(role.layer_spec, device, role="the role") != "te":
+            raise RecipeError(
+                f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
+                "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
+            )
     try:
         return TransformerConfig(**{**settings, **role.megatron})
     except (ValueError, TypeError, AssertionError) as error:

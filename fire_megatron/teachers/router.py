@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +37,19 @@ class TeacherRouter:
         self.seconds: dict[str, float] = {}
         """Seconds each teacher took in the last call."""
 
-    def score(self, rollouts: Rollouts) -> Scores:
+    def score(self, rollouts: Rollouts, *, progress: Callable[[str], None] | None = None) -> Scores:
         """Score this replica's rollouts; every rank of the student's grid calls it with its own.
 
         Each row's tokens go to one teacher only, whose replicas share the rows by token count, and the result
-        comes back in the order of ``rollouts``.
+        comes back in the order of ``rollouts``. ``progress`` is told the name of each teacher that starts.
         """
         rows = self._gather(rollouts)
         results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, name in enumerate(self.names):
             started = time.perf_counter()
             mine = [i for i, teacher in enumerate(rows.teachers) if teacher == index]
+            if mine and progress:
+                progress(name)
             if mine:
                 scored = self.teachers[name].score([rows.prompts[i] for i in mine], [rows.responses[i] for i in mine])
                 results |= {rows.row_ids[i]: pair for i, pair in zip(mine, zip(*scored, strict=True), strict=True)}

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
-from fire_megatron.config.errors import DataError, RecipeError, UserError
+from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.data.order import PromptOrder
@@ -44,6 +44,8 @@ class Inputs:
     held_out: list[Prompt]
     stop_ids: tuple[int, ...]
     route: dict[str, str]
+    notes: tuple[str, ...]
+    """What was read, for people."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,14 @@ def read_inputs(recipe: Recipe) -> Inputs:
                 f"{recipe.student.checkpoint}); log-probabilities can only be compared token by token when both "
                 "use one vocabulary"
             )
-    prompts, _ = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
+    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
+    notes = [f"data.train: {report}"]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
-        held_out, _ = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
+        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
-    if not prompts:
-        raise DataError("data.train: no prompt is left after reading; see the drop counts above")
-    return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route)
+        notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
+    return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route, tuple(notes))
 
 
 def _limit_by_label(prompts: list[Prompt], limit: int) -> list[Prompt]:
@@ -206,6 +208,8 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
     grids = {path: factory.grid(role_layout(role, world)) for path, role in roles(recipe).items()}
     shapes = on_all_ranks(_check_roles, recipe, grids, world)
     inputs = on_all_ranks(read_inputs, recipe)
+    for note in inputs.notes:
+        say(note)
     grid = grids["student"]
     models = {path: _loaded(path, shapes[path], role, grids[path], world, say) for path, role in roles(recipe).items()}
     teachers = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.training import find_latest, load_training_state, save_training_state
-from fire_megatron.config.errors import CheckpointError, RecipeError
+from fire_megatron.config.errors import CheckpointError, RecipeError, TrainingError
 from fire_megatron.config.load import save_recipe
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
-from fire_megatron.metrics.logger import MetricsLogger
+from fire_megatron.metrics.logger import MetricsLogger, set_aside
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import (
@@ -28,6 +29,7 @@ from fire_megatron.platform import (
     set_rng_state,
     synchronize,
 )
+from fire_megatron.rollout.engine import Progress
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
@@ -81,6 +83,8 @@ class Trainer:
     def _open_run_folder(self, *, resumed: bool) -> MetricsLogger:
         """Save the resolved recipe and open the metrics; only the main rank writes."""
         if self.world.is_main:
+            for path in [] if resumed else set_aside(self.folder):
+                self._say(f"an earlier run here saved no checkpoint to continue from; its metrics are now {path}")
             first = self.folder / "recipe.yaml"
             save_recipe(self.recipe, first if not first.exists() else self.folder / f"recipe_from_{self.step:06d}.yaml")
         return MetricsLogger(
@@ -178,6 +182,24 @@ class Trainer:
             self.last_eval = self._evaluate()
             reduced |= self.last_eval
         self.logger.log(self.step, reduced)
+        self._require_sound(reduced)
+
+    def _require_sound(self, metrics: dict[str, float]) -> None:
+        """Stop before weights that an update has ruined are saved over good ones."""
+        rows = self.recipe.rollout.prompts_per_step * self.recipe.rollout.samples_per_prompt
+        broken = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics.get(key, 0.0))]
+        if metrics.get("fire/dropped/nonfinite", 0.0) >= rows:
+            broken.append("log-probability of every answer")
+        if not broken:
+            return
+        kept = find_latest(self.checkpoints)
+        error = TrainingError(
+            f"step {self.step}: {' and '.join(broken)} not finite, so the run stops without saving; "
+            f"lower optimizer.lr ({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise warmup_steps; then "
+            + (f"run again to continue from {kept}" if kept else "start again")
+        )
+        error.everywhere = True  # the metrics are reduced: all ranks see the same
+        raise error
 
     def training_step(self, step: int) -> dict[str, Value]:
         """One step of distillation; returns metrics to be reduced over the student's span."""
@@ -186,9 +208,10 @@ class Trainer:
             rollouts = self._sample(step)
         self._check_stop()
         with self._timed("teacher"):
-            scores = run.router.score(rollouts)
+            scores = run.router.score(rollouts, progress=lambda name: self._show(f"teacher {name}"))
         self._check_stop()
         with self._timed("update"):
+            self._show("update")
             rows, selected = select(
                 rollouts,
                 scores,
@@ -220,7 +243,22 @@ class Trainer:
         run, repeats = self.run, self.recipe.rollout.samples_per_prompt
         prompts = [run.inputs.prompts[i] for i in run.order.batch(step) for _ in range(repeats)]
         mine = replica_rows(len(prompts), run.grid)
-        return run.engine.generate([prompts[i] for i in mine], mine, step=step)
+        progress = self._progress("rollout", len(mine) * self.recipe.rollout.max_new_tokens)
+        return run.engine.generate([prompts[i] for i in mine], mine, step=step, progress=progress)
+
+    def _show(self, doing: str) -> None:
+        self.logger.progress(f"step {self.step + 1}: {doing}")
+
+    def _progress(self, phase: str, most: int) -> Progress:
+        """Shows how far a phase of the step is; ``most`` tokens is all that it can sample."""
+        done = 0
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self._show(f"{phase} {done / max(most, 1):.0%}")
+
+        return advance
 
     def _update(self, rows: TrainingRows, step: int) -> dict[str, Value]:
         """One optimizer update a mini-batch, each on an even share of the kept rows."""
@@ -242,7 +280,10 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         assert self.run.held_out is not None
         with self._timed("evaluation"):
-            measured = self.run.held_out.measure()
+            most = (
+                len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
+            )
+            measured = self.run.held_out.measure(self._progress("evaluation", most))
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
         return reduce_metrics(measured if counts else {}, group=self.run.grid.span)
 

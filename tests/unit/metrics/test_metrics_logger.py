@@ -267,3 +267,13 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         logger.log(5, {"loss": 1.0, "bad": math.nan})
     logger.close()
     assert calls == [(str(tmp_path / "tensorboard"), 5), ("loss", 1.0, 5), ("closed",)]
+
+
+def test_lines_tell_what_a_long_step_is_doing(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    lines = console.open_console(total_steps=3, start_step=0)
+    for second in range(70):
+        now[0] = 100.0 + second
+        lines.progress(f"step 1: rollout {second}")
+    assert capsys.readouterr().out.splitlines() == ["step 1: rollout 30", "step 1: rollout 60"]

@@ -178,9 +178,9 @@ def save_training_state(
     initialise(optimizer)  # before the first update there is nothing, which saves as zeros
 
     def write() -> list:
-        writer = ShardWriter(temporary / WEIGHTS, rank=grid.span.rank())
-        _write_shards(writer, model_shards(model, grid=grid), optimizer, grid=grid)
-        return writer.close()
+        with ShardWriter(temporary / WEIGHTS, rank=grid.span.rank()) as writer:
+            _write_shards(writer, model_shards(model, grid=grid), optimizer, grid=grid)
+            return writer.close()
 
     entries = [e for part in all_gather_objects(_attempt(write, target, grid), group=grid.span) for e in part]
     common = {"step": step, "optimizer_steps": steps_taken(optimizer), "rng": rng, "extra": extra}

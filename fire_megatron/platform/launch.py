@@ -49,8 +49,9 @@ def _variable(*names: str, default: int) -> int:
 
 
 def launched_world_size() -> int:
-    """World size the launcher announces, before any process group exists."""
-    return _variable("WORLD_SIZE", "SLURM_NTASKS", default=1)
+    """World size the launcher announces, before any process group exists. In an sbatch script itself, outside srun,
+    Slurm tells of tasks that have not been started; only srun sets the number of a step."""
+    return _variable("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
 
 
 def launched_rank() -> int:

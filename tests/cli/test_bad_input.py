@@ -488,7 +488,7 @@ def test_cuda_without_a_gpu(inputs, tmp_path, capfd):
     ("variables", "says"),
     [
         ({"RANK": "one"}, "environment variable RANK='one' is not a whole number"),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "MASTER_ADDR"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "MASTER_ADDR"),
     ],
 )
 def test_launcher(variables, says, inputs, tmp_path, capfd, monkeypatch):

@@ -18,7 +18,7 @@ from fire_megatron.platform import launch
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,7 +72,7 @@ def test_a_plain_process(launcher, leave):
 
 def test_local_places_under_srun(launcher, leave):
     """One task, but neither the first of its node nor alone there."""
-    launcher(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="2", SLURM_NTASKS_PER_NODE="3")
+    launcher(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", SLURM_LOCALID="2", SLURM_NTASKS_PER_NODE="3")
     world = platform.start("cpu", threads=1)
     assert (world.local_rank, world.local_size) == (2, 3)
 
@@ -94,7 +94,7 @@ def test_a_run_can_be_joined_again_after_it_was_left(launcher, leave):
 
 
 def test_srun_without_a_meeting_point(launcher, leave):
-    launcher(SLURM_PROCID="0", SLURM_NTASKS="2")
+    launcher(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
     with pytest.raises(LayoutError, match="rank 0 of 2 cannot meet the others .*set MASTER_ADDR and MASTER_PORT"):
         platform.start("cpu", timeout=1, threads=1)
 
@@ -137,7 +137,7 @@ def free_port():
 def test_two_tasks_of_srun():
     """As srun starts them: Slurm's variables, and a meeting point that the sbatch script exports."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN, *SLURM, *MEETING)}
-    common = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
     common["MASTER_PORT"] = str(free_port())
     tasks = [
         subprocess.Popen(

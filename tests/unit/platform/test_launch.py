@@ -137,7 +137,12 @@ def free_port():
 def test_two_tasks_of_srun():
     """As srun starts them: Slurm's variables, and a meeting point that the sbatch script exports."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN, *SLURM, *MEETING)}
-    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    common = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     common["MASTER_PORT"] = str(free_port())
     tasks = [
         subprocess.Popen(

@@ -32,9 +32,9 @@ def run(inputs: Path, name: str, *, device: str, layer_spec: str = "local", dtyp
     for role in (values["student"], *values["teachers"].values()):
         role |= {"layer_spec": layer_spec, "precision": {"dtype": dtype}, "megatron": dict(megatron)}
     recipe = write_recipe(inputs / f"{name}.yaml", values)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        + ["-m", "fire_megatron.train", "--recipe", str(recipe)],
+        [*launch, "-m", "fire_megatron.train", "--recipe", str(recipe)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

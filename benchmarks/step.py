@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-prompt-chars", type=int, default=350)
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="answers in one of our update's passes")
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="answers in one of our update's passes")
     parser.add_argument("--rounds", type=int, default=1, help="repeat both sides in turn; the best round counts")
     return parser
 

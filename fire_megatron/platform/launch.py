@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import logging
 import os
@@ -130,6 +131,19 @@ def _set_threads(threads: int, local_size: int) -> None:
     torch.set_num_threads(threads or max(1, cores // local_size))
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep the large blocks that tensors free, as torch's allocator does on a GPU.
+
+    By default each is given back to the kernel and its pages are faulted in anew, 4 KiB at a time, by the next tensor
+    of that size. No effect with another C library or allocator.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> World:
     """Join the run: pick the device, install the CPU seam where needed, open the default process group.
 
@@ -150,6 +164,7 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
     chosen = select_device(device, local_rank=local_rank)
     if not chosen.is_cuda:
         _set_threads(threads, local_size)
+        _keep_freed_memory()
         cpu_seam.install()
     if not dist.is_initialized():
         store, patience = _meeting_point(timeout), datetime.timedelta(seconds=timeout)

@@ -29,6 +29,7 @@ from fire_megatron.checkpoint.files import (
 )
 from fire_megatron.checkpoint.maps import Tensor, is_ignored, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
+from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
 
@@ -198,21 +199,6 @@ def _export_tensors(
             yield name, part.to(dtype or part.dtype).contiguous().clone()
 
 
-def _check_export(reader: ShardReader, tensors: list[Tensor]) -> None:
-    missing = [t.key for t in tensors if t.key not in reader.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{reader.folder}: {len(missing)} tensors are missing, such as {missing[0]}; convert it again"
-        )
-    for tensor in tensors:
-        stored = reader.tensors[tensor.key].shape
-        if stored != tensor.shape:
-            raise CheckpointError(
-                f"{reader.folder}: {tensor.key} has shape {stored} and config.json says {tensor.shape}; "
-                "does config.json belong to these weights?"
-            )
-
-
 def _write_shards(
     folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> tuple[dict[str, str], int]:
@@ -274,10 +260,7 @@ def megatron_to_hf(
     if shard_gb <= 0:
         raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")
     check_target(out, overwrite=overwrite, is_ours=_is_hf, what="a Hugging Face model")
-    reader = ShardReader(source / WEIGHTS)
-    reader.check_files()
-    tensors = tensor_map(shape)
-    _check_export(reader, tensors)
+    reader, tensors = open_whole(source, shape), tensor_map(shape)
     with new_folder(out) as temporary:
         carry_files(source, temporary)
         exported = _export_tensors(reader, tensors, shape, target_dtype, progress)

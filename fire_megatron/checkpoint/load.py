@@ -58,7 +58,8 @@ def open_checkpoint(folder: str | Path, shards: Sequence[Shard], *, grid: ModelG
 def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None:
     """Fill this rank's part of a model, cast to the model's dtype; rows of vocabulary padding become zero.
 
-    Collective over the grid. Each rank reads only what it holds; peak extra memory is the largest stored tensor.
+    Collective over the grid. Each rank reads the stored tensors that it holds parts of, one at a time; peak extra
+    memory is the largest of them.
 
     Raises:
         CheckpointError: on every rank alike, if the checkpoint is not usable; what can be told from metadata and file

@@ -40,10 +40,17 @@ def initialise(optimizer: MegatronOptimizer) -> None:
         if part.optimizer is None:
             continue
         part.init_state_fn(part.optimizer)
-        for group in part.optimizer.param_groups:
+        for group in part.optimizer.param_groups if _counts_by_parameter(part.optimizer) else ():
             for parameter in group["params"]:
-                # torch.optim's Adam counts steps per parameter and looks for the count where there is any state.
-                part.optimizer.state[parameter].setdefault("step", torch.tensor(0.0))
+                # Looked for where there is any state; on the parameter's device, as the fused kernel reads it.
+                zero = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                part.optimizer.state[parameter].setdefault("step", zero)
+
+
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether steps are counted with each parameter, as torch's Adam does. Transformer Engine's and apex's count once
+    a group, under a key that is not there before their first step."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 def steps_taken(optimizer: MegatronOptimizer) -> int:
@@ -62,12 +69,11 @@ def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
     """Restore :func:`steps_taken`."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups if part.optimizer is not None else ():
-            if "step" in group:
+            if not _counts_by_parameter(part.optimizer):
                 group["step"] = steps
+                continue
             for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                if "step" in state:
-                    state["step"] = torch.as_tensor(float(steps)).to(state["step"])
+                part.optimizer.state[parameter]["step"].fill_(float(steps))
 
 
 def _state(part: Any, main: torch.Tensor, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:

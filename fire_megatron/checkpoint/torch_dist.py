@@ -78,10 +78,7 @@ class ShardWriter:
             data = data.clone()  # torch.save stores the whole storage that a view looks at
         stream = self._open()
         position = stream.tell()
-        try:
-            torch.save(data, stream)
-        except RuntimeError as error:  # what its zip writer makes of a disk that is full
-            raise OSError(f"{stream.name}: {error.__context__ or error}") from error
+        _save(data, stream)
         self._entries.append(
             Entry(
                 key, tuple(global_shape), data.dtype, tuple(offset), tuple(data.shape),
@@ -119,6 +116,18 @@ class ShardWriter:
         return self._entries
 
 
+def _save(value: Any, target: Path | BinaryIO) -> None:
+    """``torch.save`` whose zip writer's RuntimeError, such as of a full disk, is the OSError that it was.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    try:
+        torch.save(value, target)
+    except RuntimeError as error:
+        raise OSError(f"{getattr(target, 'name', target)}: {error.__context__ or error}") from error
+
+
 def write_metadata(folder: Path, entries: Iterable[Entry], *, common: dict[str, Any]) -> None:
     """Complete a folder of ``*.distcp`` files.
 
@@ -126,6 +135,9 @@ def write_metadata(folder: Path, entries: Iterable[Entry], *, common: dict[str, 
         folder: where the writers wrote.
         entries: all writers' entries together.
         common: small values that are the same on every rank; ``common.pt``.
+
+    Raises:
+        OSError: the file system refuses.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -137,7 +149,7 @@ def write_metadata(folder: Path, entries: Iterable[Entry], *, common: dict[str, 
         assert tuple(known.size) == entry.global_shape and known.properties.dtype == entry.dtype, entry
         known.chunks.append(ChunkStorageMetadata(torch.Size(entry.offset), torch.Size(entry.sizes)))
         storage[MetadataIndex(entry.key, entry.offset)] = _StorageInfo(entry.file, entry.position, entry.length)
-    torch.save(common, folder / COMMON)
+    _save(common, folder / COMMON)
     settings = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

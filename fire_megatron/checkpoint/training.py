@@ -187,6 +187,8 @@ def save_training_state(
 
     def complete() -> None:
         write_metadata(temporary / WEIGHTS, entries, common=common)
+        # Other ranks' files as this rank sees them: a folder that is not shared between nodes is found out here.
+        ShardReader(temporary / WEIGHTS).check_files()
         carry_files(source, temporary)
         marker = read_marker(source) or {}
         write_json(temporary / MARKER, marker | {"step": step, "dtype": str(model.config.params_dtype).split(".")[1]})
@@ -209,8 +211,11 @@ def _attempt(action: Any, target: Path, grid: ModelGrid) -> Any:
     problem, result = None, None
     try:
         result = action()
-    except OSError as error:
-        problem = f"{target}: cannot be written ({error}); earlier checkpoints are untouched"
+    except (OSError, CheckpointError) as error:
+        problem = (
+            f"{target}: cannot be written ({error}); earlier checkpoints are untouched; checkpoint.dir must have room "
+            "and be one folder for all ranks"
+        )
     raise_on_any(problem, CheckpointError, group=grid.span)
     return result
 

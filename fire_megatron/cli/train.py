@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import UserError
 from fire_megatron.config.load import load_recipe
+from fire_megatron.config.schema import Recipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,6 +22,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="check recipe and checkpoints, then leave")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     return parser
+
+
+def _check(path: str, recipe: Recipe) -> None:
+    """Check all that a run checks before it builds a model, and say what was read.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    from fire_megatron.platform import launch, select_device
+    from fire_megatron.train import setup
+
+    ranks = launch.launched_world_size()
+    for note in setup.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks):
+        print(note)
+    print(f"{path}: no problem found for {ranks} ranks (weights were not read)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.raise_on_any_rank(problem)
         if args.check:
             if rank == 0:
-                print(f"{args.recipe}: no problem found for {launch.launched_world_size()} ranks")
+                _check(args.recipe, recipe)
             return 0
         world = launch.start(recipe.run.device, timeout=recipe.run.collective_timeout, threads=recipe.run.threads)
         from fire_megatron.train.trainer import Trainer

@@ -123,6 +123,12 @@ def _pipeline(context: Context) -> Iterator[Problem]:
             yield Problem(f"{key}.parallel.pipeline", f"{stages} stages for a model of {layers} layers; lower it")
 
 
+def _context(context: Context) -> Iterator[Problem]:
+    for key, role in context.roles.items():
+        if role.parallel.context > 1:
+            yield Problem(f"{key}.parallel.context", f"{role.parallel.context}: not supported yet; leave it 1")
+
+
 def _experts(context: Context) -> Iterator[Problem]:
     for key, role in context.roles.items():
         model = context.models.get(key)
@@ -238,6 +244,7 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _checkpoints,
     _tensor_parallel,
     _pipeline,
+    _context,
     _experts,
     _world,
     _vocabularies,

@@ -60,7 +60,7 @@ class ParallelConfig(Section):
     pipeline: Size = 1
     """Pipeline stages; at most the model's layers."""
     context: Size = 1
-    """Context-parallel ranks, which share each sequence."""
+    """Context-parallel ranks, which share each sequence; more than 1 is not supported yet."""
     expert: Size = 1
     """Expert-parallel ranks, for mixture-of-experts models."""
     sequence: bool | None = None

@@ -112,7 +112,7 @@ def pack_rows(
     return Pack(
         token_ids=torch.cat(tokens)[None].to(device),
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         max_seqlen=max(lengths),
         select=torch.cat([empty, *select]).to(device),
         targets=torch.cat([empty, *(responses[r] for r in rows)]).to(device),

@@ -12,7 +12,7 @@ from fire_megatron.data.records import Prompt
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Sampled answers, one a row. B rows; R_i response tokens of row i (0 when the model said nothing)."""
+    """Sampled answers, one a row. B rows; R_i response tokens of row i, a stop token among them."""
 
     row_ids: tuple[int, ...]
     """[B] place of each row in the step's global batch; the same in every layout."""

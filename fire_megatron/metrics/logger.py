@@ -16,17 +16,18 @@ from fire_megatron.metrics.jsonl import JsonlFile
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+RECIPE_FILE = "recipe.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
 def set_aside(run_dir: str | Path) -> list[Path]:
-    """Rename the metrics of an earlier run that is not going to be continued, so that they are not lost.
+    """Rename the metrics and recipe of an earlier run that is not going to be continued, so that they are not lost.
 
     Returns:
         The new names; none when there was nothing.
     """
     renamed = []
-    for name in (METRICS_FILE, SAMPLES_FILE):
+    for name in (METRICS_FILE, SAMPLES_FILE, RECIPE_FILE):
         path = Path(run_dir) / name
         if path.exists() and path.stat().st_size:
             free = next(

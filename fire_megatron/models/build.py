@@ -25,7 +25,7 @@ from fire_megatron.config.schema import RoleConfig
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention, RMSNorm
-from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform import Device, compute_device, detect_capabilities
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,6 +51,17 @@ _SET_ELSEWHERE = {
 }  # fmt: skip
 _RELIED_ON = ("variable_seq_lengths", "calculate_per_token_loss", "perform_initialization")
 """Fields without which the trainer computes something else."""
+_NOT_READ = {
+    "apply_rope_fusion": "its kernel takes positions from the start of each pack, and rows have positions of their own",
+    **dict.fromkeys(
+        ("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "softmax_type", "attention_backend"),
+        "the core attention is scaled_dot_product_attention and does not read it",
+    ),
+    **dict.fromkeys(
+        ("hidden_dropout", "attention_dropout"), "log-probabilities are compared between passes, so there is no dropout"
+    ),
+}
+"""Fields that would have no effect, or a wrong one, and why."""
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
@@ -74,6 +85,8 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
     for key, value in overrides.items():
         if key in _RELIED_ON:
             raise RecipeError(f"{role}.megatron.{key}: the trainer relies on its own value; remove it here")
+        if key in _NOT_READ:
+            raise RecipeError(f"{role}.megatron.{key}: {_NOT_READ[key]}; remove it here")
         if key in _SET_ELSEWHERE:
             raise RecipeError(f"{role}.megatron.{key}: this is set by {role}.{_SET_ELSEWHERE[key]}; remove it here")
         if key not in known:
@@ -160,14 +173,13 @@ def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
 
 
-def transformer_config(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device: Device) -> TransformerConfig:
+def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, device: Device) -> TransformerConfig:
     """megatron-core's config for this model, layout and precision.
 
     Raises:
         LayoutError: the layout does not divide heads, key/value heads or layers.
         RecipeError: TransformerConfig rejects the combination.
     """
-    layout = grid.layout
     for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", shape.ffn)):
         if count % layout.tensor:
             raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
@@ -252,7 +264,7 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     Raises:
         LayoutError, RecipeError: see :func:`transformer_config`.
     """
-    config = transformer_config(shape, role, grid, device=device)
+    config = transformer_config(shape, role, grid.layout, device=device)
     layer, final_norm = _layer_spec(config, resolve_layer_spec(role.layer_spec, device, role="the role"))
     local_layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=grid.pp_rank)
     return FireGPT(

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.models.layers import CoreAttention, KVCache
+from fire_megatron.models.packed_linear import packed_linears
 
 _SPLIT_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
@@ -134,6 +135,17 @@ class FireGPT(GPTModel):
             tp_group=self.pg_collection.tp,
             dp_cp_group=group,
         )
+
+    @contextlib.contextmanager
+    def decoding(self, rows: int) -> Iterator[None]:
+        """Prepare for many decode steps of about so many rows with unchanging weights, inside :meth:`cached`."""
+        layers = [m for m in self.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+        weights = [(layer, layer.weight) for layer in layers if layer.weight is not None]
+        if self.post_process and self.share_embeddings_and_output_weights:
+            weights = [(layer, weight) for layer, weight in weights if layer is not self.output_layer]
+            weights.append((self.output_layer, self.shared_embedding_or_output_weight()))
+        with packed_linears(weights, rows):
+            yield
 
     @contextlib.contextmanager
     def cached(self, cache: KVCache) -> Iterator[None]:

@@ -47,7 +47,7 @@ def run_pipeline(
 
     Args:
         model: this rank's stage, wrapped for data parallelism in training.
-        packs: the micro-batches; equally many on every rank of the grid, at least one.
+        packs: the micro-batches; the same on every rank of a replica, at least one.
         last_stage: called by the last stage with each micro-batch's logits.
         grid: the role's groups.
         forward_only: score without gradients.

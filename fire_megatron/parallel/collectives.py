@@ -37,7 +37,7 @@ def all_gather_flat(values: torch.Tensor, *, group: dist.ProcessGroup) -> list[t
     length = torch.tensor([values.numel()], dtype=torch.int64, device=values.device)
     lengths = [torch.empty_like(length) for _ in range(group.size())]
     dist.all_gather(lengths, length, group=group)
-    counts = [int(n) for n in lengths]
+    counts = torch.cat(lengths).tolist()  # one wait for the device, not one a rank
     longest = max(counts)
     if longest == 0:
         return [values.new_empty(0) for _ in counts]

@@ -131,6 +131,7 @@ def install() -> None:
     _installed = True
     stream = _Stream()
     cuda = torch.cuda
+    cuda.is_available = lambda: False  # also on a machine with GPUs, when the recipe asks for the CPU
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *a, **k: None
     cuda.empty_cache = lambda: None

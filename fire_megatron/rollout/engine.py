@@ -106,31 +106,38 @@ class MegatronEngine:
         rows = len(prompts)
         batch = _Batch(prompts, row_ids, *([[] for _ in range(rows)] for _ in range(3)), [False] * rows)
         cache = KVCache(rows, max(len(p) for p in prompts) + self.config.max_new_tokens)
-        active = list(range(rows))
         with self.model.cached(cache):
             logits = self._prefill(batch, cache)
-            for position in range(self.config.max_new_tokens):
-                tokens = self._sample(batch, active, logits, step, position)
-                if progress:
-                    progress(len(active))
-                running = [i for i, row in enumerate(active) if not batch.finished[row]]
-                if not running or position + 1 == self.config.max_new_tokens:
-                    break
-                # Dropping rows copies the cache, so it waits until it halves the work.
-                if 2 * len(running) <= len(active):
-                    keep = torch.tensor(running, device=tokens.device)
-                    cache.keep(keep)
-                    tokens, active = tokens[keep], [active[i] for i in running]
-                logits = self._decode(tokens, cache)
+            with self.model.decoding(rows):
+                self._decode_all(batch, cache, logits, step, progress)
         return batch
+
+    def _decode_all(
+        self, batch: _Batch, cache: KVCache, logits: torch.Tensor | None, step: int, progress: Progress | None
+    ) -> None:
+        """From the logits after the prompts to the end of every row."""
+        active = list(range(len(batch.prompts)))
+        for position in range(self.config.max_new_tokens):
+            tokens = self._sample(batch, active, logits, step, position)
+            if progress:
+                progress(len(active))
+            running = [i for i, row in enumerate(active) if not batch.finished[row]]
+            if not running or position + 1 == self.config.max_new_tokens:
+                break
+            # Dropping rows copies the cache, so it waits until it halves the work.
+            if 2 * len(running) <= len(active):
+                keep = torch.tensor(running, device=tokens.device)
+                cache.keep(keep)
+                tokens, active = tokens[keep], [active[i] for i in running]
+            logits = self._decode(tokens, cache)
 
     def _prefill(self, batch: _Batch, cache: KVCache) -> torch.Tensor | None:
         """Run all prompts as one pack; logits after each prompt's last token on the last stage."""
         nothing = [torch.zeros(0, dtype=torch.int64)] * len(batch.prompts)
         pack = pack_rows(batch.prompts, nothing, range(len(batch.prompts)), multiple=1, device=compute_device())
-        ends = pack.cu_seqlens[1:].long() - 1
+        ends = (pack.cu_seqlens[1:].long() - 1).to(compute_device())
         output = self._stage(pack.token_ids, pack.position_ids, packed=packed_seq_params(pack), select=ends)
-        cache.lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).long()
+        cache.lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).long().to(compute_device())
         return output
 
     def _decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor | None:

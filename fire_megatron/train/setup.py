@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
@@ -25,7 +26,7 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.collectives import raise_on_any
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import World
+from fire_megatron.platform import Device, World
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.teacher import Teacher
@@ -64,7 +65,7 @@ class Run:
     held_out: HeldOut | None
 
 
-def role_layout(role: RoleConfig, world: World) -> Layout:
+def role_layout(role: RoleConfig, num_ranks: int) -> Layout:
     """A role's layout over all ranks of the world."""
     parallel = role.parallel
     return Layout(
@@ -72,7 +73,7 @@ def role_layout(role: RoleConfig, world: World) -> Layout:
         pipeline=parallel.pipeline,
         context=parallel.context,
         expert=parallel.expert,
-        num_ranks=world.size,
+        num_ranks=num_ranks,
     )
 
 
@@ -150,15 +151,16 @@ def _limit_by_label(prompts: list[Prompt], limit: int) -> list[Prompt]:
     return kept
 
 
-def _check_roles(recipe: Recipe, grids: dict[str, ModelGrid], world: World) -> dict[str, ModelShape]:
-    """Read every role's architecture and try its configuration, which costs nothing."""
+def _check_roles(recipe: Recipe, device: Device, num_ranks: int) -> dict[str, ModelShape]:
+    """Read every role's architecture, try its configuration and look at its files; no weights are read."""
     shapes = {}
     for path, role in roles(recipe).items():
         shape = read_hf_config(role.checkpoint)
         check_megatron_overrides(path, role.megatron)
-        resolve_layer_spec(role.layer_spec, world.device, role=path)
+        resolve_layer_spec(role.layer_spec, device, role=path)
         try:
-            transformer_config(shape, role, grids[path], device=world.device)
+            transformer_config(shape, role, role_layout(role, num_ranks), device=device)
+            open_whole(role.checkpoint, shape)
         except UserError as error:
             raise type(error)(f"{path}: {error}") from error
         shapes[path] = shape
@@ -197,6 +199,20 @@ def _loaded(path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, wor
     return model
 
 
+def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[str, ...]:
+    """Everything that :func:`prepare` checks before it builds a model, on this process alone.
+
+    Returns:
+        What was read, for people.
+
+    Raises:
+        UserError: as :func:`prepare`.
+    """
+    _load_plugins(recipe)
+    _check_roles(recipe, device, num_ranks)
+    return read_inputs(recipe).notes
+
+
 def prepare(recipe: Recipe, world: World, say: Say) -> Run:
     """Build a run. Collective: every rank of the world calls it alike, and all of them raise if one does.
 
@@ -205,11 +221,11 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
     """
     factory = GridFactory(timeout=recipe.run.collective_timeout)
     hooks = on_all_ranks(_load_plugins, recipe)
-    grids = {path: factory.grid(role_layout(role, world)) for path, role in roles(recipe).items()}
-    shapes = on_all_ranks(_check_roles, recipe, grids, world)
+    shapes = on_all_ranks(_check_roles, recipe, world.device, world.size)
     inputs = on_all_ranks(read_inputs, recipe)
     for note in inputs.notes:
         say(note)
+    grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
     grid = grids["student"]
     models = {path: _loaded(path, shapes[path], role, grids[path], world, say) for path, role in roles(recipe).items()}
     teachers = {

@@ -20,7 +20,7 @@ from fire_megatron.data.rollouts import TrainingRows
 from fire_megatron.losses.estimators import sampled_policy_gradient
 from fire_megatron.losses.reduction import global_token_count, token_mean
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
-from fire_megatron.metrics.values import Last, Mean, Sum, Value, merge
+from fire_megatron.metrics.values import Last, Mean, Value, merge
 from fire_megatron.models.build import DTYPES
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
@@ -217,7 +217,8 @@ class Student:
         sums = torch.stack(
             [loss.detach(), *(v.sum() for v in (result.clipped, result.approx_kl, result.importance, result.corrected))]
         ).tolist()
-        report: dict[str, Value] = {"loss": Sum(sums[0])}
+        # A mean over tokens in the file, whatever the micro-batches, mini-batches and ranks that they are spread over.
+        report: dict[str, Value] = {"loss": Mean(sums[0] * tokens, count)}
         report |= {key: Mean(total, count) for key, total in zip(_LOSS_METRICS, sums[1:], strict=True)}
         return loss, torch.tensor(count, dtype=torch.int, device=loss.device), report
 

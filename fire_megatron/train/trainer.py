@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from fire_megatron.checkpoint.training import find_latest, load_training_state, save_training_state
 from fire_megatron.config.errors import CheckpointError, RecipeError, TrainingError
-from fire_megatron.config.load import save_recipe
+from fire_megatron.config.load import load_recipe, save_recipe
 from fire_megatron.config.schema import Recipe
+from fire_megatron.data.prompts import fingerprint
 from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
-from fire_megatron.metrics.logger import MetricsLogger, set_aside
+from fire_megatron.metrics.logger import RECIPE_FILE, MetricsLogger, set_aside
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
+from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import (
     World,
@@ -57,6 +59,7 @@ class Trainer:
         self.run: Run = prepare(recipe, world, self._say)
         self.step = 0
         self.first_eval: dict[str, float] = {}
+        self.last_eval: dict[str, float] = {}
         if latest is not None:
             self._resume(latest)
         self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
@@ -70,23 +73,33 @@ class Trainer:
     # ---- run folder -------------------------------------------------------------------------------------------
 
     def _resume_point(self) -> Path | None:
-        """The checkpoint to continue from, by ``run.resume``; every rank reads the same shared folder."""
-        latest, mode = find_latest(self.checkpoints), self.recipe.run.resume
+        """The checkpoint to continue from, by ``run.resume``. Collective."""
+        # The first rank decides: views of a shared folder may differ for a moment. The others then look for that step.
+        seen = find_latest(self.checkpoints) if self.world.is_main else None
+        latest, mode = all_gather_objects(seen, group=dist.group.WORLD)[0], self.recipe.run.resume
         if mode == "must" and latest is None:
             raise RecipeError(f"run.resume is 'must' but {self.checkpoints} holds no complete checkpoint; use 'auto'")
         if mode == "never" and (latest is not None or (self.folder / "metrics.jsonl").exists()):
             raise RecipeError(
                 f"run.resume is 'never' but {self.folder} already holds a run; choose another run.dir or use 'auto'"
             )
+        if latest is not None and not latest.is_dir():
+            raise CheckpointError(
+                f"{latest}: rank 0 sees it and rank {self.world.rank} does not; checkpoint.dir must be one folder "
+                "for all ranks"
+            )
         return latest
 
     def _open_run_folder(self, *, resumed: bool) -> MetricsLogger:
         """Save the resolved recipe and open the metrics; only the main rank writes."""
         if self.world.is_main:
-            for path in [] if resumed else set_aside(self.folder):
-                self._say(f"an earlier run here saved no checkpoint to continue from; its metrics are now {path}")
-            first = self.folder / "recipe.yaml"
-            save_recipe(self.recipe, first if not first.exists() else self.folder / f"recipe_from_{self.step:06d}.yaml")
+            try:
+                aside = [] if resumed else set_aside(self.folder)
+            except OSError as error:
+                raise RecipeError(f"run.dir: {self.folder} cannot be written ({error}); choose another") from error
+            for path in aside:
+                self._say(f"an earlier run here saved no checkpoint to continue from; its file is now {path}")
+            self._save_recipe()
         return MetricsLogger(
             self.folder,
             self.recipe.metrics,
@@ -95,6 +108,13 @@ class Trainer:
             enabled=self.world.is_main,
         )
 
+    def _save_recipe(self) -> None:
+        """The recipe as used; beside the first one where a resumed run has another."""
+        first = self.folder / RECIPE_FILE
+        if first.exists() and load_recipe(first) == self.recipe:
+            return
+        save_recipe(self.recipe, self.folder / f"recipe_from_{self.step:06d}.yaml" if first.exists() else first)
+
     def _resume(self, checkpoint: Path) -> None:
         run = self.run
         try:
@@ -102,35 +122,44 @@ class Trainer:
         except CheckpointError as error:  # every rank's
             error.args = (f"{error}\ndelete {checkpoint} to continue from the step saved before it",)
             raise
-        if state.extra["prompts"] != self._prompts_fingerprint():
-            raise RecipeError(
-                f"data.train: the prompts differ from those that {checkpoint} was trained on; "
-                "restore the files, or start a new run.dir"
-            )
+        self._require_same_order(checkpoint, state.extra["order"])
         set_rng_state(state.rng, device=self.world.device)
         self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
         self._say(f"resumed from {checkpoint} after step {self.step}")
 
-    def _prompts_fingerprint(self) -> str:
-        from fire_megatron.data.prompts import fingerprint
+    def _order(self) -> dict[str, Any]:
+        """What fixes the prompts of every step, by recipe key."""
+        recipe = self.recipe
+        return {
+            "data.train": fingerprint(self.run.inputs.prompts),
+            "data.shuffle": recipe.data.shuffle,
+            "rollout.prompts_per_step": recipe.rollout.prompts_per_step,
+            "run.seed": recipe.run.seed,
+        }
 
-        return fingerprint(self.run.inputs.prompts)
+    def _require_same_order(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        now = self._order()
+        for key in (key for key in now if now[key] != saved[key]):
+            was = "other prompts" if key == "data.train" else f"{saved[key]!r}, and is now {now[key]!r}"
+            raise RecipeError(
+                f"{key}: {checkpoint} was trained with {was}, so the steps to come would repeat or skip prompts; "
+                "restore it, or start a new run.dir from the exported student"
+            )
 
     def save(self) -> None:
         """Write a checkpoint of the last completed step. Collective."""
         run = self.run
-        with self._timed("checkpoint"):
-            save_training_state(
-                self.checkpoints,
-                self.step,
-                run.student.model,
-                run.student.optimizer,
-                rng=get_rng_state(device=self.world.device),
-                extra={"prompts": self._prompts_fingerprint(), "first_eval": self.first_eval},
-                source=Path(self.recipe.student.checkpoint),
-                keep=self.recipe.checkpoint.keep,
-                grid=run.grid,
-            )
+        save_training_state(
+            self.checkpoints,
+            self.step,
+            run.student.model,
+            run.student.optimizer,
+            rng=get_rng_state(device=self.world.device),
+            extra={"order": self._order(), "first_eval": self.first_eval},
+            source=Path(self.recipe.student.checkpoint),
+            keep=self.recipe.checkpoint.keep,
+            grid=run.grid,
+        )
         self._saved = self.step
         self.logger.message(f"saved checkpoint of step {self.step} to {self.checkpoints}")
 
@@ -279,18 +308,14 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         assert self.run.held_out is not None
-        with self._timed("evaluation"):
-            most = (
-                len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
-            )
-            measured = self.run.held_out.measure(self._progress("evaluation", most))
+        most = len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
+        measured = self.run.held_out.measure(self._progress("evaluation", most))
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
         return reduce_metrics(measured if counts else {}, group=self.run.grid.span)
 
     def _print_table(self) -> None:
-        last: dict[str, Any] = getattr(self, "last_eval", {})
-        if last and self.world.is_main:
-            table = format_table(self.first_eval, last, self.run.inputs.held_out, self.run.inputs.route)
+        if self.last_eval and self.world.is_main:
+            table = format_table(self.first_eval, self.last_eval, self.run.inputs.held_out, self.run.inputs.route)
             print(f"\nReverse KL (nats a token) of the student's samples on held-out prompts\n{table}", flush=True)
 
     def _check_stop(self) -> None:

@@ -304,7 +304,7 @@ def weights_overwritten(box):
     box.names["file"].write_bytes(bytes(box.names["file"].stat().st_size))
 
 
-@case("{folder}", "1 tensors of the model are not in the checkpoint", "decoder.final_layernorm.weight", "config.json")
+@case("{folder}", "1 tensors are missing", "decoder.final_layernorm.weight", "config.json")
 def tensor_missing(box):
     box.names["folder"] = box.copy("student")
     path = box.names["folder"] / "weights" / ".metadata"
@@ -331,14 +331,17 @@ def metadata_that_runs_code(box):
 
 
 @case(
-    "{folder}", "linear_fc1.weight has shape (192, 64)", "needs (256, 64)", "does config.json belong to these weights?"
+    "{folder}",
+    "linear_fc1.weight has shape (192, 64)",
+    "config.json says (256, 64)",
+    "does config.json belong to these weights?",
 )
 def config_of_another_width(box):
     box.names["folder"] = box.copy("student")
     change_json(box.names["folder"] / "config.json", intermediate_size=128)
 
 
-@case("{folder}", "are not in the checkpoint", "decoder.layers.2", "does config.json belong to these weights?")
+@case("{folder}", "tensors are missing", "decoder.layers.2", "does config.json belong to these weights?")
 def config_of_more_layers(box):
     box.names["folder"] = box.copy("code")
     change_json(box.names["folder"] / "config.json", num_hidden_layers=3)
@@ -433,7 +436,13 @@ def resume_must_without_a_run(box):
     box.recipe["run"]["resume"] = "must"
 
 
-@case("data.train", "prompts differ", "{checkpoint}", "new run.dir", resumes=True)
+@case("rollout.prompts_per_step", "with 4, and is now 3", "{checkpoint}", "new run.dir", resumes=True)
+def resumed_with_another_order(box):
+    box.names["checkpoint"] = box.resume()
+    box.recipe["rollout"]["prompts_per_step"] = 3
+
+
+@case("data.train", "other prompts", "{checkpoint}", "new run.dir", resumes=True)
 def resumed_with_other_prompts(box):
     box.names["checkpoint"] = box.resume()
     path = write_prompts(box.folder / "math.jsonl", "math", 6, seed=9)
@@ -503,3 +512,21 @@ def test_check_finds_no_problem_in_the_good_recipe(inputs, tmp_path, capfd):
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(inputs, tmp_path / "run"))
     assert main(["--recipe", str(recipe), "--check"]) == 0
     assert "no problem" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tensor_missing", "label_in_a_row_without_a_teacher", "misspelt"])
+def test_check_looks_as_deep_as_a_run(inputs, tmp_path, capfd, name):
+    values = tiny_recipe(inputs, tmp_path / "run")
+    if name == "tensor_missing":
+        shutil.copytree(inputs / "math", tmp_path / "math")
+        only(tmp_path / "math", "weights/*.distcp").write_bytes(b"")
+        values["teachers"]["math"]["checkpoint"], says = str(tmp_path / "math"), "teachers.math: "
+    elif name == "misspelt":
+        values["student"]["megatron"], says = {"recompute_granulariti": "full"}, "did you mean 'recompute_granularity'"
+    else:
+        (tmp_path / "rows.jsonl").write_text('{"problem": "w7", "label": "physics"}\n')
+        values["data"]["train"][0]["path"], says = str(tmp_path / "rows.jsonl"), "label 'physics' has no teacher"
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    assert main(["--recipe", str(recipe), "--check"]) == 2
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ def test_a_correct_recipe_passes(values: Values, world_size: int | None) -> None
 
 
 def test_a_correct_recipe_passes_at_a_larger_layout(values: Values) -> None:
-    values["student"]["parallel"] = {"tensor": 4, "pipeline": 4, "context": 2, "sequence": True}
+    values["student"]["parallel"] = {"tensor": 4, "pipeline": 4, "sequence": True}
     values["teachers"]["math"]["parallel"] = {"tensor": 2, "pipeline": 8}
     values["evaluation"] = {"every": 2, "prompts": [{"path": values["data"]["train"][0]["path"], "label": "sql"}]}
     values["checkpoint"] = {"dir": values["run"]["dir"] + "/a/b"}
@@ -135,6 +135,10 @@ def _checkpoint_dir_is_a_file(values: Values) -> None:
     values["checkpoint"] = {"dir": values["data"]["train"][0]["path"]}
 
 
+def _context_parallel(values: Values) -> None:
+    values["student"]["parallel"] = {"context": 2}
+
+
 def _home_folder(values: Values) -> None:
     values["run"]["dir"] = "~/runs/a"
 
@@ -177,6 +181,7 @@ def _home_folder(values: Values) -> None:
         (_system_prompt, "data.system_prompt: needs a chat template and data.chat_template is off; use auto or on"),
         (_run_dir_below_a_file, "prompts.jsonl is a file; choose another folder"),
         (_checkpoint_dir_is_a_file, "checkpoint.dir: "),
+        (_context_parallel, "student.parallel.context: 2: not supported yet; leave it 1"),
         (_home_folder, f"run.dir: ~/runs/a: ~ is not replaced here; write {os.path.expanduser('~/runs/a')}"),
     ],
 )
@@ -188,9 +193,9 @@ def test_one_mistake_is_one_problem(values: Values, spoil: Callable[[Values], No
 
 def test_a_whole_world_must_hold_copies_of_every_role(values: Values) -> None:
     values["student"]["parallel"] = {"tensor": 2, "pipeline": 2}
-    values["teachers"]["code"]["parallel"] = {"context": 3}
+    values["teachers"]["code"]["parallel"] = {"tensor": 1, "pipeline": 3}
     message = complaint(values, world_size=4)
-    assert "teachers.code.parallel: tensor 1 x pipeline 1 x context 3 = 3 ranks a copy of the model" in message
+    assert "teachers.code.parallel: tensor 1 x pipeline 3 x context 1 = 3 ranks a copy of the model" in message
     assert "does not divide the run's 4; start a multiple of 3 ranks or lower one of them" in message
     assert "student.parallel" in complaint(values, world_size=6)
     check_recipe(recipe_from_dict(values), world_size=12)

@@ -136,15 +136,15 @@ def test_rotary_frequencies_are_those_of_transformers(name, head_dim, save_confi
         ({"bf16": True}, "set by student.precision.dtype"),
         ({"num_layers": 3}, "set by student.checkpoint (the model's own config.json)"),
         ({"calculate_per_token_loss": False}, "the trainer relies on its own value"),
-        ({"hidden_dropout": "0.1"}, "'0.1' does not fit megatron-core's type of it, float"),
-        ({"hidden_dropout": True}, "True does not fit"),
+        ({"init_method_std": "0.1"}, "'0.1' does not fit megatron-core's type of it, float"),
+        ({"init_method_std": True}, "True does not fit"),
         ({"recompute_num_layers": 1.5}, "1.5 does not fit"),
         ({"recompute_num_layers": True}, "True does not fit"),
         ({"recompute_modules": "core_attn"}, "'core_attn' does not fit"),
         ({"recompute_modules": [1]}, "[1] does not fit"),
         ({"deterministic_mode": 1}, "1 does not fit megatron-core's type of it, bool"),
         ({"init_method": "normal"}, "'normal' does not fit"),
-        ({"hidden_dropout": None}, "None does not fit"),
+        ({"init_method_std": None}, "None does not fit"),
     ],
 )
 def test_overrides_that_are_refused(overrides, says):
@@ -222,7 +222,7 @@ def test_transformer_config(family, save_config, grids, tmp_path):
     save_config(family)
     shape = read_hf_config(tmp_path)
     role = student(precision=PrecisionConfig(dtype="bfloat16"), megatron={"recompute_granularity": "selective"})
-    config = transformer_config(shape, role, grids.grid(Layout()), device=CPU)
+    config = transformer_config(shape, role, Layout(), device=CPU)
     assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (4, 64, 96)
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (4, 2, shape.head_dim)
     assert (config.add_qkv_bias, config.qk_layernorm) == (family == "qwen2", family == "qwen3")
@@ -231,13 +231,6 @@ def test_transformer_config(family, save_config, grids, tmp_path):
     assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
     assert config.layernorm_epsilon == 1e-5 and config.hidden_dropout == config.attention_dropout == 0
     assert config.recompute_granularity == "selective" and not config.sequence_parallel
-
-
-@dataclasses.dataclass(frozen=True)
-class GridOf:
-    """A grid of more ranks than this process has; the configuration reads its layout only."""
-
-    layout: Layout
 
 
 @pytest.mark.parametrize(
@@ -252,7 +245,7 @@ def test_layouts_that_do_not_fit_the_model(layout, says, save_config, tmp_path):
     save_config("llama")
     ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
     with pytest.raises(LayoutError, match=says):
-        transformer_config(read_hf_config(tmp_path), student(), GridOf(Layout(num_ranks=ranks, **layout)), device=CPU)
+        transformer_config(read_hf_config(tmp_path), student(), Layout(num_ranks=ranks, **layout), device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -261,15 +254,15 @@ def test_layouts_that_do_not_fit_the_model(layout, says, save_config, tmp_path):
 def test_sequence_parallelism(tensor, asked, used, save_config, tmp_path):
     save_config("llama")
     role = student(parallel=ParallelConfig(tensor=tensor, sequence=asked))
-    grid = GridOf(Layout(tensor=tensor, num_ranks=tensor))
-    assert transformer_config(read_hf_config(tmp_path), role, grid, device=CPU).sequence_parallel == used
+    layout = Layout(tensor=tensor, num_ranks=tensor)
+    assert transformer_config(read_hf_config(tmp_path), role, layout, device=CPU).sequence_parallel == used
 
 
 def test_a_combination_that_megatron_rejects(save_config, tmp_path):
     save_config("llama")
     role = student(megatron={"recompute_granularity": "full"})
     with pytest.raises(RecipeError, match="megatron-core rejects this model configuration: .*recompute_method"):
-        transformer_config(read_hf_config(tmp_path), role, GridOf(Layout()), device=CPU)
+        transformer_config(read_hf_config(tmp_path), role, Layout(), device=CPU)
 
 
 @pytest.mark.parametrize("tied", [False, True])

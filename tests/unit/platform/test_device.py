@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,15 @@ def test_peak_memory_of_a_cpu_process_is_in_mebibytes():
         peak = peak_memory_mb(Device("cpu"))
     assert before + rise / 2 < peak < before + 2 * rise
     assert peak_memory_mb(Device("cpu")) >= peak
+
+
+def test_the_cpu_on_a_machine_with_gpus():
+    """In a process of its own: the seam stays."""
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
+        "from fire_megatron import platform\n"
+        "world = platform.start('cpu')\n"
+        "assert platform.compute_device() == torch.device('cpu') == world.device.torch_device\n"
+        "platform.stop()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).resolve().parents[3])

@@ -26,15 +26,31 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro-batch-size", type=int, default=0, help="answers in one pass; 0 takes all at once")
     parser.add_argument("--max-prompt-chars", type=int, default=350)
     args = parser.parse_args()
+    step_seconds, step_tokens = _train(args)
+    print(
+        json.dumps(
+            {
+                "peer": "trl",
+                "step_seconds": [round(s, 2) for s in step_seconds],
+                "tokens_per_step": step_tokens,
+                "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            }
+        )
+    )
 
+
+def _train(args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Seconds and generated tokens of each step."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
     torch.set_num_threads(args.threads)
+    micro = args.micro_batch_size or args.rollouts
     with open(args.prompts) as lines:
         problems = [json.loads(line)["problem"] for line in lines]
     problems = [p for p in problems if len(p) < args.max_prompt_chars][: args.rollouts * args.steps]
@@ -54,8 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         config = DistillationConfig(
             output_dir=out,
-            per_device_train_batch_size=args.rollouts,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=args.rollouts // micro,
             max_steps=args.steps,
             max_completion_length=args.new_tokens,
             learning_rate=1e-5,
@@ -78,17 +94,7 @@ def main() -> None:
             model=args.student, teacher_model=args.teacher, args=config, train_dataset=dataset, callbacks=[Stopwatch()]
         )
         trainer.train()
-
-    print(
-        json.dumps(
-            {
-                "peer": "trl",
-                "step_seconds": [round(s, 2) for s in step_seconds],
-                "tokens_per_step": step_tokens,
-                "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            }
-        )
-    )
+    return step_seconds, step_tokens
 
 
 if __name__ == "__main__":

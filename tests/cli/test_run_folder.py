@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.cli.train import main
@@ -33,3 +34,17 @@ def test_files_of_a_run(tmp_path):
     assert main(["--recipe", str(recipe), "run.steps=3"]) == 0
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
+
+
+def test_the_loss_is_a_mean_whatever_the_mini_batches(tmp_path):
+    """Before the first update moves the weights, the parts of a batch weigh by their tokens."""
+    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+    losses = []
+    for parts in (1, 4):
+        values = tiny_recipe(
+            inputs, tmp_path / f"run{parts}", run__steps=1, checkpoint__final=False,
+            optimizer={"mini_batches": parts, "lr": 1e-12, "clip_grad": 0.0}, loss={"hooks": []},
+        )  # fmt: skip
+        assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
+        losses.append(read_metrics(tmp_path / f"run{parts}")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != 0

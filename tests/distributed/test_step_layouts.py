@@ -24,6 +24,7 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
+from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.models.build import build_model
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
@@ -146,9 +147,7 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
     part = rebalance(kept, grid=grid)
     tokens = student.count_tokens(part, Reducer(grid.pg.dp))
     metrics = student.accumulate_gradients(part, tokens=tokens)
-    total = torch.tensor([metrics["loss"].value if "loss" in metrics else 0.0], dtype=torch.float64)
-    dist.all_reduce(total, group=grid.span)
-    return float(total), whole_gradients(student, grid)
+    return reduce_metrics(metrics, group=grid.span)["loss"], whole_gradients(student, grid)
 
 
 def layouts(size):

@@ -8,9 +8,9 @@ Both sides run as processes of their own, float32, one process, the same number 
 `--rollouts` answers of up to `--new-tokens` tokens, score them with the teacher, forward, backward, AdamW. Seconds are
 those of a whole step, the median over the steps after the first, of the best round; memory is the process's peak
 resident set, of the worst. `trl 1.16` passes all rollouts at once, as its users' scripts do; `trl, micro` accumulates
-gradients over micro-batches of the size that ours has. TRL
-computes the reverse KL over the full vocabulary, we the policy gradient of the same reverse KL on the sampled tokens.
-The row `ours, FiRe` has the filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
+gradients over micro-batches of the size that ours has. TRL computes the reverse KL over the full vocabulary, we the
+policy gradient of the same reverse KL on the sampled tokens. The row
+`ours, FiRe` has the filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
 The peer is run by trl_distill.py beside this file, in an environment with `pip install torch==2.13.0 trl==1.16.0`.
 """
 
@@ -58,15 +58,8 @@ def _run(command: list[str], threads: int) -> str:
 def _peer(args: argparse.Namespace, micro: int) -> dict[str, float]:
     shared = ("student", "teacher", "prompts", "rollouts", "new_tokens", "steps", "threads", "max_prompt_chars")
     flags = [text for key in shared for text in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
-    line = (
-        _run(
-            [str(args.peer_python), str(HERE / "trl_distill.py"), *flags, "--micro-batch-size", str(micro)],
-            args.threads,
-        )
-        .strip()
-        .splitlines()[-1]
-    )
-    report = json.loads(line)
+    command = [str(args.peer_python), str(HERE / "trl_distill.py"), *flags, "--micro-batch-size", str(micro)]
+    report = json.loads(_run(command, args.threads).splitlines()[-1])
     return _summary(report["step_seconds"], report["peak_rss_mb"], report["tokens_per_step"])
 
 

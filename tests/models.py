@@ -14,7 +14,7 @@ VOCABULARY = 301
 """Not a multiple of any padding, so that every model here has padded columns."""
 EOS = 5
 
-_SMALL = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -22,8 +22,11 @@ _SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "initializer_range": 0.15,
     "rms_norm_eps": 1e-5,
+}
+_SMALL = {
+    **SIZES,
+    "initializer_range": 0.15,
     "eos_token_id": EOS,
     "bos_token_id": 1,
     "pad_token_id": None,

@@ -14,7 +14,7 @@ from models import make_hf, save_megatron
 
 from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
-from fire_megatron.config.schema import ParallelConfig, StudentConfig
+from fire_megatron.config.schema import ParallelConfig, RoleConfig, StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
@@ -28,9 +28,16 @@ def share(value: Any) -> Any:
     return box[0]
 
 
-def layouts(size: int, *, tensors: tuple[int, ...] = (1, 2)) -> list[Layout]:
+def layouts(size: int, *, tensors: tuple[int, ...] = (1, 2), pipelines: tuple[int, ...] = (1, 2, 3, 4)) -> list[Layout]:
     """Every tensor x pipeline split of the world; data parallelism takes the rest."""
-    return [Layout(tensor=t, pipeline=p, num_ranks=size) for t in tensors for p in range(1, 5) if size % (t * p) == 0]
+    return [Layout(tensor=t, pipeline=p, num_ranks=size) for t in tensors for p in pipelines if size % (t * p) == 0]
+
+
+def load_role(path: str | Path, role: RoleConfig, grid: ModelGrid, world: platform.World) -> FireGPT:
+    """This rank's part of a model, built and loaded from a converted checkpoint."""
+    model = build_model(read_hf_config(path), role, grid, device=world.device)
+    load_weights(model, path, grid=grid)
+    return model
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,7 @@ class Roles:
             parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=sequence),
             vocab_multiple=vocab_multiple,
         )
-        built = build_model(read_hf_config(path), role, grid, device=self.world.device)
-        load_weights(built, path, grid=grid)
-        return built, grid
+        return load_role(path, role, grid, self.world), grid
 
 
 @cache

@@ -34,7 +34,8 @@ def _check(path: str, recipe: Recipe) -> None:
     from fire_megatron.train import setup
 
     ranks = launch.launched_world_size()
-    for note in setup.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks):
+    _, _, inputs = setup.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks)
+    for note in inputs.notes:
         print(note)
     print(f"{path}: no problem found for {ranks} ranks (weights were not read)")
 

@@ -25,10 +25,24 @@ def set_aside(run_dir: str | Path) -> list[Path]:
 
     Returns:
         The new names; none when there was nothing.
+
+    Raises:
+        RecipeError: the folder cannot be written.
     """
+    try:
+        return _set_aside(Path(run_dir))
+    except OSError as error:
+        raise _not_writable(run_dir, error) from error
+
+
+def _not_writable(run_dir: str | Path, error: OSError) -> RecipeError:
+    return RecipeError(f"run.dir: {run_dir} cannot be written ({error}); choose another folder")
+
+
+def _set_aside(folder: Path) -> list[Path]:
     renamed = []
     for name in (METRICS_FILE, SAMPLES_FILE, RECIPE_FILE):
-        path = Path(run_dir) / name
+        path = folder / name
         if path.exists() and path.stat().st_size:
             free = next(
                 candidate
@@ -85,7 +99,7 @@ class MetricsLogger:
                 self._samples = JsonlFile(folder / SAMPLES_FILE, last_step=start_step)
         except OSError as error:
             self.close()
-            raise RecipeError(f"run.dir: {folder} cannot be written ({error}); choose another folder") from error
+            raise _not_writable(folder, error) from error
         if config.console:
             self._console = open_console(total_steps=total_steps, start_step=max(start_step, 0))
         if config.tensorboard:

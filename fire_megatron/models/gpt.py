@@ -140,11 +140,9 @@ class FireGPT(GPTModel):
     def decoding(self, rows: int) -> Iterator[None]:
         """Prepare for many decode steps of about so many rows with unchanging weights, inside :meth:`cached`."""
         layers = [m for m in self.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-        weights = [(layer, layer.weight) for layer in layers if layer.weight is not None]
-        if self.post_process and self.share_embeddings_and_output_weights:
-            weights = [(layer, weight) for layer, weight in weights if layer is not self.output_layer]
-            weights.append((self.output_layer, self.shared_embedding_or_output_weight()))
-        with packed_linears(weights, rows):
+        # Only an output layer that shares the embedding of its own stage has no weight of its own.
+        weights = [self.shared_embedding_or_output_weight() if m.weight is None else m.weight for m in layers]
+        with packed_linears(list(zip(layers, weights, strict=True)), rows):
             yield
 
     @contextlib.contextmanager

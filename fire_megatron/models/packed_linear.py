@@ -49,12 +49,11 @@ def packed_linears(weights: list[tuple[Linear, torch.Tensor]], rows: int) -> Ite
             change meanwhile.
         rows: rows of a decode step, for which the layout is chosen; other numbers of rows are right too.
     """
-    changed = [layer for layer, weight in weights if _usable(weight)]
+    usable = [(layer, weight) for layer, weight in weights if _usable(weight)]
     try:
-        for layer, weight in weights:
-            if _usable(weight):
-                layer._forward_impl = _product(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
+        for layer, weight in usable:
+            layer._forward_impl = _product(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
         yield
     finally:
-        for layer in changed:
+        for layer, _ in usable:
             layer.__dict__.pop("_forward_impl", None)

@@ -199,18 +199,22 @@ def _loaded(path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, wor
     return model
 
 
-def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[str, ...]:
-    """Everything that :func:`prepare` checks before it builds a model, on this process alone.
+def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook], dict[str, ModelShape], Inputs]:
+    """Everything that can be checked before a model is built, on this process alone.
+
+    Args:
+        recipe: as loaded and checked by config/.
+        device: where the run computes.
+        num_ranks: ranks of the run.
 
     Returns:
-        What was read, for people.
+        The hooks, the architecture of each role by recipe path, and what the run reads besides weights.
 
     Raises:
-        UserError: as :func:`prepare`.
+        UserError: recipe, data, layout or checkpoint are not usable.
     """
-    _load_plugins(recipe)
-    _check_roles(recipe, device, num_ranks)
-    return read_inputs(recipe).notes
+    hooks = _load_plugins(recipe)
+    return hooks, _check_roles(recipe, device, num_ranks), read_inputs(recipe)
 
 
 def prepare(recipe: Recipe, world: World, say: Say) -> Run:
@@ -220,9 +224,7 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
         UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
     """
     factory = GridFactory(timeout=recipe.run.collective_timeout)
-    hooks = on_all_ranks(_load_plugins, recipe)
-    shapes = on_all_ranks(_check_roles, recipe, world.device, world.size)
-    inputs = on_all_ranks(read_inputs, recipe)
+    hooks, shapes, inputs = on_all_ranks(check, recipe, device=world.device, num_ranks=world.size)
     for note in inputs.notes:
         say(note)
     grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
 from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
-from fire_megatron.metrics.logger import RECIPE_FILE, MetricsLogger, set_aside
+from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, MetricsLogger, set_aside
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.reducer import Reducer
@@ -79,7 +80,7 @@ class Trainer:
         latest, mode = all_gather_objects(seen, group=dist.group.WORLD)[0], self.recipe.run.resume
         if mode == "must" and latest is None:
             raise RecipeError(f"run.resume is 'must' but {self.checkpoints} holds no complete checkpoint; use 'auto'")
-        if mode == "never" and (latest is not None or (self.folder / "metrics.jsonl").exists()):
+        if mode == "never" and (latest is not None or (self.folder / METRICS_FILE).exists()):
             raise RecipeError(
                 f"run.resume is 'never' but {self.folder} already holds a run; choose another run.dir or use 'auto'"
             )
@@ -93,11 +94,7 @@ class Trainer:
     def _open_run_folder(self, *, resumed: bool) -> MetricsLogger:
         """Save the resolved recipe and open the metrics; only the main rank writes."""
         if self.world.is_main:
-            try:
-                aside = [] if resumed else set_aside(self.folder)
-            except OSError as error:
-                raise RecipeError(f"run.dir: {self.folder} cannot be written ({error}); choose another") from error
-            for path in aside:
+            for path in [] if resumed else set_aside(self.folder):
                 self._say(f"an earlier run here saved no checkpoint to continue from; its file is now {path}")
             self._save_recipe()
         return MetricsLogger(
@@ -127,8 +124,9 @@ class Trainer:
         self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
         self._say(f"resumed from {checkpoint} after step {self.step}")
 
+    @cached_property
     def _order(self) -> dict[str, Any]:
-        """What fixes the prompts of every step, by recipe key."""
+        """What fixes the prompts of every step, by recipe key; hashes every prompt, so once a run."""
         recipe = self.recipe
         return {
             "data.train": fingerprint(self.run.inputs.prompts),
@@ -138,7 +136,7 @@ class Trainer:
         }
 
     def _require_same_order(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        now = self._order()
+        now = self._order
         for key in (key for key in now if now[key] != saved[key]):
             was = "other prompts" if key == "data.train" else f"{saved[key]!r}, and is now {now[key]!r}"
             raise RecipeError(
@@ -155,7 +153,7 @@ class Trainer:
             run.student.model,
             run.student.optimizer,
             rng=get_rng_state(device=self.world.device),
-            extra={"order": self._order(), "first_eval": self.first_eval},
+            extra={"order": self._order, "first_eval": self.first_eval},
             source=Path(self.recipe.student.checkpoint),
             keep=self.recipe.checkpoint.keep,
             grid=run.grid,

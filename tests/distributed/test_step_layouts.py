@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import EOS, VOCABULARY, save_megatron
+from roles import layouts, load_role
 
-from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.schema import (
     LossConfig,
@@ -25,9 +25,7 @@ from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.metrics.values import reduce_metrics
-from fire_megatron.models.build import build_model
-from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.router import TeacherRouter
@@ -36,6 +34,7 @@ from fire_megatron.train.select import rebalance, select
 from fire_megatron.train.student import Student
 
 ROWS = 9
+PIPELINES = (1, 2, 3)
 ROUTE = {"math": "math", "code": "code"}
 
 
@@ -59,13 +58,6 @@ def checkpoints(world, tmp_path_factory):
 def factory(world):
     """One set of process groups for the module."""
     return GridFactory(timeout=60)
-
-
-def load_role(path, role, grid, world):
-    """A built and loaded model."""
-    model = build_model(read_hf_config(path), role, grid, device=world.device)
-    load_weights(model, path, grid=grid)
-    return model
 
 
 def rows():
@@ -150,14 +142,9 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
     return reduce_metrics(metrics, group=grid.span)["loss"], whole_gradients(student, grid)
 
 
-def layouts(size):
-    """Every tensor x pipeline split of the world; data parallelism takes the rest."""
-    return [Layout(tensor=t, pipeline=p, num_ranks=size) for t in (1, 2) for p in (1, 2, 3) if size % (t * p) == 0]
-
-
 def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, factory):
     reference_loss, reference = None, None
-    for layout in layouts(world.size):
+    for layout in layouts(world.size, pipelines=PIPELINES):
         for micro_batch_size in (1, 2, 4):
             value, gradients = run_step(checkpoints, world, factory, layout, micro_batch_size)
             if reference is None:
@@ -173,7 +160,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, fact
 
 
 def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory):
-    grid = factory.grid(layouts(world.size)[-1])
+    grid = factory.grid(layouts(world.size, pipelines=PIPELINES)[-1])
     role = StudentConfig(
         checkpoint=str(checkpoints / "student"),
         parallel=ParallelConfig(tensor=grid.layout.tensor, pipeline=grid.layout.pipeline),

@@ -9,18 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from models import FAMILIES
-
-_SIZES = {
-    "vocab_size": 301,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-}
+from models import FAMILIES, SIZES
 
 
 @pytest.fixture
@@ -28,7 +17,7 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
     """``write_config(**changes)`` writes a Llama's config of before transformers 5; None removes a key."""
 
     def write(**changes: Any) -> Path:
-        values = {"model_type": "llama", "rope_theta": 10000.0, **_SIZES, **changes}
+        values = {"model_type": "llama", "rope_theta": 10000.0, **SIZES, **changes}
         text = json.dumps({key: value for key, value in values.items() if value is not None})
         (tmp_path / "config.json").write_text(text)
         return tmp_path
@@ -42,7 +31,7 @@ def save_config(tmp_path: Path) -> Callable[..., Any]:
 
     def save(family: str, **changes: Any) -> Any:
         prefix, settings = FAMILIES[family]
-        config = getattr(transformers, f"{prefix}Config")(**{**_SIZES, **settings, **changes})
+        config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **settings, **changes})
         config.save_pretrained(tmp_path)
         return config
 

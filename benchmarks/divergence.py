@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""The exact reverse KL with the output layer, ours against full logits and against TRL's chunked divergence.
+
+    python benchmarks/divergence.py --peer-python /tmp/trl-env/bin/python [--tokens 2048 --rounds 3 --threads 2]
+
+From final hidden states of student and teacher and their output weights to the mean reverse KL over the tokens and
+the gradients of the student's hidden states and weight. Each side is a process of its own, in turn, on the same
+random numbers:
+
+    full logits   (a) the expression as it is written in PyTorch, on full float32 log-probabilities
+    trl 1.16      (b) trl.kernels.chunked_divergence.ChunkedDivergenceFunction, run by --peer-python
+    ours          fire_megatron.losses: chunked_linear_loss over divergence
+    products      what no implementation can avoid: the two logits, and the two gradients, as full matrix products
+
+Seconds are those of forward and backward, the best of the rounds. Memory is the peak of the resident set above what
+the inputs take, the worst of the rounds; it includes the gradients. The sizes are those of real pairs: SmolLM2-360M
+with SmolLM2-1.7B (vocabulary 49152, hidden 960 and 2048), Qwen3-0.6B with Qwen3-4B (151936, 1024 and 2560).
+`--peer-python` needs `pip install torch==2.13.0 trl==1.16.0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CASES = [(49152, 960, 2048), (151936, 1024, 2560)]
+"""Vocabulary, the student's and the teacher's hidden size."""
+SIDES = ("full logits", "trl 1.16", "ours", "products")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, type=Path, help="python of an environment with TRL 1.16")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[case[0] for case in CASES])
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def _status_mb(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def _full_logits(student, teacher, weight, teacher_weight) -> Callable[[], object]:
+    def loss():
+        log_s = (student @ weight.t()).float().log_softmax(-1)
+        log_t = (teacher @ teacher_weight.t()).float().log_softmax(-1)
+        return (log_s.exp() * (log_s - log_t)).sum(-1).mean()
+
+    return loss
+
+
+def _trl(student, teacher, weight, teacher_weight) -> Callable[[], object]:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss():
+        value, _ = ChunkedDivergenceFunction.apply(student, weight, None, teacher, teacher_weight, None, 1.0)
+        return value.mean()
+
+    return loss
+
+
+def _ours(student, teacher, weight, teacher_weight) -> Callable[[], object]:
+    from fire_megatron.losses.divergences import build_divergence
+    from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
+    from fire_megatron.losses.vocab_divergence import divergence
+
+    kind, tokens = build_divergence("reverse_kl"), len(student)
+
+    def loss():
+        teacher_layer = OutputLayer(teacher_weight)
+
+        def token_loss(logits, part):
+            theirs = teacher_layer.logits(teacher[part])
+            value = divergence(logits, theirs, divergence=kind, group=None, reuse_logits=True)
+            return value.sum() / tokens, value[None]
+
+        return chunked_linear_loss(student, weight, token_loss)[0]
+
+    return loss
+
+
+def _products(student, teacher, weight, teacher_weight) -> Callable[[], object]:
+    import torch
+
+    gradient = torch.zeros(len(student), len(weight), dtype=weight.dtype)
+
+    def products():
+        with torch.no_grad():
+            _ = student @ weight.t()
+            _ = teacher @ teacher_weight.t()
+            return gradient @ weight, gradient.t() @ student
+
+    return products
+
+
+def _worker(task: dict) -> None:
+    """Measure one side in this process; prints seconds and MB."""
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    dtype = getattr(torch, task["dtype"])
+    tokens, (vocabulary, hidden, teacher_hidden) = task["tokens"], task["case"]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, columns: int, scale: float) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator).mul_(scale).to(dtype)
+
+    # Logits of a few units' spread, as a model's.
+    student = draw(tokens, hidden, 1.0).requires_grad_()
+    weight = draw(vocabulary, hidden, 3 / hidden**0.5).requires_grad_()
+    teacher, teacher_weight = (
+        draw(tokens, teacher_hidden, 1.0),
+        draw(vocabulary, teacher_hidden, 3 / teacher_hidden**0.5),
+    )
+    build = {"full logits": _full_logits, "trl 1.16": _trl, "ours": _ours, "products": _products}[task["side"]]
+    function = build(student, teacher, weight, teacher_weight)
+    ctypes.CDLL(None).malloc_trim(0)  # what drawing the inputs took is given back
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew
+    before, seconds, value = _status_mb("VmRSS"), [], None
+    for _ in range(2):  # the first touches its memory for the first time
+        started = time.perf_counter()
+        result = function()
+        if task["side"] != "products":
+            result.backward()
+            value = float(result)
+            student.grad = weight.grad = None
+        seconds.append(time.perf_counter() - started)
+    print(json.dumps({"seconds": min(seconds), "mb": _status_mb("VmHWM") - before, "value": value}))
+
+
+def _measure(args: argparse.Namespace, side: str, case: tuple[int, int, int], dtype: str) -> dict[str, float]:
+    task = {"side": side, "case": case, "dtype": dtype, "tokens": args.tokens, "threads": args.threads}
+    python = args.peer_python if side.startswith("trl") else Path(sys.executable)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": str(args.threads),
+        "HF_HUB_OFFLINE": "1",
+        # Freed memory stays with the process, as platform/ arranges for a run: else each pass pays page faults.
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+        "MALLOC_MMAP_THRESHOLD_": str(2**40),
+    }
+    command = [str(python), __file__, "--peer-python", str(args.peer_python), "--worker", json.dumps(task)]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{side}, {case}, {dtype} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print a table and a JSON line for each case."""
+    args = _parser().parse_args()
+    if args.worker:
+        _worker(json.loads(args.worker))
+        return
+    for case in (case for case in CASES if case[0] in args.vocabularies):
+        for dtype in args.dtypes:
+            best: dict[str, dict[str, float]] = {}
+            for number in range(args.rounds):
+                for side in SIDES:
+                    print(
+                        f"{case[0]} {dtype}: round {number + 1} of {args.rounds}: {side}", file=sys.stderr, flush=True
+                    )
+                    result = _measure(args, side, case, dtype)
+                    have = best.setdefault(side, result)
+                    best[side] = have | {
+                        "seconds": min(have["seconds"], result["seconds"]),
+                        "mb": max(have["mb"], result["mb"]),
+                    }
+            plain, peer, bare = best["full logits"], best["trl 1.16"], best["products"]
+            print(f"\nvocabulary {case[0]}, hidden {case[1]} and {case[2]}, {args.tokens} tokens, {dtype}")
+            print(f"{'':12}{'s':>8}{'/ (b)':>8}{'/ products':>12}{'MB':>9}{'/ (a)':>8}{'/ (b)':>8}   reverse KL")
+            for side, r in best.items():
+                value = "" if r["value"] is None else f"{r['value']:.5f}"
+                print(
+                    f"{side:12}{r['seconds']:8.2f}{r['seconds'] / peer['seconds']:8.2f}"
+                    f"{r['seconds'] / bare['seconds']:12.2f}{r['mb']:9.0f}{r['mb'] / plain['mb']:8.3f}"
+                    f"{r['mb'] / peer['mb']:8.3f}   {value}"
+                )
+            print(json.dumps({"case": case, "dtype": dtype, "tokens": args.tokens} | best), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Exact divergences between a student and its teacher over a sharded vocabulary, with closed-form gradients.
+
+Shapes: T tokens, V columns of this shard, C tokens of a block, K teachers of a mixture, R rows of normalisers (the
+student's and those of the teachers). Student and teachers are sharded alike: column v of this rank is the same
+vocabulary entry in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from fire_megatron.losses.divergences import Divergence, Terms
+from fire_megatron.losses.softmax import (
+    FLOOR,
+    all_reduce,
+    blocks,
+    combine,
+    compute_dtype,
+    is_sharded,
+    local_peak,
+    shifted,
+)
+
+
+@dataclass(frozen=True)
+class _Options:
+    divergence: Divergence
+    group: dist.ProcessGroup | None
+    temperature: float
+    teacher_temperature: float
+    by_log_prob: bool
+    block_tokens: int | None
+    reuse_logits: bool
+
+
+def divergence(
+    student_logits_TV: torch.Tensor,
+    teacher_logits_TV: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    divergence: Divergence,
+    group: dist.ProcessGroup | None,
+    weight_TK: torch.Tensor | None = None,
+    mixture: str = "distributions",
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    mask_T: torch.Tensor | None = None,
+    block_tokens: int | None = None,
+    reuse_logits: bool = False,
+) -> torch.Tensor:
+    """Divergence of the student's next-token distribution from its teacher's at every token, differentiable with
+    respect to the student's logits.
+
+    Collectives: one all-gather of two numbers a token and model, one all-reduce of two numbers a token; none in
+    backward. Saved for backward: the logits given, and per token the peak and log-sum of each model and one sum.
+    Extra memory: the float32 copies of one block, and in backward the gradient. The logits are never changed (but see
+    ``reuse_logits``); ``-inf`` columns, which is what vocabulary padding holds, have probability and gradient 0.
+
+    Args:
+        student_logits_TV: [T, V] this rank's shard; float32, bfloat16, float16, or float64 (then computed in float64).
+        teacher_logits_TV: [T, V] the teacher's, of any float dtype; or one such tensor for each of K teachers.
+        divergence: from :func:`fire_megatron.losses.divergences.build_divergence`.
+        group: the ranks that hold the other shards; None when V is the whole vocabulary.
+        weight_TK: [T, K] weight of each teacher at each token, summing to 1; may be left out with one teacher.
+        mixture: what the weights mix: ``distributions`` (sum of w_k p_k) or ``log_probs`` (the normalised product of
+            p_k^w_k).
+        temperature: divides the student's logits.
+        teacher_temperature: divides the teachers' logits.
+        mask_T: [T] bool; where False the result and the gradient are 0, whatever the logits hold.
+        block_tokens: tokens computed at a time; None picks a size for the device.
+        reuse_logits: write the gradient over ``student_logits_TV``, already in forward, for a caller who owns them and
+            does not need them again. Nothing else is then saved; collectives are those above once a block; backward
+            can run once; the gradient of half-precision logits is rounded twice.
+
+    Returns:
+        [T] float32 (float64 for float64 logits), nats, at least 0; the same on every rank of the group. The gradient
+        has the student's dtype.
+    """
+    teachers = [teacher_logits_TV] if isinstance(teacher_logits_TV, torch.Tensor) else list(teacher_logits_TV)
+    assert teachers and all(t.shape == student_logits_TV.shape for t in teachers), [t.shape for t in teachers]
+    assert (len(teachers) == 1) or (
+        weight_TK is not None and weight_TK.shape == (len(student_logits_TV), len(teachers))
+    )
+    assert mixture in ("distributions", "log_probs"), mixture
+    options = _Options(
+        divergence, group, temperature, teacher_temperature, mixture == "log_probs", block_tokens, reuse_logits
+    )
+    weights = None if len(teachers) == 1 else weight_TK.to(compute_dtype(student_logits_TV))
+    return _Divergence.apply(student_logits_TV, options, mask_T, weights, *(t.detach() for t in teachers))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The student and what it is compared with, read block by block."""
+
+    student_TV: torch.Tensor
+    teachers_TV: tuple[torch.Tensor, ...]
+    weight_TK: torch.Tensor | None
+    options: _Options
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.student_TV)
+
+    @property
+    def rows(self) -> int:
+        """R: a product of distributions is normalised as one."""
+        return 2 if self.options.by_log_prob else 1 + len(self.teachers_TV)
+
+    def temperatures(self) -> list[float]:
+        """[R]"""
+        return [self.options.temperature] + [self.options.teacher_temperature] * (self.rows - 1)
+
+    def logits(self, part: slice) -> list[torch.Tensor]:
+        """R logits [C, V] of a block; those that are no mixture are views."""
+        teachers = [t[part] for t in self.teachers_TV]
+        if self.options.by_log_prob and self.weight_TK is not None:
+            # Logits differ from log-probabilities by a constant a token, which the normaliser takes out again.
+            weights = self.weight_TK[part].unbind(-1)
+            terms = (t.to(self.dtype).clamp_min(FLOOR) * w[:, None] for t, w in zip(teachers, weights, strict=True))
+            teachers = [sum(terms)]
+        return [self.student_TV[part], *teachers]
+
+    def begin(self, part: slice) -> list[_Row]:
+        """The normalisers' local parts of a block, R of them."""
+        rows = []
+        for logits, temperature in zip(self.logits(part), self.temperatures(), strict=True):
+            peak_C = local_peak(logits).to(self.dtype)
+            log_CV = shifted(logits, peak_C, temperature)
+            rows.append(_Row(peak_C, log_CV, log_CV.exp()))
+        return rows
+
+    def finish(
+        self, part: slice, rows: list[_Row] | None, peak_RT: torch.Tensor, log_total_RT: torch.Tensor
+    ) -> tuple[Terms, torch.Tensor]:
+        """The divergence's terms of a block and the student's probabilities, once the normalisers are known.
+
+        ``rows``: from :meth:`begin`, if they were kept.
+        """
+        temperatures, reads_t = self.temperatures(), self.options.divergence.reads_t
+        logs, weights = [], []
+        for r, (row, logits) in enumerate(zip(rows, rows) if rows else ((None, x) for x in self.logits(part))):
+            peak_C, log_total_C = peak_RT[r, part], log_total_RT[r, part]
+            if row is None:
+                logs.append(shifted(logits, peak_C, temperatures[r]).sub_(log_total_C[:, None]))
+                weights.append(None)
+                continue
+            offset_C = (peak_C - row.peak_C) / temperatures[r] + log_total_C
+            logs.append(row.log_CV.sub_(offset_C[:, None]))
+            weights.append(row.weight_CV.mul_(offset_C.neg().exp_()[:, None]) if r == 0 or reads_t else None)
+        log_s, log_t, s, t = logs[0], logs[1], weights[0], weights[1]
+        if len(logs) > 2:
+            log_w = self.weight_TK[part].log().clamp_min(FLOOR)
+            log_t = torch.logsumexp(torch.stack(logs[1:]).add_(log_w.t()[:, :, None]), 0).clamp_min_(FLOOR)
+            t = None
+        s = log_s.exp() if s is None else s
+        t = log_t.exp() if t is None and reads_t else t
+        return self.options.divergence.terms(log_s, s, log_t, t), s
+
+
+class _Row(NamedTuple):
+    """One model's block while its normaliser is not known yet."""
+
+    peak_C: torch.Tensor
+    log_CV: torch.Tensor
+    """Logits less this shard's peak, over the temperature."""
+    weight_CV: torch.Tensor
+    """Their exponentials."""
+
+
+class _Divergence(torch.autograd.Function):
+    """d D / d logit_v = (h_v - s_v sum h) / temperature; see losses/divergences.py."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_TV: torch.Tensor,
+        options: _Options,
+        mask_T: torch.Tensor | None,
+        weight_TK: torch.Tensor | None,
+        *teachers_TV: torch.Tensor,
+    ) -> torch.Tensor:
+        pair = _Pair(student_TV, teachers_TV, weight_TK, options)
+        tokens, group, cut = len(student_TV), options.group, options.block_tokens
+        peak_RT, log_total_RT = student_TV.new_zeros(2, pair.rows, tokens, dtype=pair.dtype).unbind()
+        sums_2T = student_TV.new_zeros(2, tokens, dtype=pair.dtype)
+        temperature_R1 = torch.tensor(pair.temperatures(), dtype=pair.dtype, device=student_TV.device)[:, None]
+        # Before each collective: all blocks, so that there are few; or one, while it is in cache and may be overwritten.
+        one_by_one = options.reuse_logits or not is_sharded(group)
+        for span in blocks(student_TV, cut) if one_by_one else [slice(0, tokens)]:
+            for part in blocks(student_TV, cut, span):
+                rows = pair.begin(part)
+                peak_RT[:, part] = torch.stack([row.peak_C for row in rows])
+                log_total_RT[:, part] = torch.stack([row.weight_CV.sum(-1) for row in rows])
+            peak, totals = combine(peak_RT[:, span], log_total_RT[None, :, span], temperature_R1, group)
+            peak_RT[:, span], log_total_RT[:, span] = peak, totals[0].log()
+            for part in blocks(student_TV, cut, span):
+                terms, s_CV = pair.finish(part, rows if one_by_one else None, peak_RT, log_total_RT)
+                sums_2T[:, part] = torch.stack((terms.value_C, terms.inner_C))
+            sums = sums_2T[:, span].contiguous()
+            all_reduce(sums, dist.ReduceOp.SUM, group)
+            sums_2T[:, span] = sums
+            if options.reuse_logits and ctx.needs_input_grad[0]:
+                student_TV[span] = terms.h_CV.addcmul_(s_CV, sums[1][:, None], value=-1)
+        value_T, inner_T = sums_2T.unbind()
+        ctx.options = options
+        if options.reuse_logits:
+            ctx.save_for_backward(student_TV, mask_T)
+        else:
+            ctx.save_for_backward(student_TV, mask_T, weight_TK, peak_RT, log_total_RT, inner_T, *teachers_TV)
+        value_T = value_T.clamp_min(0)  # rounding can leave equal distributions just below
+        return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple:
+        student_TV, mask_T, *rest = ctx.saved_tensors
+        options, nothing = ctx.options, (None,) * (len(ctx.needs_input_grad) - 1)
+        scale_T = grad_T / options.temperature
+        if options.reuse_logits:
+            grad_TV = student_TV.mul_(scale_T[:, None])
+            return (grad_TV if mask_T is None else grad_TV.masked_fill_(~mask_T[:, None], 0), *nothing)
+        weight_TK, peak_RT, log_total_RT, inner_T, *teachers_TV = rest
+        pair = _Pair(student_TV, tuple(teachers_TV), weight_TK, options)
+        grad_TV = torch.empty_like(student_TV)
+        for part in blocks(student_TV, options.block_tokens):
+            terms, s_CV = pair.finish(part, None, peak_RT, log_total_RT)
+            grad_CV = terms.h_CV.addcmul_(s_CV, inner_T[part, None], value=-1).mul_(scale_T[part, None])
+            if mask_T is not None:
+                grad_CV.masked_fill_(~mask_T[part, None], 0)
+            grad_TV[part] = grad_CV
+        return grad_TV, *nothing

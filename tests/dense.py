@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 KINDS = {
     "reverse_kl": {},
@@ -61,3 +63,42 @@ def buckets(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     rest = log_p.scatter(-1, ids, -torch.inf)
     tail = torch.logsumexp(rest, -1, keepdim=True) if ids.shape[-1] < log_p.shape[-1] else rest[:, :1]
     return torch.cat((listed, tail.nan_to_num(nan=-1e300, neginf=-1e300)), -1)
+
+
+def value_and_gradient(function, logits: torch.Tensor, grad_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] values of ``function(logits)`` and the gradient of the logits, which it must leave as they are."""
+    logits = logits.detach().clone().requires_grad_()
+    before = logits.detach().clone()
+    value_T = function(logits)
+    value_T.backward(grad_T.to(value_T.dtype))
+    assert torch.equal(logits.detach().nan_to_num(nan=7), before.nan_to_num(nan=7))
+    return value_T.detach(), logits.grad
+
+
+def overwritten(function, logits: torch.Tensor, grad_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`value_and_gradient`, for a function that writes the gradient over the logits."""
+    ours = logits.detach().clone().requires_grad_() * 1.0  # what a layer returns, which no one else needs
+    memory = ours.data_ptr()
+    value_T = function(ours)
+    (gradient,) = torch.autograd.grad(value_T, ours, grad_T.to(value_T.dtype))
+    assert gradient.data_ptr() == memory and torch.equal(ours.detach().nan_to_num(nan=7), gradient.nan_to_num(nan=7))
+    return value_T.detach(), gradient
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes, in elements, of all results that are no views of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree) -> set[int]:
+            return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+        result = function(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not storages(tensor) <= given:
+                self.sizes.append(tensor.numel())
+        return result

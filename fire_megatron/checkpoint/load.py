@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from fire_megatron.checkpoint.files import WEIGHTS, require_checkpoint
+from fire_megatron.checkpoint.maps import output_key
 from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
+from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.gpt import FireGPT
+from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import raise_on_any
 from fire_megatron.parallel.grid import ModelGrid
 
@@ -75,3 +78,13 @@ def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None
     except CheckpointError as error:
         problem = str(error)
     raise_on_any(problem, CheckpointError, group=grid.span)
+
+
+def load_output_rows(weight: torch.Tensor, folder: str | Path, shape: ModelShape, *, first_row: int) -> None:
+    """Fill ``weight`` [V, H] with the rows of a model's output layer from ``first_row`` on, cast to its dtype.
+
+    Raises:
+        CheckpointError: the checkpoint is not usable.
+    """
+    reader = open_whole(folder, shape)
+    reader.read_into(weight, output_key(shape), offset=(first_row, 0))

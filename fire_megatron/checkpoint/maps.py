@@ -128,6 +128,11 @@ def tensor_map(shape: ModelShape) -> list[Tensor]:
     return tensors
 
 
+def output_key(shape: ModelShape) -> str:
+    """Name of the tensor that projects to the vocabulary."""
+    return (_EMBEDDING if shape.tied else _OUTPUT).key
+
+
 def is_ignored(name: str, shape: ModelShape) -> bool:
     """Whether a Hugging Face tensor carries nothing that the model needs."""
     return bool(_IGNORED.search(name)) or (shape.tied and name in _OUTPUT.sources)

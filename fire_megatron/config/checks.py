@@ -151,18 +151,6 @@ def _world(context: Context) -> Iterator[Problem]:
             )
 
 
-def _vocabularies(context: Context) -> Iterator[Problem]:
-    student = context.number("student", "vocab_size")
-    for key, role in context.roles.items():
-        theirs = context.number(key, "vocab_size")
-        if student is not None and theirs is not None and theirs != student:
-            yield Problem(
-                f"{key}.checkpoint",
-                f"{role.checkpoint} has a vocabulary of {theirs}, the student one of {student}; "
-                "teachers and student must share one",
-            )
-
-
 def _lengths(context: Context) -> Iterator[Problem]:
     prompt, needs = context.recipe.data.max_prompt_tokens, {"rollout": context.recipe.rollout.max_new_tokens}
     if context.recipe.evaluation.prompts:
@@ -247,7 +235,6 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _context,
     _experts,
     _world,
-    _vocabularies,
     _lengths,
     _layer_specs,
     _hook_names,

@@ -19,6 +19,7 @@ Size = Annotated[int, Range(at_least=1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, below=1)]
+Share = Annotated[float, Range(above=0, below=1)]
 Threads = Annotated[int, Range(at_least=0, at_most=1024)]
 Text = Annotated[str, NonEmpty()]
 Seed = Annotated[int, Range(at_least=0, below=2**31)]
@@ -238,14 +239,43 @@ class ImportanceConfig(Section):
 class LossConfig(Section):
     """What is minimised."""
 
-    estimator: Literal["sampled"] = "sampled"
-    """`sampled` is the clipped policy gradient of the reverse KL on the sampled tokens."""
+    estimator: Literal["sampled", "full", "topk"] = "sampled"
+    """`sampled` is the clipped policy gradient of the reverse KL on the sampled tokens; `full` the exact `divergence`
+    over the whole vocabulary, for which teachers send their final hidden states; `topk` the divergence on the
+    teacher's `top_k` likeliest tokens and one bucket for all others."""
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"] = (
+        "reverse_kl"
+    )
+    """What `full` and `topk` minimise; docs/losses.md has the formulas."""
+    beta: Share = 0.5
+    """Weight of the teacher in the mixture of `jensen_shannon`."""
+    skew: Share = 0.1
+    """How much of its first argument a skewed KL mixes into its second."""
+    top_k: Size = 64
+    """Tokens that a teacher sends for `topk`."""
+    student_temperature: Positive = 1.0
+    """Divides the student's logits in `full` and `topk`."""
+    teacher_temperature: Positive = 1.0
+    """Divides the teachers' logits in `full` and `topk`; the filter and the weights see temperature 1."""
+    mixture: Literal["distributions", "log_probs"] = "distributions"
+    """What the weights mix where a row names several teachers: their distributions, or their log-probabilities."""
+    chunk_tokens: Count = 0
+    """Tokens whose logits exist at a time in the loss; 0 picks a number for the device. Lower it when the update runs
+    out of memory."""
     clip: Positive = 0.2
-    """The ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
+    """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    """Correction between rollout engine and trainer."""
+    """Correction between rollout engine and trainer, in `sampled`."""
     hooks: tuple[HookConfig, ...] = (HookConfig("filter"), HookConfig("reweight"))
     """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
+
+    def _problems(self) -> Iterator[Problem]:
+        for key in ("student_temperature", "teacher_temperature"):
+            if self.estimator == "sampled" and getattr(self, key) != 1:
+                yield Problem(
+                    key,
+                    f"{getattr(self, key)} has no effect with estimator sampled; leave it out, or use full or topk",
+                )
 
 
 @dataclass(frozen=True)

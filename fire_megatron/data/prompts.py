@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,10 @@ def _messages(row: Mapping[str, Any], config: DataConfig) -> list[dict[str, str]
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _label(row: Mapping[str, Any], source: SourceConfig, config: DataConfig, labels: Collection[str]) -> str:
+def _label(
+    row: Mapping[str, Any], source: SourceConfig, config: DataConfig, labels: Collection[str]
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The row's label and, if it names several, their shares."""
     label = source.label if source.label is not None else _lookup(row, config.label_key)
     known = ", ".join(sorted(labels))
     if label is None:
@@ -106,11 +110,29 @@ def _label(row: Mapping[str, Any], source: SourceConfig, config: DataConfig, lab
             f"no label: {config.label_key!r} is missing; add it, set data.label_key, or set the source's label "
             f"(labels with a teacher: {known})"
         )
+    if isinstance(label, Mapping):
+        return _mixture(label, config.label_key, labels, known)
     if not isinstance(label, str):
         raise DataError(f"{config.label_key!r} is {shown(label)}, not a label; use one of: {known}")
     if label not in labels:
         raise _NoTeacher(label, known)
-    return label
+    return label, ()
+
+
+def _mixture(
+    weights: Mapping[Any, Any], key: str, labels: Collection[str], known: str
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """Labels with weights, scaled to sum to 1; a label of weight 0 is left out."""
+    for label, weight in weights.items():
+        if label not in labels:
+            raise _NoTeacher(label, known)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise DataError(f"'{key}.{label}' is {shown(weight)}; a label's weight is a number of at least 0")
+    total = sum(weights.values())
+    if not 0 < total < math.inf:
+        raise DataError(f"{key!r} is {shown(weights)}; at least one label needs a weight above 0")
+    shares = tuple((label, weight / total) for label, weight in sorted(weights.items()) if weight)
+    return ("+".join(label for label, _ in shares), shares if len(shares) > 1 else ())
 
 
 class _Encoder:
@@ -186,7 +208,7 @@ def read_prompts(
                 if isinstance(row, DataError):
                     raise row
                 messages = _messages(row, config)
-                label = _label(row, source, config, labels)
+                label, mixture = _label(row, source, config, labels)
                 token_ids = encode(messages)
             except DataError as error:
                 problems.append((where, error))
@@ -194,7 +216,7 @@ def read_prompts(
             if token_ids is None:
                 too_long += 1
             else:
-                prompts.append(Prompt(len(prompts), label, tuple(token_ids), messages[-1]["content"]))
+                prompts.append(Prompt(len(prompts), label, tuple(token_ids), messages[-1]["content"], mixture))
     if problems:
         raise DataError(_summary(problems))
     if not prompts:
@@ -226,5 +248,6 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     """Changes when any prompt, label or their order does: a resumed run must see the same prompts."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(f"{prompt.label}\t{','.join(map(str, prompt.token_ids))}\n".encode())
+        label = prompt.label + "".join(f":{share!r}" for _, share in prompt.mixture)
+        digest.update(f"{label}\t{','.join(map(str, prompt.token_ids))}\n".encode())
     return digest.hexdigest()

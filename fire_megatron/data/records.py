@@ -12,8 +12,15 @@ class Prompt:
     index: int
     """Place in the prompt set."""
     label: str
-    """Label; one that has a teacher."""
+    """Label; one that has a teacher. Of a mixture, its labels joined by ``+``."""
     token_ids: tuple[int, ...]
     """Token ids, chat template included; at least one."""
     text: str
     """What the user wrote; of a chat, its last message."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Labels with weights that sum to 1, where the row names several; else empty."""
+
+    @property
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """The labels of the row with their weights."""
+        return self.mixture or ((self.label, 1.0),)

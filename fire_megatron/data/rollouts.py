@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,22 +67,44 @@ class Rollouts:
         )
 
 
+@dataclass(frozen=True, order=True)
+class Target:
+    """Whom a row learns from: one teacher, or several with weights that sum to 1."""
+
+    teachers: tuple[str, ...]
+    """Names, sorted."""
+    weights: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        assert len(self.teachers) == len(self.weights) and self.teachers == tuple(sorted(set(self.teachers)))
+
+    @property
+    def name(self) -> str:
+        """The teacher's name, or those of a mixture joined by ``+``: what statistics are kept by."""
+        return "+".join(self.teachers)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What the teachers say of the rollouts, in the rollouts' order."""
 
-    teachers: tuple[str, ...]
-    """[B] name of the teacher that scored each row."""
+    targets: tuple[Target, ...]
+    """[B] whom each row learns from."""
     log_probs: tuple[torch.Tensor, ...]
-    """[R_i] float32, the teacher's log-probability of each response token."""
+    """[R_i] float32, the target's log-probability of each response token."""
     entropies: tuple[torch.Tensor, ...]
-    """[R_i] float32, nats, entropy of the teacher's full next-token distribution."""
+    """[R_i] float32, nats, entropy of the teacher's full next-token distribution; of a mixture, the weighted mean."""
 
     def __post_init__(self) -> None:
-        assert len(self.teachers) == len(self.log_probs) == len(self.entropies)
+        assert len(self.targets) == len(self.log_probs) == len(self.entropies)
 
     def __len__(self) -> int:
-        return len(self.teachers)
+        return len(self.targets)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """[B] name of each row's target."""
+        return tuple(target.name for target in self.targets)
 
 
 @dataclass(frozen=True)
@@ -90,14 +112,18 @@ class TrainingRows:
     """Rows that survived the filter, with everything that the update needs."""
 
     rollouts: Rollouts
-    teachers: tuple[str, ...]
+    targets: tuple[Target, ...]
     teacher_log_probs: tuple[torch.Tensor, ...]
     """[R_i] float32."""
     weights: tuple[torch.Tensor, ...]
     """[R_i] float32, token weights; their mean over the global batch's kept tokens is 1 with FiRe's defaults."""
+    states: tuple[Mapping[str, torch.Tensor], ...] | None = None
+    """[B] what each of the row's teachers sent for its response tokens, [R_i, W] by teacher: this tensor-parallel
+    rank's share of the columns, on the ranks that need them; None where the loss needs none."""
 
     def __post_init__(self) -> None:
-        assert len(self.rollouts) == len(self.teachers) == len(self.teacher_log_probs) == len(self.weights)
+        assert len(self.rollouts) == len(self.targets) == len(self.teacher_log_probs) == len(self.weights)
+        assert self.states is None or len(self.states) == len(self.rollouts)
         for response, teacher, weight in zip(
             self.rollouts.responses, self.teacher_log_probs, self.weights, strict=True
         ):
@@ -110,7 +136,8 @@ class TrainingRows:
         """The rows at these indices, in this order."""
         return TrainingRows(
             rollouts=self.rollouts.select(rows),
-            teachers=tuple(self.teachers[i] for i in rows),
+            targets=tuple(self.targets[i] for i in rows),
             teacher_log_probs=tuple(self.teacher_log_probs[i] for i in rows),
             weights=tuple(self.weights[i] for i in rows),
+            states=None if self.states is None else tuple(self.states[i] for i in rows),
         )

@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
     """What training needs of a tokenizer."""
 
     vocab_size: int
-    """Number of token ids, added tokens included."""
+    """One more than the largest token id, added tokens included."""
     eos_ids: tuple[int, ...]
     """Ids that end a response; at least one."""
     pad_id: int
@@ -81,7 +81,7 @@ class HFTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # transformers raises many kinds
             raise DataError(f"{folder}: transformers cannot load the tokenizer there ({error})") from error
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         own = self._tokenizer.eos_token_id
         self.eos_ids = _ends(folder, own)
         pad = self._tokenizer.pad_token_id

@@ -46,12 +46,15 @@ class HeldOut:
         return metrics
 
 
-def format_table(before: dict[str, float], after: dict[str, float], prompts: Sequence[Prompt], route: dict) -> str:
-    """The table that a run ends with: reverse KL per teacher before and after, on the held-out prompts."""
+def format_table(before: dict[str, float], after: dict[str, float], targets: Sequence[str]) -> str:
+    """The table that a run ends with: reverse KL per teacher before and after, on the held-out prompts.
+
+    ``targets``: name of each prompt's target.
+    """
     rows = [("teacher", "held-out prompts", "reverse KL before", "after", "change")]
     for key in sorted(k for k in after if k.endswith("/reverse_kl")):
         teacher = key.split("/")[1]
-        count = sum(route[p.label] == teacher for p in prompts)
+        count = targets.count(teacher)
         change = 100 * (after[key] / before[key] - 1) if before.get(key) else float("nan")
         first = f"{before[key]:.4f}" if key in before else "-"
         rows.append((teacher, str(count), first, f"{after[key]:.4f}", f"{change:+.1f}%"))

@@ -118,6 +118,22 @@ class OutputLayer:
             total_VH[tile] += grad_CV[:, tile].t() @ hidden_CH
 
 
+@torch.no_grad()
+def map_chunks(
+    hidden_NH: torch.Tensor,
+    layer: OutputLayer,
+    function: Callable[[torch.Tensor, slice], torch.Tensor],
+    *,
+    chunk_tokens: int = 0,
+) -> torch.Tensor:
+    """Score without gradient: ``function(logits_CV, which tokens) -> [..., C]`` on every chunk, put together [..., N].
+
+    Called at least once, with no tokens when there are none.
+    """
+    parts = chunks(len(hidden_NH), len(layer.weight_VH), hidden_NH.device, chunk_tokens) or [slice(0, 0)]
+    return torch.cat([function(layer.logits(hidden_NH[part]), part) for part in parts], -1)
+
+
 def chunked_linear_loss(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -186,7 +202,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 layer.add_weight_gradient(grad_CV, hidden_NH[part], grad_VH)
             del loss, logits_CV, grad_CV  # before the next chunk's
         layer.release()
-        # As saved tensors they are let go of before the weight's gradient is accumulated, which can then take the memory.
+        # Saved tensors are let go of before the weight's gradient is accumulated, which can then take their memory.
         ctx.save_for_backward(grad_NH, None if grad_VH is None else grad_VH.to(weight_VH.dtype))
         report_RN = torch.cat(reports, -1)
         ctx.mark_non_differentiable(report_RN)
@@ -196,5 +212,6 @@ class _ChunkedLinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple:
         # A training step's scale is 1, where multiplying would only copy the weight's gradient.
-        scaled = (g if g is None or grad == 1 else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        scale = grad.item()  # a number, since a scalar tensor would be rounded to the gradients' dtype
+        scaled = (g if g is None or scale == 1 else g * scale for g in ctx.saved_tensors)
         return (*scaled, None, None, None)

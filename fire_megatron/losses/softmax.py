@@ -54,6 +54,14 @@ def local_columns(ids: torch.Tensor, vocab_start: int, width: int) -> tuple[torc
     return column.clamp(0, max(width - 1, 0)), (column >= 0) & (column < width)
 
 
+def gather_local(logits_TV: torch.Tensor, ids: torch.Tensor, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logit of each vocabulary id ([T, K] int64) that this shard holds, 0 for the others, and whether it is here."""
+    column, here = local_columns(ids, vocab_start, logits_TV.shape[-1])
+    if logits_TV.shape[-1] == 0:
+        return logits_TV.new_zeros(ids.shape), here
+    return torch.where(here, logits_TV.gather(-1, column), 0), here
+
+
 def local_peak(logits_CV: torch.Tensor) -> torch.Tensor:
     """[C] largest logit of this shard in the compute dtype; finite also where there is none."""
     dtype = compute_dtype(logits_CV)

@@ -22,6 +22,7 @@ from fire_megatron.losses.softmax import (
     blocks,
     combine,
     compute_dtype,
+    gather_local,
     is_sharded,
     local_columns,
     local_peak,
@@ -181,8 +182,8 @@ def _lower_listed(values_CV: torch.Tensor, column_CK: torch.Tensor, here_CK: tor
 
 
 class _TopKDivergence(torch.autograd.Function):
-    """d D / d logit_v = h_j - s_v sum h for a token v with a bucket j of its own, and s_v (h_tail / s_tail - sum h) for
-    the others, over temperature; see losses/divergences.py for h."""
+    """d D / d logit_v = h_j - s_j sum h for a token v with a bucket j of its own, and for the others that of the tail's
+    bucket times the token's share of the tail, over temperature; see losses/divergences.py for h."""
 
     @staticmethod
     def forward(
@@ -205,37 +206,38 @@ class _TopKDivergence(torch.autograd.Function):
                 total_2T[row, part] = shifted(tail_CV, peak_C, options.temperature).exp_().sum(-1)
                 _lower_listed(tail_CV, column_TK[part], here_TK[part], -torch.inf)
         peak_2T, totals = combine(peak_2T, total_2T[None], options.temperature, group)
-        peak_T, (log_total_T, log_tail_T) = peak_2T[0], totals[0].log()
-        log_tail_T = (peak_2T[1] - peak_T) / options.temperature + log_tail_T - log_total_T
-        log_s_TK = torch.zeros_like(log_t_TK1[:, :-1])
-        if width:
-            own_TK = (student_TV.gather(-1, column_TK) - peak_T[:, None]) / options.temperature
-            log_s_TK = torch.where(here_TK, own_TK.clamp_min(FLOOR) - log_total_T[:, None], 0).to(dtype)
+        (peak_T, tail_peak_T), (log_total_T, tail_log_total_T) = peak_2T, totals[0].log()
+        log_tail_T = (tail_peak_T - peak_T) / options.temperature + tail_log_total_T - log_total_T
+        logit_TK, _ = gather_local(student_TV, ids_TK, options.vocab_start)
+        log_s_TK = ((logit_TK - peak_T[:, None]) / options.temperature).clamp_min(FLOOR) - log_total_T[:, None]
+        log_s_TK = torch.where(here_TK, log_s_TK, 0)
         all_reduce(log_s_TK, dist.ReduceOp.SUM, group)
         log_s_TK1 = torch.cat((log_s_TK, log_tail_T[:, None].clamp_min(FLOOR)), -1)
         s_TK1 = log_s_TK1.exp()
         terms = options.divergence.terms(log_s_TK1, s_TK1, log_t_TK1.clone(), log_t_TK1.exp())
-        s_tail_T = s_TK1[:, -1]
-        tail_factor_T = torch.where(s_tail_T > 0, terms.h_CV[:, -1] / s_tail_T, 0) - terms.inner_C
-        listed_TK = (terms.h_CV - s_TK1 * terms.inner_C[:, None])[:, :-1]
+        buckets_TK1 = terms.h_CV - s_TK1 * terms.inner_C[:, None]
+        # Relative to the tail itself, since next to the whole it may underflow. Where there is none, no share.
+        no_tail_T = tail_log_total_T == -torch.inf
+        tail_peak_T = torch.where(no_tail_T, peak_T, tail_peak_T)
+        tail_log_total_T = tail_log_total_T.masked_fill(no_tail_T, torch.inf)
         ctx.options = options
-        ctx.save_for_backward(student_TV, mask_T, ids_TK, peak_T, log_total_T, tail_factor_T, listed_TK)
+        ctx.save_for_backward(student_TV, mask_T, ids_TK, tail_peak_T, tail_log_total_T, buckets_TK1)
         value_T = terms.value_C.clamp_min(0)  # rounding can leave equal distributions just below
         return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple:
-        student_TV, mask_T, ids_TK, peak_T, log_total_T, tail_factor_T, listed_TK = ctx.saved_tensors
+        student_TV, mask_T, ids_TK, tail_peak_T, tail_log_total_T, buckets_TK1 = ctx.saved_tensors
         options, width = ctx.options, student_TV.shape[-1]
         grad_TV = student_TV if options.reuse_logits else torch.empty_like(student_TV)
         column_TK, here_TK = local_columns(ids_TK, options.vocab_start, width)
         scale_T = grad_T / options.temperature
         for part in blocks(student_TV, options.block_tokens) if width else ():
             column_CK, here_CK = column_TK[part], here_TK[part]
-            grad_CV = log_softmax(student_TV[part], peak_T[part], log_total_T[part], options.temperature).exp_()
-            _lower_listed(grad_CV, column_CK, here_CK, 0.0).mul_(tail_factor_T[part, None])
-            grad_CV.scatter_add_(-1, column_CK, listed_TK[part] * here_CK).mul_(scale_T[part, None])
+            log_share_CV = log_softmax(student_TV[part], tail_peak_T[part], tail_log_total_T[part], options.temperature)
+            grad_CV = _lower_listed(log_share_CV.exp_(), column_CK, here_CK, 0.0).mul_(buckets_TK1[part, -1:])
+            grad_CV.scatter_add_(-1, column_CK, buckets_TK1[part, :-1] * here_CK).mul_(scale_T[part, None])
             if mask_T is not None:
                 grad_CV.masked_fill_(~mask_T[part, None], 0)
             grad_TV[part] = grad_CV

@@ -94,6 +94,16 @@ def divergence(
     return _Divergence.apply(student_logits_TV, options, mask_T, weights, *(t.detach() for t in teachers))
 
 
+class _Row(NamedTuple):
+    """One model's block while its normaliser is not known yet."""
+
+    peak_C: torch.Tensor
+    log_CV: torch.Tensor
+    """Logits less this shard's peak, over the temperature."""
+    weight_CV: torch.Tensor
+    """Their exponentials."""
+
+
 @dataclass(frozen=True)
 class _Pair:
     """The student and what it is compared with, read block by block."""
@@ -130,47 +140,30 @@ class _Pair:
         """The normalisers' local parts of a block, R of them."""
         rows = []
         for logits, temperature in zip(self.logits(part), self.temperatures(), strict=True):
+            if logits.dtype == torch.float64:
+                logits = logits.to(self.dtype)  # a teacher's beside a float32 student
             peak_C = local_peak(logits).to(self.dtype)
             log_CV = shifted(logits, peak_C, temperature)
             rows.append(_Row(peak_C, log_CV, log_CV.exp()))
         return rows
 
     def finish(
-        self, part: slice, rows: list[_Row] | None, peak_RT: torch.Tensor, log_total_RT: torch.Tensor
+        self, part: slice, rows: list[_Row], peak_RT: torch.Tensor, log_total_RT: torch.Tensor
     ) -> tuple[Terms, torch.Tensor]:
-        """The divergence's terms of a block and the student's probabilities, once the normalisers are known.
-
-        ``rows``: from :meth:`begin`, if they were kept.
-        """
-        temperatures, reads_t = self.temperatures(), self.options.divergence.reads_t
-        logs, weights = [], []
-        for r, (row, logits) in enumerate(zip(rows, rows) if rows else ((None, x) for x in self.logits(part))):
-            peak_C, log_total_C = peak_RT[r, part], log_total_RT[r, part]
-            if row is None:
-                logs.append(shifted(logits, peak_C, temperatures[r]).sub_(log_total_C[:, None]))
-                weights.append(None)
-                continue
-            offset_C = (peak_C - row.peak_C) / temperatures[r] + log_total_C
-            logs.append(row.log_CV.sub_(offset_C[:, None]))
-            weights.append(row.weight_CV.mul_(offset_C.neg().exp_()[:, None]) if r == 0 or reads_t else None)
-        log_s, log_t, s, t = logs[0], logs[1], weights[0], weights[1]
-        if len(logs) > 2:
-            log_w = self.weight_TK[part].log().clamp_min(FLOOR)
-            log_t = torch.logsumexp(torch.stack(logs[1:]).add_(log_w.t()[:, :, None]), 0).clamp_min_(FLOOR)
-            t = None
-        s = log_s.exp() if s is None else s
-        t = log_t.exp() if t is None and reads_t else t
-        return self.options.divergence.terms(log_s, s, log_t, t), s
-
-
-class _Row(NamedTuple):
-    """One model's block while its normaliser is not known yet."""
-
-    peak_C: torch.Tensor
-    log_CV: torch.Tensor
-    """Logits less this shard's peak, over the temperature."""
-    weight_CV: torch.Tensor
-    """Their exponentials."""
+        """The divergence's terms of a block and the student's probabilities, from :meth:`begin` and the normalisers."""
+        reads_t = self.options.divergence.reads_t
+        for r, (row, temperature) in enumerate(zip(rows, self.temperatures(), strict=True)):
+            offset_C1 = ((peak_RT[r, part] - row.peak_C) / temperature + log_total_RT[r, part])[:, None]
+            offset_C1.clamp_max_(-FLOOR)  # infinite for a shard without mass and a temperature below 1
+            row.log_CV.sub_(offset_C1)
+            if r == 0 or (reads_t and len(rows) == 2):
+                row.weight_CV.mul_(offset_C1.neg_().exp_())
+        log_t, t = rows[1].log_CV, rows[1].weight_CV
+        if len(rows) > 2:
+            log_w = self.weight_TK[part].log().clamp_min(FLOOR).t()[:, :, None]
+            log_t = torch.logsumexp(torch.stack([row.log_CV for row in rows[1:]]).add_(log_w), 0).clamp_min_(FLOOR)
+            t = log_t.exp() if reads_t else None
+        return self.options.divergence.terms(rows[0].log_CV, rows[0].weight_CV, log_t, t), rows[0].weight_CV
 
 
 class _Divergence(torch.autograd.Function):
@@ -190,7 +183,7 @@ class _Divergence(torch.autograd.Function):
         peak_RT, log_total_RT = student_TV.new_zeros(2, pair.rows, tokens, dtype=pair.dtype).unbind()
         sums_2T = student_TV.new_zeros(2, tokens, dtype=pair.dtype)
         temperature_R1 = torch.tensor(pair.temperatures(), dtype=pair.dtype, device=student_TV.device)[:, None]
-        # Before each collective: all blocks, so that there are few; or one, while it is in cache and may be overwritten.
+        # Before each collective: all blocks, so that there are few; or one, while it is in cache.
         one_by_one = options.reuse_logits or not is_sharded(group)
         for span in blocks(student_TV, cut) if one_by_one else [slice(0, tokens)]:
             for part in blocks(student_TV, cut, span):
@@ -200,7 +193,7 @@ class _Divergence(torch.autograd.Function):
             peak, totals = combine(peak_RT[:, span], log_total_RT[None, :, span], temperature_R1, group)
             peak_RT[:, span], log_total_RT[:, span] = peak, totals[0].log()
             for part in blocks(student_TV, cut, span):
-                terms, s_CV = pair.finish(part, rows if one_by_one else None, peak_RT, log_total_RT)
+                terms, s_CV = pair.finish(part, rows if one_by_one else pair.begin(part), peak_RT, log_total_RT)
                 sums_2T[:, part] = torch.stack((terms.value_C, terms.inner_C))
             sums = sums_2T[:, span].contiguous()
             all_reduce(sums, dist.ReduceOp.SUM, group)
@@ -229,7 +222,7 @@ class _Divergence(torch.autograd.Function):
         pair = _Pair(student_TV, tuple(teachers_TV), weight_TK, options)
         grad_TV = torch.empty_like(student_TV)
         for part in blocks(student_TV, options.block_tokens):
-            terms, s_CV = pair.finish(part, None, peak_RT, log_total_RT)
+            terms, s_CV = pair.finish(part, pair.begin(part), peak_RT, log_total_RT)
             grad_CV = terms.h_CV.addcmul_(s_CV, inner_T[part, None], value=-1).mul_(scale_T[part, None])
             if mask_T is not None:
                 grad_CV.masked_fill_(~mask_T[part, None], 0)

@@ -1,23 +1,28 @@
 """Log-probability and entropy of a softmax whose vocabulary is sharded over the tensor-parallel group.
 
-Shapes: T tokens, V local vocabulary, C tokens of a chunk. Shards are equally laid out: rank r of the group holds
-vocabulary entries ``[vocab_start, vocab_start + V)``.
+Shapes: T tokens, V local vocabulary, C tokens of a block. A rank holds vocabulary entries
+``[vocab_start, vocab_start + V)``; V may differ from rank to rank, and be 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Logits whose full-precision copy exists at a time: what stays in a core's cache, or what fills a GPU."""
-
-_NEGLIGIBLE = -1e4
-"""Log of a weight that is 0 in every dtype. Clamping a shifted logit here keeps ``0 * -inf`` out of the sums."""
+from fire_megatron.losses.softmax import (
+    FLOOR,
+    all_reduce,
+    blocks,
+    compute_dtype,
+    gather_local,
+    local_columns,
+    local_peak,
+    log_softmax,
+    shifted,
+)
 
 
 def log_prob_and_entropy(
@@ -27,12 +32,12 @@ def log_prob_and_entropy(
     group: dist.ProcessGroup | None,
     vocab_start: int,
     with_entropy: bool = True,
-    chunk_tokens: int | None = None,
+    block_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each target and entropy of each full next-token distribution, with autograd for both.
 
     Collectives: one max and one packed sum all-reduce over ``group`` in forward, none in backward. Saved for
-    backward: the logits, the targets and three statistics a token. Extra memory: one chunk in float32 (two with
+    backward: the logits, the targets and three statistics a token. Extra memory: one block in float32 (two with
     the entropy), and in backward the gradient itself. The input is never changed.
 
     A padded vocabulary column carries ``-inf`` or the dtype's minimum: its probability, its part of the entropy
@@ -45,14 +50,14 @@ def log_prob_and_entropy(
         group: the tensor-parallel ranks, which all pass the same targets; None when V is the whole vocabulary.
         vocab_start: vocabulary id of this shard's first column.
         with_entropy: whether to compute the entropy; without it the second result is None.
-        chunk_tokens: tokens computed at a time; None picks a size for the device.
+        block_tokens: tokens computed at a time; None picks a size for the device.
 
     Returns:
         ``(log_prob_T, entropy_T)``, float32 (float64 for float64 logits), in nats; the same on every rank.
         The gradient with respect to the logits has the logits' dtype.
     """
     assert logits_TV.dim() == 2 and target_T.shape == logits_TV.shape[:1], (logits_TV.shape, target_T.shape)
-    return _LogProbAndEntropy.apply(logits_TV, target_T, group, vocab_start, with_entropy, chunk_tokens)
+    return _LogProbAndEntropy.apply(logits_TV, target_T, group, vocab_start, with_entropy, block_tokens)
 
 
 @torch.no_grad()
@@ -62,53 +67,26 @@ def score_log_prob_and_entropy(
     *,
     group: dist.ProcessGroup | None,
     vocab_start: int,
-    chunk_tokens: int | None = None,
+    block_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`log_prob_and_entropy` for scoring: both results, nothing saved for backward."""
     _, log_prob_T, _, entropy_T = _statistics(
-        logits_TV, target_T, group=group, vocab_start=vocab_start, with_entropy=True, chunk_tokens=chunk_tokens
+        logits_TV, target_T, group=group, vocab_start=vocab_start, with_entropy=True, block_tokens=block_tokens
     )
     return log_prob_T, entropy_T.clamp_min(0)
 
 
-def _chunks(logits_TV: torch.Tensor, chunk_tokens: int | None) -> Iterator[slice]:
-    """Slices of the tokens, cut so that a chunk's float32 copy is small."""
-    tokens, width = logits_TV.shape
-    if chunk_tokens is None:
-        elements = _CHUNK_ELEMENTS.get(logits_TV.device.type, _CHUNK_ELEMENTS["cuda"])
-        chunk_tokens = max(1, elements // max(width, 1))
-    assert chunk_tokens > 0, chunk_tokens
-    for start in range(0, tokens, chunk_tokens):
-        yield slice(start, start + chunk_tokens)
-
-
-def _all_reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    """All-reduce in place; nothing to do for an unsharded vocabulary."""
-    if group is not None and group.size() > 1:
-        dist.all_reduce(values, op=op, group=group)
-
-
-def _local_targets(target_T: torch.Tensor, vocab_start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each target in this shard (an arbitrary one when elsewhere) and whether it is here. [T] each."""
-    column_T = target_T - vocab_start
-    return column_T.clamp(0, width - 1), (column_T >= 0) & (column_T < width)
-
-
 def _local_sums(
-    logits_TV: torch.Tensor, with_entropy: bool, chunk_tokens: int | None
+    logits_TV: torch.Tensor, with_entropy: bool, block_tokens: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One pass over this shard: its peak logit, sum of weights, and sum of weight x shifted logit. [T] each.
 
     Weights are exp(logit - peak of this shard). The third sum is 0 when there is no entropy to compute.
     """
-    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    peak_T, total_T, moment_T = logits_TV.new_zeros(3, len(logits_TV), dtype=dtype).unbind()
-    for part in _chunks(logits_TV, chunk_tokens):
-        logits_CV = logits_TV[part]
-        # A shard of nothing but padding has no finite peak, and -inf - -inf is NaN.
-        peak_C = logits_CV.amax(-1).to(dtype).clamp_min_(torch.finfo(dtype).min)
-        shifted_CV = (logits_CV - peak_C[:, None]).clamp_min_(_NEGLIGIBLE)
-        peak_T[part] = peak_C
+    peak_T, total_T, moment_T = logits_TV.new_zeros(3, len(logits_TV), dtype=compute_dtype(logits_TV)).unbind()
+    for part in blocks(logits_TV, block_tokens):
+        peak_T[part] = peak_C = local_peak(logits_TV[part])
+        shifted_CV = shifted(logits_TV[part], peak_C, 1.0)
         if with_entropy:
             weight_CV = shifted_CV.exp()
             total_T[part] = weight_CV.sum(-1)
@@ -125,25 +103,25 @@ def _statistics(
     group: dist.ProcessGroup | None,
     vocab_start: int,
     with_entropy: bool,
-    chunk_tokens: int | None,
+    block_tokens: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Global peak logit, log-probability, log of the sum of exp(logit - peak), entropy. [T] each.
 
     The peak and the log-sum stay apart because their sum would round away the log-sum of large logits.
     """
-    local_peak_T, total_T, moment_T = _local_sums(logits_TV, with_entropy, chunk_tokens)
+    local_peak_T, total_T, moment_T = _local_sums(logits_TV, with_entropy, block_tokens)
     peak_T = local_peak_T.clone()
-    _all_reduce(peak_T, dist.ReduceOp.MAX, group)
-    # Rescale this shard's sums from its own peak to the global one. A shift below _NEGLIGIBLE has scale 0.
-    shift_T = (local_peak_T - peak_T).clamp_min_(_NEGLIGIBLE)
+    all_reduce(peak_T, dist.ReduceOp.MAX, group)
+    # Rescale this shard's sums from its own peak to the global one.
+    shift_T = (local_peak_T - peak_T).clamp_min_(FLOOR)
     scale_T = shift_T.exp()
-    column_T, here_T = _local_targets(target_T, vocab_start, logits_TV.shape[-1])
-    target_logit_T = logits_TV.gather(-1, column_T[:, None]).squeeze(-1) - peak_T
-    rows = [scale_T * total_T, torch.where(here_T, target_logit_T, 0), here_T.to(peak_T.dtype)]
+    logit_T1, here_T1 = gather_local(logits_TV, target_T[:, None], vocab_start)
+    here_T = here_T1.squeeze(-1)
+    rows = [scale_T * total_T, torch.where(here_T, logit_T1.squeeze(-1) - peak_T, 0), here_T.to(peak_T.dtype)]
     if with_entropy:
         rows.append(scale_T * (moment_T + shift_T * total_T))
     sums = torch.stack(rows)
-    _all_reduce(sums, dist.ReduceOp.SUM, group)
+    all_reduce(sums, dist.ReduceOp.SUM, group)
     log_total_T = sums[0].log()
     log_prob_T = torch.where(sums[2] == 1, sums[1] - log_total_T, torch.nan)
     entropy_T = log_total_T - sums[3] / sums[0] if with_entropy else log_total_T
@@ -162,7 +140,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         vocab_start: int,
         with_entropy: bool,
-        chunk_tokens: int | None,
+        block_tokens: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         peak_T, log_prob_T, log_total_T, entropy_T = _statistics(
             logits_TV,
@@ -170,10 +148,10 @@ class _LogProbAndEntropy(torch.autograd.Function):
             group=group,
             vocab_start=vocab_start,
             with_entropy=with_entropy,
-            chunk_tokens=chunk_tokens,
+            block_tokens=block_tokens,
         )
         ctx.set_materialize_grads(False)
-        ctx.vocab_start, ctx.chunk_tokens = vocab_start, chunk_tokens
+        ctx.vocab_start, ctx.block_tokens = vocab_start, block_tokens
         ctx.save_for_backward(logits_TV, target_T, peak_T, log_total_T, entropy_T)
         # Rounding can leave the entropy of a one-hot distribution just below 0.
         return log_prob_T, entropy_T.clamp_min(0) if with_entropy else None
@@ -185,9 +163,8 @@ class _LogProbAndEntropy(torch.autograd.Function):
             return (None,) * 6
         logits_TV, target_T, peak_T, log_total_T, entropy_T = ctx.saved_tensors
         grad_TV = torch.empty_like(logits_TV)
-        for part in _chunks(logits_TV, ctx.chunk_tokens):
-            log_prob_CV = torch.sub(logits_TV[part], peak_T[part, None]).sub_(log_total_T[part, None])
-            log_prob_CV.clamp_min_(_NEGLIGIBLE)
+        for part in blocks(logits_TV, ctx.block_tokens) if logits_TV.shape[-1] else ():
+            log_prob_CV = log_softmax(logits_TV[part], peak_T[part], log_total_T[part], 1.0)
             if grad_entropy_T is None:
                 weighted_CV = log_prob_CV.exp_().mul_(-grad_log_prob_T[part, None])
             else:
@@ -197,7 +174,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
                     factor_CV.sub_(grad_log_prob_T[part, None])
                 weighted_CV = factor_CV.mul_(p_CV)
             if grad_log_prob_T is not None:
-                column_C, here_C = _local_targets(target_T[part], ctx.vocab_start, logits_TV.shape[-1])
+                column_C, here_C = local_columns(target_T[part], ctx.vocab_start, logits_TV.shape[-1])
                 weighted_CV.scatter_add_(-1, column_C[:, None], (grad_log_prob_T[part] * here_C)[:, None])
             grad_TV[part] = weighted_CV
         return grad_TV, None, None, None, None, None

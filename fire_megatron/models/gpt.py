@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
@@ -31,7 +32,9 @@ _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
 class FireGPT(GPTModel):
     """A GPTModel that attends within packed sequences and projects only the positions that are asked for.
 
-    Padding columns of the vocabulary leave :meth:`forward` as ``-inf``, so that no softmax gives them mass.
+    Training and scoring take its final hidden states with :attr:`output_weight` and project them inside the loss
+    (``losses/fused.py``); generation takes logits. Columns from :attr:`used_vocab_size` on are vocabulary padding: they
+    are left out of the projection, or leave :meth:`forward` as ``-inf``, so that no softmax gives them mass.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, inv_freq: torch.Tensor, **kwargs: Any) -> None:
@@ -42,6 +45,8 @@ class FireGPT(GPTModel):
         """
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
+        self.used_vocab_size = real_vocab_size
+        """Entries that a softmax runs over; fewer where models of a run differ in unused entries at the end."""
         self.rotary_pos_emb.inv_freq = inv_freq
         self._mark_tensor_parallel_weights()
         if self.post_process and self.config.sequence_parallel:
@@ -66,6 +71,18 @@ class FireGPT(GPTModel):
         """First vocabulary entry of this tensor-parallel rank's shard."""
         return self.pg_collection.tp.rank() * (self.vocab_size // self.pg_collection.tp.size())
 
+    @property
+    def used_columns(self) -> int:
+        """Entries of this rank's vocabulary shard that a softmax runs over."""
+        return min(max(self.used_vocab_size - self.vocab_start, 0), self.vocab_size // self.pg_collection.tp.size())
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """[vocabulary shard with padding, H] of the last stage's output layer."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -73,6 +90,7 @@ class FireGPT(GPTModel):
         *,
         packed: PackedSeqParams | None = None,
         select: torch.Tensor | None = None,
+        project: bool = True,
     ) -> torch.Tensor:
         """One pass of this pipeline stage.
 
@@ -80,11 +98,13 @@ class FireGPT(GPTModel):
             token_ids: [1, T] a pack of rows, or [B, 1] one new token a row (decode, needs :meth:`cached`).
             position_ids: as token_ids; position of each token within its own row.
             packed: row boundaries of the pack; None in decode.
-            select: [N] indices into the pack whose next-token logits are wanted; None for all.
+            select: [N] indices into the pack whose next tokens are wanted; None for all.
+            project: whether the last stage projects to the vocabulary.
 
         Returns:
             The stage's hidden states [T or 1, 1 or B, H]; from the last stage logits [N, V] in the model's dtype,
-            ``-inf`` in padding columns.
+            ``-inf`` in padding columns, or without ``project`` the final hidden states [N, H], the same on every
+            tensor-parallel rank, whose gradient is summed over these ranks.
         """
         embedded = self.embedding(input_ids=token_ids, position_ids=position_ids) if self.pre_process else None
         hidden = self.decoder(
@@ -93,24 +113,33 @@ class FireGPT(GPTModel):
             rotary_pos_emb=self._rotary(position_ids),
             packed_seq_params=packed,
         )
-        return self._project(hidden, select) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        hidden = self._selected(hidden, select)
+        if project:
+            return self.logits(hidden)
+        if self.config.sequence_parallel:
+            return hidden  # the gather's backward reduce-scatters
+        return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
 
     def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
         """[B, S] positions -> [S, B, 1, head_dim] rotary angles."""
         angles = position_ids.t().unsqueeze(-1).float() * self.rotary_pos_emb.inv_freq
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
-    def _project(self, hidden: torch.Tensor, select: torch.Tensor | None) -> torch.Tensor:
+    def _selected(self, hidden: torch.Tensor, select: torch.Tensor | None) -> torch.Tensor:
+        """[T, B, H], or this rank's part of T, -> [N, H]."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         hidden = hidden.flatten(0, 1)
-        if select is not None:
-            hidden = hidden[select]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return hidden if select is None else hidden[select]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] final hidden states of the last stage -> [N, V] logits, ``-inf`` in padding columns."""
+        weight = self.output_weight if self.share_embeddings_and_output_weights else None
         logits = self.output_layer(hidden.unsqueeze(1), weight=weight)[0].squeeze(1)
-        real = min(max(self.real_vocab_size - self.vocab_start, 0), logits.shape[-1])
-        if real < logits.shape[-1]:
-            logits[:, real:] = float("-inf")
+        if self.used_columns < logits.shape[-1]:
+            logits[:, self.used_columns :] = float("-inf")
         return logits
 
     def tie_embeddings_and_output_weights_state_dict(

@@ -16,7 +16,7 @@ from fire_megatron.data.packing import Pack
 from fire_megatron.parallel.grid import ModelGrid
 
 LastStage = Callable[[torch.Tensor, Pack], Any]
-"""(logits [N, local vocabulary], pack) -> result; in training a triple (loss, token count, report)."""
+"""(final hidden states [N, H], pack) -> result; in training a triple (loss, token count, report)."""
 
 
 def packed_seq_params(pack: Pack) -> PackedSeqParams:
@@ -36,7 +36,7 @@ def _finish(last_stage: LastStage, pack: Pack, output: torch.Tensor, non_loss_da
 
 def _forward_step(last_stage: LastStage, packs: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     pack = next(packs)
-    output = model(pack.token_ids, pack.position_ids, packed=packed_seq_params(pack), select=pack.select)
+    output = model(pack.token_ids, pack.position_ids, packed=packed_seq_params(pack), select=pack.select, project=False)
     return output, partial(_finish, last_stage, pack)
 
 
@@ -48,7 +48,8 @@ def run_pipeline(
     Args:
         model: this rank's stage, wrapped for data parallelism in training.
         packs: the micro-batches; the same on every rank of a replica, at least one.
-        last_stage: called by the last stage with each micro-batch's logits.
+        last_stage: called by the last stage with each micro-batch's final hidden states at the positions that predict a
+            response token.
         grid: the role's groups.
         forward_only: score without gradients.
 

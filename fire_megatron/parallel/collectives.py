@@ -48,6 +48,15 @@ def all_gather_flat(values: torch.Tensor, *, group: dist.ProcessGroup) -> list[t
     return [data[:count] for data, count in zip(gathered, counts, strict=True)]
 
 
+def all_gather_columns(values: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+    """[N, c] on each rank -> [N, c x ranks], in rank order."""
+    if group.size() == 1:
+        return values
+    shards = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(shards, values.contiguous(), group=group)
+    return torch.cat(shards, dim=-1)
+
+
 def broadcast_flat(
     values: torch.Tensor | None,
     *,

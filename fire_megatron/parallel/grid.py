@@ -88,6 +88,13 @@ class ModelGrid:
         """Whether this rank projects to the vocabulary."""
         return self.pp_rank == self.layout.pipeline - 1
 
+    def last_stage_of(self, replica: int, tensor: int) -> int:
+        """Global rank of the last stage at a place in the data-parallel and tensor dimensions, the first in context."""
+        layout = self.layout
+        per_stage = layout.tensor * layout.context * layout.data
+        within = tensor + layout.tensor * layout.context * replica
+        return layout.first_rank + per_stage * (layout.pipeline - 1) + within
+
     @property
     def last_stage_rank(self) -> int:
         """Global rank of this pipeline's last stage."""

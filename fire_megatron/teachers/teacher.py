@@ -1,34 +1,76 @@
 """One teacher: a frozen model on its own grid that scores rows.
 
-Shapes: N response tokens of a micro-batch, R_i response tokens of row i.
+Shapes: N response tokens of a micro-batch, R_i response tokens of row i, W columns of a state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from fire_megatron.data.packing import Pack, balance, pack_rows, split_by_tokens
+from fire_megatron.losses.fused import OutputLayer, map_chunks
+from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_parallel import score_log_prob_and_entropy
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import all_gather_flat, broadcast_flat
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform import compute_device
+from fire_megatron.teachers.states import StateKind, pack_topk
 
 
 class Teacher:
     """Scores rows with exact log-probabilities and full-distribution entropies."""
 
-    def __init__(self, name: str, model: FireGPT, grid: ModelGrid, *, micro_batch_tokens: int) -> None:
-        """Args: model: this rank's stage, weights loaded; micro_batch_tokens: tokens of a scoring micro-batch."""
+    def __init__(
+        self,
+        name: str,
+        model: FireGPT,
+        grid: ModelGrid,
+        *,
+        micro_batch_tokens: int,
+        state_kind: StateKind | None = None,
+    ) -> None:
+        """Args: model: this rank's stage, weights loaded; micro_batch_tokens: tokens of a scoring micro-batch;
+        state_kind: what is kept of the tokens for the student, nothing by default."""
         self.name, self.grid = name, grid
         self.model = model.eval().requires_grad_(False)
         self.micro_batch_tokens = micro_batch_tokens
+        self.state_kind = state_kind or StateKind()
+        self.states: dict[int, torch.Tensor] = {}
+        """Row id -> [R_i, W] on CPU: on the last stage of the replica that scored the row, on each tensor rank."""
+        self.holder: dict[int, int] = {}
+        """Row id -> that data-parallel replica, on every rank."""
+
+    def release(self) -> None:
+        """Forget what is kept of rows."""
+        self.states, self.holder = {}, {}
+
+    @property
+    def state_width(self) -> int:
+        """W."""
+        return {"none": 0, "hidden": self.model.config.hidden_size, "topk": 2 * self.state_kind.k + 1}[
+            self.state_kind.name
+        ]
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of a state."""
+        return self.model.config.params_dtype if self.state_kind.name == "hidden" else torch.int32
+
+    @cached_property
+    def _output_layer(self) -> OutputLayer:
+        return OutputLayer(self.model.output_weight, self.model.used_columns)
 
     def score(
-        self, prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]
+        self,
+        prompts: Sequence[torch.Tensor],
+        responses: Sequence[torch.Tensor],
+        *,
+        keep: Sequence[int] | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Score rows; every rank of the teacher's grid passes the same rows and gets the same answer.
 
@@ -37,13 +79,17 @@ class Teacher:
         Args:
             prompts: [P_i] int64 token ids of each row.
             responses: [R_i] int64 token ids of each row.
+            keep: id of each row, under which :attr:`states` keeps what the student will need; None keeps nothing.
 
         Returns:
             log-probabilities and entropies, [R_i] float32 on CPU each, in the rows' order.
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         shares = balance(lengths, self.grid.layout.data)
-        mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank])
+        keep = None if self.state_kind.name == "none" else keep
+        if keep is not None:
+            self.holder |= {keep[row]: replica for replica, share in enumerate(shares) for row in share}
+        mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep)
         gathered = all_gather_flat(mine, group=self.grid.pg.dp)
         log_probs: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         entropies: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
@@ -60,6 +106,7 @@ class Teacher:
         responses: Sequence[torch.Tensor],
         lengths: Sequence[int],
         share: Sequence[int],
+        keep: Sequence[int] | None,
     ) -> torch.Tensor:
         """This replica's rows through its pipeline: [2 * tokens] float32, log-probs then entropies."""
         tokens = sum(len(responses[row]) for row in share)
@@ -70,8 +117,12 @@ class Teacher:
             pack_rows(prompts, responses, rows, multiple=multiple, device=compute_device())
             for rows in split_by_tokens(share, lengths, self.micro_batch_tokens)
         ]
+
+        def last_stage(hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
+            return self._last_stage(hidden, pack, keep)
+
         with torch.no_grad():
-            results = run_pipeline(self.model, packs, self._last_stage, grid=self.grid, forward_only=True)
+            results = run_pipeline(self.model, packs, last_stage, grid=self.grid, forward_only=True)
         flat = torch.cat(results, dim=1).flatten() if results else None
         return broadcast_flat(
             flat,
@@ -82,8 +133,20 @@ class Teacher:
             group=self.grid.pg.pp,
         )
 
-    def _last_stage(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """[N, local vocabulary] -> [2, N] float32."""
-        return torch.stack(
-            score_log_prob_and_entropy(logits, pack.targets, group=self.grid.pg.tp, vocab_start=self.model.vocab_start)
-        )
+    def _last_stage(self, hidden: torch.Tensor, pack: Pack, keep: Sequence[int] | None) -> torch.Tensor:
+        """[N, H] -> [2, N] float32."""
+        shard = {"group": self.grid.pg.tp, "vocab_start": self.model.vocab_start}
+        kind, tops = self.state_kind, []
+
+        def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            if keep is not None and kind.name == "topk":
+                tops.append(pack_topk(top_k(logits, kind.k, temperature=kind.temperature, **shard)))
+            return torch.stack(score_log_prob_and_entropy(logits, pack.targets[part], **shard))
+
+        scores = map_chunks(hidden, self._output_layer, score)
+        self._output_layer.release()
+        if keep is not None:
+            states = hidden if kind.name == "hidden" else torch.cat(tops)
+            rows = states.cpu().split(list(pack.response_lengths))
+            self.states |= {keep[row]: state for row, state in zip(pack.rows, rows, strict=True)}
+        return scores

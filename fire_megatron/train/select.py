@@ -11,7 +11,7 @@ import torch
 
 from fire_megatron.data.packing import balance
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
+from fire_megatron.data.rollouts import Rollouts, Scores, Target, TrainingRows
 from fire_megatron.fire.apply import apply_hooks
 from fire_megatron.fire.batch import FireBatch, Selection
 from fire_megatron.fire.hooks import Hook
@@ -67,7 +67,7 @@ def select(
     weights = selection.weight_BR.cpu()
     rows = TrainingRows(
         rollouts=rollouts.select(kept),
-        teachers=tuple(scores.teachers[i] for i in kept),
+        targets=tuple(scores.targets[i] for i in kept),
         teacher_log_probs=tuple(scores.log_probs[i] for i in kept),
         weights=tuple(weights[i, : len(rollouts.responses[i])] for i in kept),
     )
@@ -105,20 +105,22 @@ def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
     """Share the kept rows of all replicas evenly by tokens, so that dropped rows cost no replica anything.
 
     Each row's tensors travel in a few ragged gathers over the data-parallel group. The share depends only on the
-    set of kept rows, not on where they were sampled.
+    set of kept rows, not on where they were sampled. What the teachers keep of the rows is brought afterwards
+    (:meth:`fire_megatron.teachers.router.TeacherRouter.attach`), straight to where it is needed.
     """
     group, device = grid.pg.dp, compute_device()
     if group.size() == 1:
         return rows
+    assert rows.states is None
     rollouts = rows.rollouts
     floats = [
         torch.cat(columns)
         for columns in zip(rollouts.log_probs, rollouts.entropies, rows.teacher_log_probs, rows.weights, strict=True)
     ]
-    headers: list[tuple[int, Prompt, str, bool]] = [
+    headers: list[tuple[int, Prompt, Target, bool]] = [
         item
         for part in all_gather_objects(
-            list(zip(rollouts.row_ids, rollouts.prompts, rows.teachers, rollouts.truncated, strict=True)), group=group
+            list(zip(rollouts.row_ids, rollouts.prompts, rows.targets, rollouts.truncated, strict=True)), group=group
         )
         for item in part
     ]
@@ -138,7 +140,7 @@ def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
             truncated=tuple(headers[i][3] for i in mine),
             weight_version=rollouts.weight_version,
         ),
-        teachers=tuple(headers[i][2] for i in mine),
+        targets=tuple(headers[i][2] for i in mine),
         teacher_log_probs=tuple(c[2] for c in columns),
         weights=tuple(c[3] for c in columns),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook, build_hooks
+from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import build_model, check_megatron_overrides, resolve_layer_spec, transformer_config
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
@@ -28,7 +29,9 @@ from fire_megatron.parallel.collectives import raise_on_any
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Device, World
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.router import TeacherRouter
+from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
 
@@ -133,12 +136,23 @@ def read_inputs(recipe: Recipe) -> Inputs:
             )
     prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
     notes = [f"data.train: {report}"]
+    if recipe.loss.estimator == "topk":
+        _refuse_mixtures(prompts)
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
         held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
     return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route, tuple(notes))
+
+
+def _refuse_mixtures(prompts: Sequence[Prompt]) -> None:
+    mixed = [prompt for prompt in prompts if prompt.mixture]
+    if mixed:
+        raise RecipeError(
+            f"loss.estimator: topk takes one teacher a row, and {len(mixed)} rows name several (the first: "
+            f"{mixed[0].label}), whose top-k tokens are not the same; use full, or give these rows one label"
+        )
 
 
 def _limit_by_label(prompts: list[Prompt], limit: int) -> list[Prompt]:
@@ -166,11 +180,6 @@ def _check_roles(recipe: Recipe, device: Device, num_ranks: int) -> dict[str, Mo
         shapes[path] = shape
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
     for path, shape in shapes.items():
-        if shape.vocab_size != shapes["student"].vocab_size:
-            raise RecipeError(
-                f"{path}: vocabulary of {shape.vocab_size} differs from the student's "
-                f"{shapes['student'].vocab_size}; student and teachers must share one"
-            )
         if longest > shape.max_positions:
             raise RecipeError(
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the {shape.max_positions} "
@@ -179,12 +188,37 @@ def _check_roles(recipe: Recipe, device: Device, num_ranks: int) -> dict[str, Mo
     return shapes
 
 
+def used_vocabulary(shapes: Mapping[str, ModelShape]) -> int:
+    """Entries that the softmax of every role runs over: models of one family pad their vocabularies differently."""
+    return min(shape.vocab_size for shape in shapes.values())
+
+
+def _check_vocabularies(recipe: Recipe, shapes: Mapping[str, ModelShape], tokenizer: Tokenizer) -> list[str]:
+    """Returns notes. Raises RecipeError when a model lacks entries of the tokenizer, which all roles share."""
+    sizes = {path: shape.vocab_size for path, shape in shapes.items()}
+    used = used_vocabulary(shapes)
+    if recipe.loss.estimator == "topk" and recipe.loss.top_k > used:
+        raise RecipeError(f"loss.top_k: {recipe.loss.top_k} exceeds the vocabulary of {used}; lower it")
+    if len(set(sizes.values())) == 1:
+        return []
+    listed = ", ".join(f"{path} {size}" for path, size in sizes.items())
+    if tokenizer.vocab_size > used:
+        path = min(sizes, key=sizes.__getitem__)
+        raise RecipeError(
+            f"{path}.checkpoint: vocabulary of {used} does not hold the tokenizer's {tokenizer.vocab_size} tokens, "
+            f"and the roles differ ({listed}); student and teachers must share one vocabulary"
+        )
+    return [f"vocabularies differ in unused entries at the end ({listed}): the first {used} are used"]
+
+
 def recipe_checkpoint(recipe: Recipe, path: str) -> str:
     """Checkpoint folder of the role at a recipe path."""
     return roles(recipe)[path].checkpoint
 
 
-def _loaded(path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, say: Say) -> FireGPT:
+def _loaded(
+    path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, used_vocab_size: int, say: Say
+) -> FireGPT:
     say(f"loading {path} from {role.checkpoint}")
     try:
         model = build_model(shape, role, grid, device=world.device)
@@ -195,6 +229,7 @@ def _loaded(path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, wor
             f"{path}.megatron: megatron-core cannot build the model with {dict(role.megatron)}: "
             f"{str(error) or type(error).__name__}; remove what it names"
         ) from error
+    model.used_vocab_size = used_vocab_size
     load_weights(model, Path(role.checkpoint), grid=grid)
     return model
 
@@ -214,7 +249,9 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
         UserError: recipe, data, layout or checkpoint are not usable.
     """
     hooks = _load_plugins(recipe)
-    return hooks, _check_roles(recipe, device, num_ranks), read_inputs(recipe)
+    shapes, inputs = _check_roles(recipe, device, num_ranks), read_inputs(recipe)
+    notes = _check_vocabularies(recipe, shapes, inputs.tokenizer)
+    return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes))
 
 
 def prepare(recipe: Recipe, world: World, say: Say) -> Run:
@@ -229,17 +266,35 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
         say(note)
     grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
     grid = grids["student"]
-    models = {path: _loaded(path, shapes[path], role, grids[path], world, say) for path, role in roles(recipe).items()}
+    used = used_vocabulary(shapes)
+    models = {
+        path: _loaded(path, shapes[path], role, grids[path], world, used, say) for path, role in roles(recipe).items()
+    }
     teachers = {
         name: Teacher(
-            name, models[f"teachers.{name}"], grids[f"teachers.{name}"], micro_batch_tokens=config.micro_batch_tokens
+            name,
+            models[f"teachers.{name}"],
+            grids[f"teachers.{name}"],
+            micro_batch_tokens=config.micro_batch_tokens,
+            state_kind=StateKind.of(recipe.loss),
         )
         for name, config in recipe.teachers.items()
     }
     student = Student(
-        models["student"], grid, loss=recipe.loss, optimizer=recipe.optimizer, precision=recipe.student.precision
+        models["student"],
+        grid,
+        loss=recipe.loss,
+        optimizer=recipe.optimizer,
+        precision=recipe.student.precision,
+        heads=on_all_ranks(_heads, recipe, shapes, models),
     )
-    router = TeacherRouter(teachers, inputs.route, student_grid=grid)
+    router = TeacherRouter(
+        teachers,
+        inputs.route,
+        student_grid=grid,
+        prompts=[*inputs.prompts, *inputs.held_out],
+        mixture=recipe.loss.mixture,
+    )
     engine = MegatronEngine(models["student"], grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed)
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
@@ -248,6 +303,14 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
         recipe, world, grid, inputs, student, engine, router, hooks, order,
         _held_out(recipe, inputs, models["student"], router, grid),
     )  # fmt: skip
+
+
+def _heads(recipe: Recipe, shapes: dict[str, ModelShape], models: dict[str, FireGPT]) -> dict[str, OutputLayer]:
+    """The teachers' output weights, where the loss forms their logits."""
+    if recipe.loss.estimator != "full":
+        return {}
+    by_name = ({name: values[f"teachers.{name}"] for name in recipe.teachers} for values in (shapes, models))
+    return teacher_heads(recipe.teachers, *by_name, models["student"])
 
 
 def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid) -> HeldOut | None:

@@ -235,7 +235,7 @@ class Trainer:
             rollouts = self._sample(step)
         self._check_stop()
         with self._timed("teacher"):
-            scores = run.router.score(rollouts, progress=lambda name: self._show(f"teacher {name}"))
+            scores = run.router.score(rollouts, keep_states=True, progress=lambda name: self._show(f"teacher {name}"))
         self._check_stop()
         with self._timed("update"):
             self._show("update")
@@ -300,6 +300,8 @@ class Trainer:
             tokens = student.count_tokens(part, reducer)
             if tokens == 0:  # everything was dropped: nothing to learn from, on any rank
                 continue
+            part, traffic = self.run.router.attach(part)
+            merge(metrics, traffic)
             merge(metrics, student.accumulate_gradients(part, tokens=tokens, old=old_log_probs))
             metrics |= student.update()
         return metrics
@@ -313,7 +315,8 @@ class Trainer:
 
     def _print_table(self) -> None:
         if self.last_eval and self.world.is_main:
-            table = format_table(self.first_eval, self.last_eval, self.run.inputs.held_out, self.run.inputs.route)
+            targets = [self.run.router.target(prompt).name for prompt in self.run.inputs.held_out]
+            table = format_table(self.first_eval, self.last_eval, targets)
             print(f"\nReverse KL (nats a token) of the student's samples on held-out prompts\n{table}", flush=True)
 
     def _check_stop(self) -> None:

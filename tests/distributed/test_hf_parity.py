@@ -40,7 +40,7 @@ def megatron_logits(model, grid, rows):
     ]
     model.eval()
     with torch.no_grad():
-        outputs = run_pipeline(model, packs, lambda logits, pack: logits, grid=grid, forward_only=True)
+        outputs = run_pipeline(model, packs, lambda hidden, pack: model.logits(hidden), grid=grid, forward_only=True)
     if not outputs:
         return []
     local = torch.cat(outputs)

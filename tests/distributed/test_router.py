@@ -102,10 +102,10 @@ class Watch:
         self.computed = {name: Counter() for name in teachers}
         real = Teacher.score
 
-        def score(teacher, prompts, responses):
+        def score(teacher, prompts, responses, **options):
             rows = zip(prompts, responses, strict=True)
             self.asked[teacher.name].update((*p.tolist(), *r.tolist()) for p, r in rows)
-            return real(teacher, prompts, responses)
+            return real(teacher, prompts, responses, **options)
 
         monkeypatch.setattr(Teacher, "score", score)
         self.handles = [

@@ -1,14 +1,18 @@
 """The same batch gives the same loss and gradients in every layout, micro-batch size and data-parallel split."""
 
+# The code teacher's vocabulary has unused entries at the end, as models of one family do.
+
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import dense
 import pytest
 import torch
 import torch.distributed as dist
-from models import EOS, VOCABULARY, save_megatron
-from roles import layouts, load_role
+from models import EOS, VOCABULARY, make_hf, save_megatron
+from roles import hf_response_logits, layouts, load_role
 
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.schema import (
@@ -25,10 +29,13 @@ from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.metrics.values import reduce_metrics
+from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.router import TeacherRouter
+from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.select import rebalance, select
 from fire_megatron.train.student import Student
@@ -49,7 +56,7 @@ def checkpoints(world, tmp_path_factory):
     if world.is_main:
         save_megatron("qwen3", folder / "student", num_hidden_layers=3)
         save_megatron("qwen3", folder / "math", seed=1, num_hidden_layers=5)
-        save_megatron("llama", folder / "code", seed=2, hidden_size=96, num_hidden_layers=2)
+        save_megatron("llama", folder / "code", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320)
     dist.barrier()
     return folder
 
@@ -60,20 +67,23 @@ def factory(world):
     return GridFactory(timeout=60)
 
 
-def rows():
-    """Prompts and fixed responses of the global batch; one response is a single token."""
+def rows(mixed=False):
+    """Prompts and fixed responses of the global batch; one response is a single token. With ``mixed``, some rows learn
+    from both teachers, with different weights."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(n):
         return torch.randint(6, VOCABULARY, (n,), generator=generator)
 
     prompts = [Prompt(i, ("math", "code")[i % 2], tuple(draw(3 + i).tolist()), "") for i in range(ROWS)]
+    for i, share in {2: 0.25, 5: 0.5, 7: 0.9}.items() if mixed else ():
+        prompts[i] = replace(prompts[i], label="code+math", mixture=(("code", share), ("math", 1 - share)))
     return prompts, [draw(1 + (5 * i) % 13) for i in range(ROWS)]
 
 
-def rollouts_of(mine):
+def rollouts_of(mine, mixed=False):
     """This replica's rows, with made-up rollout statistics."""
-    prompts, responses = rows()
+    prompts, responses = rows(mixed)
     generator = torch.Generator().manual_seed(4)
     noise = [torch.rand(len(r), generator=generator) for r in responses]
     return Rollouts(
@@ -104,8 +114,8 @@ def whole_gradients(student, grid):
     return whole
 
 
-def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
-    """Score, select, and accumulate gradients; returns loss and whole gradients, the same on every rank."""
+def run_step(folder, world, factory, layout, micro_batch_size, loss=None, teacher_layout=None, mixed=False):
+    """Score, select, and accumulate gradients; returns metrics and whole gradients, the same on every rank."""
     loss = loss or LossConfig()
     role = StudentConfig(
         checkpoint=str(folder / "student"),
@@ -114,10 +124,16 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
     )
     grid = factory.grid(layout)
     model = load_role(folder / "student", role, grid, world)
-    teachers = {}
+    theirs = factory.grid(teacher_layout or layout)
+    parallel = ParallelConfig(tensor=theirs.layout.tensor, pipeline=theirs.layout.pipeline)
+    configs, models, teachers = {}, {}, {}
     for name in ROUTE:
-        teacher = TeacherConfig(checkpoint=str(folder / name), vocab_multiple=4)
-        teachers[name] = Teacher(name, load_role(folder / name, teacher, grid, world), grid, micro_batch_tokens=24)
+        configs[name] = TeacherConfig(checkpoint=str(folder / name), vocab_multiple=4, parallel=parallel)
+        models[name] = load_role(folder / name, configs[name], theirs, world)
+        models[name].used_vocab_size = VOCABULARY
+        teachers[name] = Teacher(name, models[name], theirs, micro_batch_tokens=24, state_kind=StateKind.of(loss))
+    shapes = {name: read_hf_config(folder / name) for name in ROUTE}
+    heads = teacher_heads(configs, shapes, models, model) if loss.estimator == "full" else {}
     # distributed=False leaves each whole gradient in main_grad on every data-parallel rank, to be compared.
     student = Student(
         model,
@@ -125,38 +141,100 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None):
         loss=loss,
         optimizer=OptimizerConfig(micro_batch_size=micro_batch_size, distributed=False),
         precision=PrecisionConfig(),
+        heads=heads,
     )
-    router = TeacherRouter(teachers, ROUTE, student_grid=grid)
-    rollouts = rollouts_of(replica_rows(ROWS, grid))
+    router = TeacherRouter(teachers, ROUTE, student_grid=grid, prompts=rows(mixed)[0], mixture=loss.mixture)
+    rollouts = rollouts_of(replica_rows(ROWS, grid), mixed)
     kept, _ = select(
         rollouts,
-        router.score(rollouts),
+        router.score(rollouts, keep_states=True),
         router.names,
         build_hooks(loss.hooks),
         micro_batch_size=micro_batch_size,
         grid=grid,
     )
-    part = rebalance(kept, grid=grid)
+    part, traffic = router.attach(rebalance(kept, grid=grid))
     tokens = student.count_tokens(part, Reducer(grid.pg.dp))
     metrics = student.accumulate_gradients(part, tokens=tokens)
-    return reduce_metrics(metrics, group=grid.span)["loss"], whole_gradients(student, grid)
+    return reduce_metrics(traffic | metrics, group=grid.span), whole_gradients(student, grid)
 
 
-def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, factory):
-    reference_loss, reference = None, None
-    for layout in layouts(world.size, pipelines=PIPELINES):
+def assert_same_step(step, reference, case):
+    (metrics, gradients), (reference_metrics, reference_gradients) = step, reference
+    for key in ("loss", "loss/divergence", "teacher/code+math/divergence"):
+        assert (key in metrics) == (key in reference_metrics), f"{case}: {key}"
+        assert metrics.get(key, 0) == pytest.approx(reference_metrics.get(key, 0), rel=1e-5), f"{case}: {key}"
+    assert gradients.keys() == reference_gradients.keys(), case
+    for key, gradient in gradients.items():
+        scale = reference_gradients[key].abs().max()
+        assert (gradient - reference_gradients[key]).abs().max() <= 1e-5 * scale, f"{case}: {key}"
+
+
+ESTIMATORS = {
+    "sampled": LossConfig(),
+    "full": LossConfig(estimator="full", divergence="jensen_shannon", beta=0.3, teacher_temperature=1.5),
+    "full, log_probs": LossConfig(estimator="full", mixture="log_probs", student_temperature=0.8, chunk_tokens=5),
+    "topk": LossConfig(estimator="topk", top_k=7, divergence="forward_kl", chunk_tokens=5),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, factory, estimator):
+    loss, mixed, reference = ESTIMATORS[estimator], estimator != "topk", None
+    options = layouts(world.size, pipelines=PIPELINES)
+    for number, layout in enumerate(options):
+        # The teachers' layout is another than the student's, each meets each in turn.
+        theirs = options[number - 1]
         for micro_batch_size in (1, 2, 4):
-            value, gradients = run_step(checkpoints, world, factory, layout, micro_batch_size)
+            step = run_step(checkpoints, world, factory, layout, micro_batch_size, loss, theirs, mixed)
             if reference is None:
-                reference_loss, reference = value, gradients
-                assert abs(value) > 1e-3 and all(g.abs().max() > 0 for g in gradients.values())
-                continue
-            case = f"{layout}, micro-batch {micro_batch_size}"
-            assert value == pytest.approx(reference_loss, rel=1e-5), case
-            assert gradients.keys() == reference.keys(), case
-            for key, gradient in gradients.items():
-                scale = reference[key].abs().max()
-                assert (gradient - reference[key]).abs().max() <= 1e-5 * scale, f"{case}: {key}"
+                reference = step
+                assert abs(step[0]["loss"]) > 1e-3 and all(g.abs().max() > 0 for g in step[1].values())
+            assert_same_step(step, reference, f"{layout}, teachers {theirs}, micro-batch {micro_batch_size}")
+
+
+@pytest.mark.parametrize("estimator", ["full", "full, log_probs", "topk"])
+def test_the_loss_is_the_dense_divergence_from_transformers_logits(checkpoints, world, factory, estimator):
+    loss, mixed = replace(ESTIMATORS[estimator], hooks=()), estimator != "topk"
+    layout = layouts(world.size, pipelines=PIPELINES)[-1]
+    metrics, _ = run_step(checkpoints, world, factory, layout, 2, loss, mixed=mixed)
+    models = {
+        "student": make_hf("qwen3", num_hidden_layers=3),
+        "math": make_hf("qwen3", seed=1, num_hidden_layers=5),
+        "code": make_hf("llama", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320),
+    }
+    total = tokens = 0
+    for prompt, response in zip(*rows(mixed), strict=True):
+        logits = {
+            name: hf_response_logits(model, torch.tensor(prompt.token_ids), response)[:, :VOCABULARY]
+            for name, model in models.items()
+        }
+        log_s = dense.log_softmax(logits["student"], loss.student_temperature)
+        names, shares = zip(*prompt.shares, strict=True)
+        shares = torch.tensor(shares).expand(len(response), -1)
+        log_t = dense.mixture([logits[n] for n in names], shares, loss.mixture, loss.teacher_temperature)
+        if loss.estimator == "topk":
+            ids = log_t.topk(loss.top_k).indices
+            log_s, log_t = dense.buckets(log_s, ids), dense.buckets(log_t, ids)
+        total += dense.divergence(loss.divergence, log_s, log_t, beta=loss.beta).sum()
+        tokens += len(response)
+    assert metrics["loss"] == metrics["loss/divergence"] == pytest.approx(float(total / tokens), rel=1e-5)
+
+
+def test_bytes_that_teachers_send(checkpoints, world, factory):
+    hidden = {"math": 64, "code": 96}
+    for layout in layouts(world.size, pipelines=PIPELINES):
+        for estimator, width in {
+            "sampled": dict.fromkeys(hidden, 0),
+            "full": hidden,
+            "topk": dict.fromkeys(hidden, 15),
+        }.items():
+            metrics, _ = run_step(checkpoints, world, factory, layout, 2, ESTIMATORS[estimator])
+            for name in hidden:
+                # A slice for each tensor rank, and log-probability and entropy.
+                tensor = layout.tensor
+                assert metrics[f"teacher/{name}/bytes_per_token"] == 4 * tensor * -(-width[name] // tensor) + 8
+                assert metrics[f"teacher/{name}/bytes_per_token_of_logits"] == 4 * VOCABULARY
 
 
 def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory):

@@ -51,7 +51,7 @@ def test_equals_unsharded(subgroup, world_size, size, dtype, chunk, padding):
     logits, target, *grads = case(33, dtype, padding)
     log_prob, entropy, gradient = run(logits, target, *grads, group=None, vocab_start=0)
     part, start = shard(logits, group)
-    ours = run(part, target, *grads, group=group, vocab_start=start, chunk_tokens=chunk)
+    ours = run(part, target, *grads, group=group, vocab_start=start, block_tokens=chunk)
     exact = 1e-12 if dtype is torch.float64 else 2e-6
     torch.testing.assert_close(ours[0], log_prob, rtol=exact, atol=exact)
     torch.testing.assert_close(ours[1], entropy, rtol=exact, atol=exact)
@@ -135,7 +135,7 @@ def test_two_all_reduces_forward_and_none_backward(subgroup, world_size, monkeyp
     part = part.clone().requires_grad_()
     calls = count_all_reduces(monkeypatch)
     log_prob, entropy = log_prob_and_entropy(
-        part, target, group=group, vocab_start=start, with_entropy=with_entropy, chunk_tokens=4
+        part, target, group=group, vocab_start=start, with_entropy=with_entropy, block_tokens=4
     )
     assert calls == [dist.ReduceOp.MAX, dist.ReduceOp.SUM]
     (log_prob.sum() + (entropy.sum() if with_entropy else 0)).backward()

@@ -37,7 +37,7 @@ def case(tokens, vocabulary, dtype=torch.float32, scale=3.0):
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_float32_equals_dense_float64(shape, chunk):
     logits, target, *grads = case(*shape)
-    ours = run(lambda x, y: local(x, y, chunk_tokens=chunk), logits, target, *grads)
+    ours = run(lambda x, y: local(x, y, block_tokens=chunk), logits, target, *grads)
     reference = run(dense, logits.double(), target, *grads)
     assert [value.dtype for value in ours] == [torch.float32] * 3
     for value, expected in zip(ours, reference, strict=True):
@@ -63,7 +63,7 @@ def test_gradcheck_in_float64(outputs):
     logits, target, *_ = case(4, 9, torch.float64)
 
     def function(x):
-        log_prob, entropy = local(x, target, with_entropy=outputs != "no_entropy", chunk_tokens=3)
+        log_prob, entropy = local(x, target, with_entropy=outputs != "no_entropy", block_tokens=3)
         return {"both": (log_prob, entropy), "log_prob": log_prob, "entropy": entropy, "no_entropy": log_prob}[outputs]
 
     assert torch.autograd.gradcheck(function, logits.requires_grad_())
@@ -168,8 +168,8 @@ def test_scoring_equals_the_differentiable_entry_and_keeps_no_graph():
 
 def test_chunks_do_not_change_the_result():
     logits, target, *grads = case(33, 130)
-    whole = run(lambda x, y: local(x, y, chunk_tokens=1000), logits, target, *grads)
+    whole = run(lambda x, y: local(x, y, block_tokens=1000), logits, target, *grads)
     for chunk in (1, 2, 32, 33):
-        parts = run(lambda x, y, c=chunk: local(x, y, chunk_tokens=c), logits, target, *grads)
+        parts = run(lambda x, y, c=chunk: local(x, y, block_tokens=c), logits, target, *grads)
         for value, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)

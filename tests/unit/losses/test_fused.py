@@ -1,0 +1,306 @@
+"""The output layer fused with a loss over chunks against the unfused expression in dense float64."""
+
+import dense
+import pytest
+import torch
+from dense import KINDS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fire_megatron.losses import fused
+from fire_megatron.losses.divergences import build_divergence
+from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss, chunks
+from fire_megatron.losses.topk import TopK, top_k, topk_divergence
+from fire_megatron.losses.vocab_divergence import divergence
+from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
+
+TOKENS, COLUMNS, ROWS, HIDDEN = 23, 30, 37, 12
+LOSSES = ["divergence", "divergence over the logits", "topk_divergence", "log_prob_and_entropy"]
+CPU = torch.device("cpu")
+
+
+class Case:
+    """Hidden states, a weight of which the last rows are vocabulary padding, and every loss on its logits."""
+
+    def __init__(self, dtype=torch.float32, tokens=TOKENS):
+        generator = torch.Generator().manual_seed(tokens)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.hidden, self.weight = draw(tokens, HIDDEN).to(dtype), draw(ROWS, HIDDEN).to(dtype)
+        self.weight[COLUMNS:] = torch.nan  # must not be read
+        self.teacher, self.scale, self.entropy_scale = draw(tokens, COLUMNS).to(dtype), draw(tokens), draw(tokens)
+        self.target = torch.randint(COLUMNS, (tokens,), generator=generator)
+        ids = top_k(self.teacher.float(), 5, group=None, vocab_start=0).ids_TK
+        exact = dense.buckets(dense.log_softmax(self.teacher), ids)
+        self.top_k = TopK(ids, exact[:, :-1], exact[:, -1])
+        self.parts, self.shapes, self.with_grad = [], [], []
+
+    def token_loss(self, loss, kind="reverse_kl"):
+        """Of a chunk; reports the value and the number of each token."""
+        one_rank, built = {"group": None, "vocab_start": 0}, build_divergence(kind, **KINDS[kind])
+
+        def function(logits, part):
+            self.parts.append(part)
+            self.shapes.append(tuple(logits.shape))
+            self.with_grad.append(logits.requires_grad)
+            scale = self.scale[part].to(torch.promote_types(logits.dtype, torch.float32))
+            if loss == "topk_divergence":
+                value = topk_divergence(logits, self.top_k[part], divergence=built, **one_rank)
+            elif loss == "log_prob_and_entropy":
+                value, entropy = log_prob_and_entropy(logits, self.target[part], **one_rank)
+                value = value + entropy * self.entropy_scale[part].to(value.dtype)
+            else:
+                reuse = loss == "divergence over the logits"
+                value = divergence(logits, self.teacher[part], divergence=built, group=None, reuse_logits=reuse)
+            return (value * scale).sum(), torch.stack((value, torch.arange(len(self.scale))[part].to(value.dtype)))
+
+        return function
+
+    def dense_values(self, logits, loss, kind="reverse_kl"):
+        log_s = dense.log_softmax(logits)
+        if loss == "log_prob_and_entropy":
+            log_prob = log_s.gather(-1, self.target[:, None]).squeeze(-1)
+            return log_prob - (log_s.exp() * log_s).sum(-1) * self.entropy_scale
+        log_t = dense.log_softmax(self.teacher)
+        if loss == "topk_divergence":
+            log_s, log_t = dense.buckets(log_s, self.top_k.ids_TK), dense.buckets(log_t, self.top_k.ids_TK)
+        return dense.divergence(kind, log_s, log_t, **KINDS[kind])
+
+    def dense_run(self, loss, kind="reverse_kl"):
+        """Loss, values, and gradients of hidden states and weight, on full logits."""
+        hidden, weight = self.hidden.double().requires_grad_(), self.weight.double().requires_grad_()
+        values = self.dense_values(hidden @ weight[:COLUMNS].t(), loss, kind)
+        total = (values * self.scale).sum()
+        return total.detach(), values.detach(), *torch.autograd.grad(total, (hidden, weight))
+
+    def run(self, token_loss, upstream=1.0, **options):
+        """The same of ours, on what :func:`chunked_linear_loss` returns; the inputs stay as they are."""
+        hidden, weight = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
+        total, report = chunked_linear_loss(hidden, weight, token_loss, columns=COLUMNS, **options)
+        assert not report.requires_grad
+        total.backward(torch.tensor(upstream, dtype=total.dtype))
+        assert torch.equal(hidden.detach(), self.hidden)
+        assert torch.equal(weight.detach()[:COLUMNS], self.weight[:COLUMNS])
+        return total.detach(), report[0], hidden.grad, weight.grad
+
+
+@pytest.fixture(autouse=True)
+def tiles_that_do_not_divide(monkeypatch):
+    monkeypatch.setitem(fused._TILE_ELEMENTS, "cpu", 8 * HIDDEN)
+
+
+def sum_of_logits(logits, part):
+    return logits.float().sum(), torch.zeros(1, len(logits))
+
+
+def far(ours, expected):
+    """Relative distance of two tensors as a whole."""
+    return ((ours.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("chunk", [0, 1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equals_the_unfused_loss(loss, chunk, dtype):
+    case = Case(dtype)
+    total, values, of_hidden, of_weight = case.run(case.token_loss(loss), chunk_tokens=chunk)
+    expected = case.dense_run(loss)
+    full = torch.float64 if dtype is torch.float64 else torch.float32
+    assert [x.dtype for x in (total, values, of_hidden, of_weight)] == [full, full, dtype, dtype]
+    # In bfloat16 only the result is rounded: logits, and the gradient that is written over them, are of float32.
+    exact = 1e-13 if dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(total.double(), expected[0], rtol=exact, atol=exact)
+    torch.testing.assert_close(values.double(), expected[1], rtol=exact, atol=exact)
+    rounding = max(exact, torch.finfo(dtype).eps * 0.51)
+    torch.testing.assert_close(of_hidden.double(), expected[2], rtol=rounding, atol=exact)
+    torch.testing.assert_close(of_weight.double()[:COLUMNS], expected[3][:COLUMNS], rtol=rounding, atol=exact)
+    assert torch.equal(of_weight[COLUMNS:], torch.zeros(ROWS - COLUMNS, HIDDEN, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", LOSSES[:3])
+def test_every_divergence_equals_the_unfused_one(kind, loss):
+    case = Case(torch.float64)
+    total, values, of_hidden, of_weight = case.run(case.token_loss(loss, kind), chunk_tokens=5)
+    expected = case.dense_run(loss, kind)
+    expected = (*expected[:3], expected[3][:COLUMNS])
+    for ours, reference in zip((total, values, of_hidden, of_weight[:COLUMNS]), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+
+
+# The dtype of the weight, as on a GPU; and products narrower than the weight, cut into tiles.
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_bfloat16(loss, dtype):
+    case = Case(dtype)
+    dtypes = set()
+
+    def token_loss(logits, part):
+        dtypes.add(logits.dtype)
+        return case.token_loss(loss)(logits, part)
+
+    ours = case.run(token_loss, chunk_tokens=4, product_dtype=torch.bfloat16)
+    expected = case.dense_run(loss)
+    assert dtypes == {torch.bfloat16} and ours[0].dtype == torch.float32 and ours[3].dtype == dtype
+    assert abs(ours[0] - expected[0]) < 0.01 * (expected[1] * case.scale).abs().sum()
+    assert far(ours[1], expected[1]) < 0.01
+    assert far(ours[2], expected[2]) < 0.01 and far(ours[3][:COLUMNS], expected[3][:COLUMNS]) < 0.01
+    assert torch.equal(ours[3][COLUMNS:], torch.zeros(ROWS - COLUMNS, HIDDEN, dtype=dtype))
+
+
+def test_bfloat16_weight_gradients_of_many_chunks_add_up_in_float32():
+    # Each chunk adds 2^-9 of the sum, which bfloat16 would lose.
+    hidden = torch.full((1024, 2), 2.0**-9, dtype=torch.bfloat16)
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    for product in (None, torch.bfloat16):
+        total, _ = chunked_linear_loss(hidden, weight, sum_of_logits, chunk_tokens=1, product_dtype=product)
+        (gradient,) = torch.autograd.grad(total, weight)
+        assert torch.equal(gradient, torch.full((3, 2), 2.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("segments", [(), (5, 0, 11, 7), (1, 1, 21), (0, 23)])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_no_chunk_crosses_a_segment_and_reports_are_in_order(segments, chunk):
+    case = Case(torch.float64)
+    hidden = case.hidden.requires_grad_()
+    token_loss = case.token_loss("divergence")
+    total, report = chunked_linear_loss(
+        hidden, case.weight, token_loss, columns=COLUMNS, segments=segments, chunk_tokens=chunk
+    )
+    assert [index for part in case.parts for index in range(TOKENS)[part]] == list(range(TOKENS))
+    borders = {sum(segments[:count]) for count in range(len(segments))}
+    assert not any(border in range(part.start + 1, part.stop) for part in case.parts for border in borders)
+    assert max(part.stop - part.start for part in case.parts) <= (chunk or TOKENS)
+    expected = case.dense_run("divergence")
+    torch.testing.assert_close(report, torch.stack((expected[1], torch.arange(TOKENS).double())))
+    torch.testing.assert_close(total, expected[0])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("segments", [(), (0, 0)])
+def test_no_tokens(loss, segments):
+    case = Case(tokens=0)
+    total, values, of_hidden, of_weight = case.run(case.token_loss(loss), segments=segments)
+    assert case.shapes == [(0, COLUMNS)] and case.parts == [slice(0, 0)]
+    assert total == 0 and values.shape == (0,) and of_hidden.shape == (0, HIDDEN)
+    assert torch.equal(of_weight, torch.zeros(ROWS, HIDDEN))
+
+
+def test_no_columns():
+    case = Case()
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    total, _ = chunked_linear_loss(hidden, weight, sum_of_logits, columns=0, chunk_tokens=4)
+    total.backward()
+    assert torch.equal(hidden.grad, torch.zeros(TOKENS, HIDDEN))
+    assert torch.equal(weight.grad, torch.zeros(ROWS, HIDDEN))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_in_float64(loss):
+    case = Case(torch.float64, tokens=5)
+
+    def function(hidden, weight):
+        return chunked_linear_loss(hidden, weight, case.token_loss(loss), chunk_tokens=2)[0]
+
+    inputs = [x[:, :3].clone().requires_grad_() for x in (case.hidden, case.weight[:COLUMNS])]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upstream", [1.0, -2.0, 1 / 3, 0.0, 2.0**17])
+def test_the_upstream_gradient_scales_and_is_not_rounded(dtype, upstream):
+    case = Case(dtype)
+    case.scale *= 2.0**-12  # in float16 neither overflows
+    plain = case.run(case.token_loss("divergence"))
+    scaled = case.run(case.token_loss("divergence"), upstream=upstream)
+    assert torch.equal(plain[0], scaled[0])
+    for ours, one in zip(scaled[2:], plain[2:], strict=True):
+        assert one.any() and torch.equal(ours, (one.float() * torch.tensor(upstream)).to(dtype))
+
+
+def test_backward_a_second_time_adds_the_same_gradient():
+    case = Case()
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    total, _ = chunked_linear_loss(hidden, weight, case.token_loss("divergence"), columns=COLUMNS)
+    total.backward(retain_graph=True)
+    once = hidden.grad.clone(), weight.grad.clone()
+    total.backward()
+    assert torch.equal(hidden.grad, 2 * once[0]) and torch.equal(weight.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_grad_no_gradient_is_computed(loss):
+    case = Case()
+    expected = case.run(case.token_loss(loss), chunk_tokens=4)
+    assert all(case.with_grad)
+    case.with_grad.clear()
+    with torch.no_grad(), dense.Allocations() as made:
+        hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+        total, report = chunked_linear_loss(hidden, weight, case.token_loss(loss), columns=COLUMNS, chunk_tokens=4)
+    assert case.with_grad == [False] * 6 and not total.requires_grad
+    assert max(made.sizes) == 4 * COLUMNS  # and not [V, H] or [N, H]
+    torch.testing.assert_close(total, expected[0])
+    torch.testing.assert_close(report[0], expected[1])
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight"])
+def test_only_the_gradient_that_is_needed_is_computed(wanted, monkeypatch):
+    case = Case()
+    *_, of_hidden, of_weight = case.run(case.token_loss("divergence"), chunk_tokens=4)
+    unwanted = {"hidden": "add_weight_gradient", "weight": "hidden_gradient"}[wanted]
+    monkeypatch.setattr(OutputLayer, unwanted, lambda *_: pytest.fail(f"{unwanted} was called"))
+    getattr(case, wanted).requires_grad_()
+    token_loss = case.token_loss("divergence")
+    total, _ = chunked_linear_loss(case.hidden, case.weight, token_loss, columns=COLUMNS, chunk_tokens=4)
+    total.backward()
+    assert torch.equal(getattr(case, wanted).grad, {"hidden": of_hidden, "weight": of_weight}[wanted])
+    assert (case.weight if wanted == "hidden" else case.hidden).grad is None
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_logits_never_exist(loss, dtype):
+    case = Case(dtype, tokens=160)
+    with dense.Allocations() as made:
+        case.run(case.token_loss(loss), chunk_tokens=16)
+    assert set(case.shapes) == {(16, COLUMNS)}
+    # A tenth of them, or the hidden states' gradient.
+    assert max(made.sizes) == max(16 * COLUMNS, 160 * HIDDEN) < 160 * COLUMNS
+
+
+def test_an_output_layer_projects_into_memory_that_it_takes_again():
+    case = Case(torch.bfloat16)
+    layer = OutputLayer(case.weight, COLUMNS)
+    first = layer.logits(case.hidden[:7])
+    expected = case.hidden.double() @ case.weight[:COLUMNS].double().t()
+    assert first.dtype == torch.float32 and not first.requires_grad
+    torch.testing.assert_close(first.double(), expected[:7], rtol=1e-5, atol=1e-5)
+    second = layer.logits(case.hidden[7:12])
+    torch.testing.assert_close(second.double(), expected[7:12], rtol=1e-5, atol=1e-5)
+    assert second.data_ptr() == first.data_ptr()
+    layer.release()
+    third = layer.logits(case.hidden)
+    torch.testing.assert_close(third.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 60), max_size=5), st.integers(0, 20), st.integers(0, 2**28))
+def test_chunks_cover_all_tokens_in_order_within_their_segments(segments, most, columns):
+    slices = chunks(sum(segments), columns, CPU, most, segments)
+    assert [index for part in slices for index in range(part.start, part.stop)] == list(range(sum(segments)))
+    lengths = [part.stop - part.start for part in slices]
+    assert all(0 < length <= (most or sum(segments)) for length in lengths)
+    assert all(length == 1 or length * columns <= fused._CHUNK["cpu"][0] for length in lengths if not most)
+    for last in range(len(segments)):
+        first, border = sum(segments[:last]), sum(segments[: last + 1])
+        inside = [part for part in slices if first <= part.start < border]
+        assert all(part.stop <= border for part in inside)
+        within = {part.stop - part.start for part in inside}
+        assert not within or max(within) - min(within) <= 1  # as even as they can be
+        assert not most or len(inside) == -(-(border - first) // most)
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_chunks_without_segments_are_those_of_one(tokens, most):
+    assert chunks(tokens, 100, CPU, most) == chunks(tokens, 100, CPU, most, [tokens])

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-TRAIN, HELD_OUT = 200, 16
+TRAIN, HELD_OUT, MIXED = 200, 16, 40
 # Numbers: d is small, c is a multiple of d, e is less than c, a and b are of middle size.
 MATH = (
     "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
@@ -87,19 +87,27 @@ def distinct_prompts(templates: tuple[str, ...], count: int, seed: int) -> list[
     return list(prompts)[:count]
 
 
+def _write(path: Path, prompts: list[str], label: str | dict[str, float]) -> None:
+    lines = (json.dumps({"problem": text, "label": label}) + "\n" for text in prompts)
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"wrote {path}: {len(prompts)} prompts")
+
+
 def main() -> None:
-    """Write the four files."""
+    """Write the five files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for seed, (label, templates) in enumerate((("math", MATH), ("code", CODE))):
         prompts = distinct_prompts(templates, TRAIN + HELD_OUT, seed)
-        for name, part in ((label, prompts[:TRAIN]), (f"heldout_{label}", prompts[TRAIN:])):
-            path = args.out / f"{name}.jsonl"
-            lines = (json.dumps({"problem": text, "label": label}) + "\n" for text in part)
-            path.write_text("".join(lines), encoding="utf-8")
-            print(f"wrote {path}: {len(part)} prompts")
+        _write(args.out / f"{label}.jsonl", prompts[:TRAIN], label)
+        _write(args.out / f"heldout_{label}.jsonl", prompts[TRAIN:], label)
+    problems = distinct_prompts(MATH, MIXED, seed=2)
+    both = {"math": 0.5, "code": 0.5}
+    _write(
+        args.out / "mixed.jsonl", [f"Write a Python program that prints the answer. {text}" for text in problems], both
+    )
 
 
 if __name__ == "__main__":

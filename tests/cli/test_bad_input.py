@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY
+from models import VOCABULARY, save_megatron
 from tiny_run import make_inputs, tiny_recipe, write_prompts, write_recipe
 
 from fire_megatron.cli.train import main
@@ -353,9 +353,51 @@ def unknown_family(box):
     change_json(box.names["folder"] / "config.json", model_type="mamba")
 
 
-@case("teachers.code.checkpoint", "vocabulary of 302", f"one of {VOCABULARY}", "share one")
-def vocabularies_differ(box):
-    change_json(box.copy("code") / "config.json", vocab_size=VOCABULARY + 1)
+@case("teachers.code.checkpoint", "vocabulary of 300", f"tokenizer's {VOCABULARY} tokens", "share one")
+def vocabulary_smaller_than_the_tokenizer(box):
+    box.section("code")["checkpoint"] = str(box.folder / "small")
+    save_megatron("llama", box.folder / "small", num_hidden_layers=2, vocab_size=VOCABULARY - 1)
+
+
+@case("loss.top_k", "302 exceeds the vocabulary of 301")
+def more_top_k_than_vocabulary(box):
+    box.recipe["loss"] = {"estimator": "topk", "top_k": 302}
+
+
+@case("loss.estimator", "topk takes one teacher a row", "1 rows name several", "code+math", "use full")
+def mixture_with_topk(box):
+    box.recipe["loss"] = {"estimator": "topk"}
+    box.prompts(json.dumps({"problem": "w7", "label": {"math": 1, "code": 3}}))
+
+
+@case("loss.student_temperature", "2.0 has no effect with estimator sampled")
+def temperature_of_sampled(box):
+    box.recipe["loss"] = {"student_temperature": 2.0}
+
+
+@case("loss.divergence", "'kl'", "one of reverse_kl, forward_kl")
+def unknown_divergence(box):
+    box.recipe["loss"] = {"estimator": "full", "divergence": "kl"}
+
+
+@case("loss.beta", "1.0 is not allowed", "above 0 and below 1")
+def beta_at_its_limit(box):
+    box.recipe["loss"] = {"estimator": "full", "divergence": "jensen_shannon", "beta": 1.0}
+
+
+@case("prompts.jsonl:1", "label 'cod' has no teacher")
+def mixture_of_a_label_without_a_teacher(box):
+    box.prompts(json.dumps({"problem": "w7", "label": {"math": 1, "cod": 3}}))
+
+
+@case("prompts.jsonl:1", "'label.math' is -1", "number of at least 0")
+def mixture_with_a_negative_weight(box):
+    box.prompts(json.dumps({"problem": "w7", "label": {"math": -1, "code": 3}}))
+
+
+@case("prompts.jsonl:1", "at least one label needs a weight above 0")
+def mixture_of_nothing(box):
+    box.prompts(json.dumps({"problem": "w7", "label": {"math": 0}}))
 
 
 @case("teachers.code.checkpoint", "tokenizer differs from the student's")

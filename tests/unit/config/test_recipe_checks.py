@@ -94,10 +94,6 @@ def _experts(values: Values) -> None:
     values["student"]["parallel"] = {"expert": 2}
 
 
-def _vocabulary(values: Values) -> None:
-    set_model(values, "code", vocab_size=300)
-
-
 def _positions(values: Values) -> None:
     set_model(values, "math", max_position_embeddings=1039)
 
@@ -168,7 +164,6 @@ def _home_folder(values: Values) -> None:
         (_sequence, "student.parallel.sequence: true needs parallel.tensor above 1"),
         (_stages, "student.parallel.pipeline: 5 stages for a model of 4 layers; lower it"),
         (_experts, "student.parallel.expert: 2, but the model has no experts; leave it 1"),
-        (_vocabulary, "has a vocabulary of 300, the student one of 256; teachers and student must share one"),
         (_positions, "rollout.max_new_tokens: 16 after prompts of up to 1024 tokens (data.max_prompt_tokens) exceeds"),
         (_evaluation_positions, "evaluation.max_new_tokens: 1025 after prompts"),
         (_te_on_cpu, "teachers.math.layer_spec: te needs CUDA and run.device is cpu; use auto or local"),
@@ -258,7 +253,7 @@ def test_a_folder_that_is_not_writable_even_for_root(
 
 
 def test_all_problems_are_listed_together(values: Values) -> None:
-    for spoil in (_two_teachers_one_label, _missing_prompts, _heads, _vocabulary, _mini_batches):
+    for spoil in (_two_teachers_one_label, _missing_prompts, _heads, _positions, _mini_batches):
         spoil(values)
     message = complaint(values, world_size=4)
     assert message.startswith("6 problems in the recipe:\n  - ")

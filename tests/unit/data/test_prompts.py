@@ -63,6 +63,21 @@ def test_label_key_reaches_into_nested_objects(read, extra, key):
     assert read([ROW | extra], label_key=key)[0][0].label == "code"
 
 
+def test_a_row_may_name_several_labels_with_weights(read):
+    rows = [ROW | {"label": label} for label in ({"math": 3, "code": 1}, {"code": 2.0, "math": 0}, {"math": 0.5})]
+    prompts, report = read(rows)
+    assert [(p.label, p.mixture) for p in prompts] == [
+        ("code+math", (("code", 0.25), ("math", 0.75))), ("code", ()), ("math", ()),
+    ]  # fmt: skip
+    assert [p.shares for p in prompts[1:]] == [(("code", 1.0),), (("math", 1.0),)]
+    assert report.by_label == {"code+math": 1, "code": 1, "math": 1}
+
+
+def test_weights_of_a_mixture_change_the_fingerprint(read):
+    marks = {fingerprint(read([ROW | {"label": {"math": w, "code": 1}}])[0]) for w in (1, 2)}
+    assert len(marks) == 2
+
+
 def test_several_sources_are_numbered_through(tmp_path, plain_tokenizer):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW))

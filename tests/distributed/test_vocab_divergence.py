@@ -1,0 +1,328 @@
+"""Divergences, top-k and the fused output layer with the vocabulary sharded over ranks equal the unsharded ones."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from dense import KINDS, overwritten, value_and_gradient
+
+from fire_megatron.losses import softmax
+from fire_megatron.losses.divergences import build_divergence
+from fire_megatron.losses.fused import chunked_linear_loss
+from fire_megatron.losses.topk import top_k, topk_divergence
+from fire_megatron.losses.vocab_divergence import divergence
+from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
+
+VOCABULARY, REAL = 96, 6
+LAYOUTS = ["even", "padded", "cut", "uneven"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture
+def group(subgroup, world_size):
+    return subgroup(world_size)
+
+
+def borders(layout, size):
+    """Where the shards of a layout begin, and the end. Of what is padded or cut, whole shards have no real column."""
+    if layout == "uneven":
+        return [0, 1, 96] if size == 2 else [0, 1, 1, 60, 96]
+    even = [VOCABULARY * rank // size for rank in range(size + 1)]
+    return [min(border, REAL) for border in even] if layout == "cut" else even
+
+
+def shard(logits, layout, group):
+    """This rank's columns and the first one's id."""
+    start, stop = borders(layout, group.size())[group.rank() :][:2]
+    return logits[:, start:stop], start
+
+
+def draw(tokens, layout="even", dtype=torch.float32, models=2, scale=3.0):
+    """The same on every rank: logits of the student and its teachers, and output gradients."""
+    generator = torch.Generator().manual_seed(tokens)
+    logits = torch.randn(models, tokens, VOCABULARY, generator=generator).mul_(scale).to(dtype)
+    if layout == "cut":
+        logits = logits[..., :REAL]
+    elif layout == "padded":
+        logits[..., REAL:] = -torch.inf
+    return (*logits.unbind(), torch.randn(tokens, generator=generator))
+
+
+def draw_weights(tokens, teachers):
+    weights = torch.rand(tokens, teachers, generator=torch.Generator().manual_seed(tokens)).add_(0.05)
+    weights[:teachers] = torch.eye(teachers)[:tokens]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def of(kind, teachers, group=None, **options):
+    built = build_divergence(kind, **KINDS[kind])
+    return lambda logits: divergence(logits, teachers, divergence=built, group=group, **options)
+
+
+def of_topk(kind, teacher, group=None, vocab_start=0, **options):
+    built = build_divergence(kind, **KINDS[kind])
+    shard_options = {"group": group, "vocab_start": vocab_start}
+    return lambda logits: topk_divergence(logits, teacher, divergence=built, **shard_options, **options)
+
+
+def same_on_all_ranks(values, group):
+    gathered = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(gathered, values.contiguous(), group=group)
+    return all(torch.equal(value, values) for value in gathered)
+
+
+def same(ours, whole, layout, group):
+    """Values on all ranks and this shard of the gradient, against those of the whole vocabulary in float64."""
+    assert same_on_all_ranks(ours[0], group)
+    exact, rounding = 1e-12, 1e-12
+    if ours[1].dtype is not torch.float64:
+        exact, rounding = 1e-5, max(1e-5, torch.finfo(ours[1].dtype).eps)
+    # A gradient is the difference of two terms of the size of the value.
+    close = 0.2 * exact * max(1, whole[0].max().item() / 10)
+    torch.testing.assert_close(ours[0].double(), whole[0], rtol=exact, atol=0.2 * exact)
+    torch.testing.assert_close(ours[1].double(), shard(whole[1], layout, group)[0], rtol=rounding, atol=close)
+
+
+@every_kind
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equals_unsharded(group, kind, layout, dtype):
+    student, teacher, grad = draw(9, layout, dtype)
+    mine, theirs = (shard(x, layout, group)[0] for x in (student, teacher))
+    whole = value_and_gradient(of(kind, teacher.double()), student.double(), grad)
+    ours = value_and_gradient(of(kind, theirs, group, block_tokens=4), mine, grad)
+    assert ours[1].dtype == dtype and ours[1].isfinite().all()
+    same(ours, whole, layout, group)
+
+
+# Below 1 the distance of an empty shard's peak from the others' overflows.
+@every_kind
+@every_layout
+@pytest.mark.parametrize("temperature", [0.4, 2.0])
+def test_equals_unsharded_at_a_temperature(group, kind, layout, temperature):
+    student, teacher, grad = draw(9, layout, scale=1.0)
+    mine, theirs = (shard(x, layout, group)[0] for x in (student, teacher))
+    options = {"temperature": temperature, "teacher_temperature": 0.8 * temperature}
+    whole = value_and_gradient(of(kind, teacher.double(), **options), student.double(), grad)
+    same(value_and_gradient(of(kind, theirs, group, **options), mine, grad), whole, layout, group)
+    options |= {"reuse_logits": True, "block_tokens": 4}
+    same(overwritten(of(kind, theirs, group, **options), mine, grad), whole, layout, group)
+
+
+@every_kind
+@every_layout
+@pytest.mark.parametrize("mixture", ["distributions", "log_probs"])
+def test_mixtures_equal_unsharded(group, kind, layout, mixture):
+    student, *teachers, grad = draw(9, layout, models=4)
+    mine, *theirs = (shard(x, layout, group)[0] for x in (student, *teachers))
+    options = {"mixture": mixture, "teacher_temperature": 0.7, "weight_TK": draw_weights(9, 3)}
+    doubles = [x.double() for x in teachers]
+    whole = value_and_gradient(of(kind, doubles, **options), student.double(), grad)
+    same(value_and_gradient(of(kind, theirs, group, block_tokens=4, **options), mine, grad), whole, layout, group)
+    options |= {"reuse_logits": True, "block_tokens": 4}
+    same(overwritten(of(kind, theirs, group, **options), mine, grad), whole, layout, group)
+
+
+@every_kind
+@every_layout
+def test_a_float64_teacher_beside_a_float32_student(group, kind, layout):
+    student, teacher, grad = draw(9, layout)
+    mine, theirs = (shard(x, layout, group)[0] for x in (student, teacher.double()))
+    whole = value_and_gradient(of(kind, teacher.double()), student.double(), grad)
+    same(value_and_gradient(of(kind, theirs, group), mine, grad), whole, layout, group)
+
+
+@every_kind
+@pytest.mark.parametrize("reuse", [False, True])
+def test_masked_tokens_are_exactly_zero_whatever_they_hold(group, kind, reuse):
+    student, teacher, grad = draw(9)
+    mask = torch.arange(9) % 3 > 0
+    whole = value_and_gradient(of(kind, teacher.double(), mask_T=mask), student.double(), grad)
+    student[0], teacher[3, 5], student[6, 90] = torch.nan, torch.inf, torch.nan
+    mine, theirs = (shard(x, "even", group)[0] for x in (student, teacher))
+    run = overwritten if reuse else value_and_gradient
+    ours = run(of(kind, theirs, group, mask_T=mask, reuse_logits=reuse, block_tokens=4), mine, grad)
+    same(ours, whole, "even", group)
+    assert all(torch.equal(x[~mask], torch.zeros_like(x[~mask])) for x in ours)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits(group, kind, dtype):
+    # Shard peaks are 2e4 apart, so that most shards' sums rescale to nothing.
+    student, teacher, _ = draw(12, "even", dtype)
+    student[:4, :48], student[2:6, 0], teacher[4:8, 48:], teacher[6:10, 95] = -1e4, 1e4, -1e4, 1e4
+    grad = torch.ones(12)
+    mine, theirs = (shard(x, "even", group)[0] for x in (student, teacher))
+    whole = value_and_gradient(of(kind, teacher.double()), student.double(), grad)
+    listed = top_k(teacher, 7, group=None, vocab_start=0)
+    on_topk = value_and_gradient(of_topk(kind, listed), student.double(), grad)
+    start = shard(student, "even", group)[1]
+    for ours, expected in (
+        (value_and_gradient(of(kind, theirs, group), mine, grad), whole),
+        (overwritten(of(kind, theirs, group, reuse_logits=True, block_tokens=5), mine, grad), whole),
+        (value_and_gradient(of_topk(kind, listed, group, start), mine, grad), on_topk),
+    ):
+        assert all(x.isfinite().all() for x in ours)
+        same(ours, expected, "even", group)
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_top_k_is_the_same_however_the_vocabulary_is_sharded(group, layout, dtype, temperature):
+    _, logits, _ = draw(33, layout, dtype)
+    logits[:11] = logits[:11].round()  # with many equals
+    logits[:2, : REAL if layout == "padded" else None] = 0
+    mine, start = shard(logits, layout, group)
+    for k in (1, 5, REAL if layout in ("cut", "padded") else VOCABULARY):
+        whole = top_k(logits, k, group=None, vocab_start=0, temperature=temperature)
+        ours = top_k(mine, k, group=group, vocab_start=start, temperature=temperature, block_tokens=4)
+        assert torch.equal(ours.ids_TK, whole.ids_TK) and same_on_all_ranks(ours.ids_TK, group)
+        for name in ("log_prob_TK", "tail_log_prob_T"):
+            assert same_on_all_ranks(getattr(ours, name), group)
+            torch.testing.assert_close(getattr(ours, name), getattr(whole, name), rtol=2e-6, atol=2e-6)
+
+
+def test_a_tail_far_below_float32_keeps_its_logarithm(group):
+    logits = torch.full((2, VOCABULARY), -1e4)
+    logits[0, 3] = logits[1, 95] = 1e4
+    mine, start = shard(logits, "uneven", group)
+    found = top_k(mine, 1, group=group, vocab_start=start)
+    assert found.ids_TK.tolist() == [[3], [95]] and torch.equal(found.log_prob_TK, torch.zeros(2, 1))
+    torch.testing.assert_close(found.tail_log_prob_T, torch.full((2,), -2e4 + torch.tensor(95.0).log().item()))
+
+
+@every_kind
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_topk_divergence_equals_unsharded(group, kind, layout, dtype):
+    student, teacher, grad = draw(9, layout, dtype)
+    mine, start = shard(student, layout, group)
+    options = {"temperature": 0.7, "mask_T": torch.arange(9) % 3 > 0}
+    for k in (1, 5, REAL if layout in ("cut", "padded") else VOCABULARY):
+        listed = top_k(teacher.float(), k, group=None, vocab_start=0)
+        whole = value_and_gradient(of_topk(kind, listed, **options), student.double(), grad)
+        ours = value_and_gradient(of_topk(kind, listed, group, start, block_tokens=4, **options), mine, grad)
+        assert ours[1].dtype == dtype
+        same(ours, whole, layout, group)
+    ours = overwritten(of_topk(kind, listed, group, start, reuse_logits=True, **options), mine, grad)
+    same(ours, whole, layout, group)
+
+
+@pytest.fixture
+def collectives(monkeypatch):
+    """Names of the collectives that are called."""
+    calls = []
+
+    def counted(name, real):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "barrier"):
+        monkeypatch.setattr(dist, name, counted(name, getattr(dist, name)))
+    return calls
+
+
+@pytest.mark.parametrize("tokens", [0, 33])
+@pytest.mark.parametrize("models", [2, 4])
+def test_two_collectives_forward_and_none_backward(group, collectives, tokens, models):
+    student, *teachers, grad = draw(tokens, models=models)
+    mine, *theirs = (shard(x, "even", group)[0].clone() for x in (student, *teachers))
+    weights = draw_weights(tokens, models - 1)
+    start = shard(student, "even", group)[1]
+
+    def count(value):
+        forward = list(collectives)
+        value.backward(grad)
+        assert collectives == forward and mine.grad.shape == mine.shape
+        collectives.clear()
+        return forward
+
+    mine.requires_grad_()
+    for mixture in ("distributions", "log_probs"):
+        options = {"weight_TK": weights, "mixture": mixture, "block_tokens": 4}
+        assert count(of("reverse_kl", theirs, group, **options)(mine)) == ["all_gather", "all_reduce"]
+    listed = top_k(theirs[0], 5, group=group, vocab_start=start, block_tokens=4)
+    assert collectives == ["all_gather", "all_gather"]
+    collectives.clear()
+    assert count(of_topk("forward_kl", listed, group, start, block_tokens=4)(mine)) == ["all_gather", "all_reduce"]
+
+
+def test_logits_that_are_reused_take_two_collectives_a_block(group, collectives):
+    student, teacher, _ = draw(33)
+    mine, theirs = (shard(x, "even", group)[0].clone() for x in (student, teacher))
+    value = of("reverse_kl", theirs, group, reuse_logits=True, block_tokens=11)(mine.requires_grad_())
+    assert collectives == ["all_gather", "all_reduce"] * 3
+    value.sum().backward()
+    assert len(collectives) == 6
+
+
+@every_kind
+def test_the_ranks_of_a_group_need_not_be_those_of_the_world(subgroup, kind):
+    group = subgroup(2)
+    student, teacher, grad = (x + dist.get_rank() // 2 for x in draw(9))  # each group has its own
+    mine, theirs = (shard(x, "even", group)[0] for x in (student, teacher))
+    whole = value_and_gradient(of(kind, teacher.double()), student.double(), grad)
+    same(value_and_gradient(of(kind, theirs, group), mine, grad), whole, "even", group)
+
+
+# Of the weight's rows only 40 stand for a token: the last shard has none.
+@pytest.mark.parametrize("loss", ["divergence", "divergence over the logits", "topk_divergence", "log_prob"])
+def test_the_fused_output_layer_equals_unsharded(group, loss):
+    tokens, hidden_size, real = 23, 8, 40
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, tokens, hidden_size, generator=generator).unbind()
+    weight, teacher_weight = torch.randn(2, VOCABULARY, hidden_size, generator=generator).unbind()
+    target, scale = torch.randint(real, (tokens,), generator=generator), torch.randn(tokens, generator=generator)
+    listed = top_k(teacher_hidden @ teacher_weight[:real].t(), 5, group=None, vocab_start=0)
+
+    def run(dtype, rows, columns, group):
+        here = {"group": group, "vocab_start": rows.start}
+        theirs = teacher_hidden.to(dtype) @ teacher_weight[rows][:columns].to(dtype).t()
+
+        def token_loss(logits, part):
+            if loss == "log_prob":
+                log_prob, entropy = log_prob_and_entropy(logits, target[part], **here)
+                value = log_prob + 0.1 * entropy
+            elif loss == "topk_divergence":
+                value = of_topk("jensen_shannon", listed[part], **here)(logits)
+            else:
+                options = {"reuse_logits": True, "block_tokens": 3} if "over" in loss else {}
+                value = of("jensen_shannon", theirs[part], group, **options)(logits)
+            return (value * scale[part]).sum(), value.detach()[None]
+
+        inputs = hidden.to(dtype).requires_grad_(), weight[rows].to(dtype).requires_grad_()
+        options = {"columns": columns, "segments": [9, 0, 14], "chunk_tokens": 5}
+        total, report = chunked_linear_loss(*inputs, token_loss, **options)
+        return total.detach(), report, *torch.autograd.grad(total, inputs)
+
+    rows = slice(*(VOCABULARY * rank // group.size() for rank in (group.rank(), group.rank() + 1)))
+    whole = run(torch.float64, slice(0, VOCABULARY), real, None)
+    columns = min(max(real - rows.start, 0), rows.stop - rows.start)
+    total, report, of_hidden, of_weight = run(torch.float32, rows, columns, group)
+    assert same_on_all_ranks(total, group) and same_on_all_ranks(report, group)
+    dist.all_reduce(of_hidden, group=group)
+    expected = whole[0], whole[1], whole[2], whole[3][rows]
+    for ours, reference in zip((total, report, of_hidden, of_weight), expected, strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-5)
+    assert torch.equal(of_weight[columns:], torch.zeros(rows.stop - rows.start - columns, hidden_size))
+
+
+def test_ranks_with_shards_of_different_widths_communicate_alike(group, monkeypatch):
+    # Were it not so, they would wait for each other: the collectives are only counted.
+    student, teacher, _ = draw(33)
+    mine, theirs = (shard(x, "uneven", group)[0].clone() for x in (student, teacher))
+    called = []
+    with monkeypatch.context() as patch:
+        patch.setitem(softmax._BLOCK_ELEMENTS, "cpu", 4 * VOCABULARY)
+        patch.setattr(dist, "all_reduce", lambda *_, **__: called.append("all_reduce"))
+        patch.setattr(
+            dist, "all_gather", lambda into, x, **_: (called.append("all_gather"), [y.copy_(x) for y in into])
+        )
+        for reuse in (False, True):
+            of("reverse_kl", theirs, group, reuse_logits=reuse)(mine.requires_grad_())
+    assert same_on_all_ranks(torch.tensor(len(called)), group)

@@ -14,8 +14,8 @@ random numbers:
 
 Seconds are those of forward and backward, the best of the rounds. Memory is the peak of the resident set above what
 the inputs take; it includes the gradients. It is measured in a process of its own, with the allocator's defaults: for
-the seconds, freed memory stays with the process, as platform/ arranges for a run. The sizes are those of real pairs: SmolLM2-360M
-with SmolLM2-1.7B (vocabulary 49152, hidden 960 and 2048), Qwen3-0.6B with Qwen3-4B (151936, 1024 and 2560).
+the seconds, freed memory stays with the process, as platform/ arranges for a run. The sizes are those of real pairs:
+SmolLM2-360M with SmolLM2-1.7B (vocabulary 49152, hidden 960 and 2048), Qwen3-0.6B with Qwen3-4B (151936, 1024 and 2560).
 `--peer-python` needs `pip install torch==2.13.0 trl==1.16.0`.
 """
 

@@ -14,22 +14,25 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-_BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 """Logits whose full-precision copies exist at a time: what stays in a core's cache, or what fills a GPU."""
 
 FLOOR = -1e30
 """Stands for the log of 0, so that ``0 * log 0`` is 0 and ``log 0 - log 0`` is not NaN."""
 
 
+def default_block(columns: int, device: torch.device) -> int:
+    """Tokens of a block of so many columns."""
+    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // max(columns, 1))
+
+
 def blocks(logits_TV: torch.Tensor, block_tokens: int | None, span: slice | None = None) -> Iterator[slice]:
     """Slices of the tokens (of ``span``, if given), cut so that a block's full-precision copies are small."""
     first, last = (0, len(logits_TV)) if span is None else (span.start, span.stop)
-    if block_tokens is None:
-        elements = _BLOCK_ELEMENTS.get(logits_TV.device.type, _BLOCK_ELEMENTS["cuda"])
-        block_tokens = max(1, elements // max(logits_TV.shape[-1], 1))
-    assert block_tokens > 0, block_tokens
-    for start in range(first, last, block_tokens):
-        yield slice(start, min(start + block_tokens, last))
+    step = default_block(logits_TV.shape[-1], logits_TV.device) if block_tokens is None else block_tokens
+    assert step > 0, step
+    for start in range(first, last, step):
+        yield slice(start, min(start + step, last))
 
 
 def compute_dtype(logits: torch.Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from fire_megatron.losses.divergences import Divergence
 from fire_megatron.losses.estimators import SampledLoss
 from fire_megatron.losses.fused import OutputLayer, TokenLoss
 from fire_megatron.losses.reduction import token_mean
+from fire_megatron.losses.softmax import default_block
 from fire_megatron.losses.topk import TopK, topk_divergence
 from fire_megatron.losses.vocab_divergence import divergence
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
@@ -33,6 +34,8 @@ class Shard:
     """The ranks that hold the other parts; None when there are none."""
     vocab_start: int
     """Vocabulary id of the first column."""
+    width: int
+    """Columns of every rank's part, padding included: what the ranks cut alike by."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def full_loss(
             mixture=settings.mixture,
             temperature=settings.temperature,
             teacher_temperature=settings.teacher_temperature,
+            block_tokens=default_block(shard.width, logits_CV.device),
             reuse_logits=True,
         )
         return _weighted(value_C, weight_N[part], tokens)

@@ -149,7 +149,7 @@ def topk_divergence(
 ) -> torch.Tensor:
     """Divergence over the teacher's top-k tokens and the rest, differentiable with respect to the student's logits.
 
-    Collectives: one all-gather of four numbers a token, one all-reduce of K; none in backward. Saved for backward:
+    Collectives: one all-gather of four numbers a token, one all-reduce of K + 1; none in backward. Saved for backward:
     the logits given and, per token, peak, log-sum and K + 1 numbers of the buckets. Extra memory: the float32 copies
     of one block, and in backward the gradient.
 
@@ -158,12 +158,13 @@ def topk_divergence(
         teacher: the teacher's, the same on every rank of the group; from :func:`top_k`, which has applied its
             temperature.
         vocab_start: vocabulary id of this shard's first column.
-        divergence, group, temperature, mask_T, block_tokens, reuse_logits: see
+        divergence, group, temperature, mask_T, block_tokens: see
             :func:`fire_megatron.losses.vocab_divergence.divergence`.
+        reuse_logits: let backward write the gradient over ``student_logits_TV``, for a caller who owns them.
 
     Returns:
         [T] float32 (float64 for float64 logits), nats, at least 0; the same on every rank of the group. The gradient
-        has the student's dtype.
+        has the student's dtype. A listed id that no shard holds gives NaN: our own mistake, made visible.
     """
     assert student_logits_TV.dim() == 2 and len(teacher.ids_TK) == len(student_logits_TV)
     options = _Options(divergence, group, vocab_start, temperature, block_tokens, reuse_logits)
@@ -211,7 +212,9 @@ class _TopKDivergence(torch.autograd.Function):
         logit_TK, _ = gather_local(student_TV, ids_TK, options.vocab_start)
         log_s_TK = ((logit_TK - peak_T[:, None]) / options.temperature).clamp_min(FLOOR) - log_total_T[:, None]
         log_s_TK = torch.where(here_TK, log_s_TK, 0)
-        all_reduce(log_s_TK, dist.ReduceOp.SUM, group)
+        found = torch.cat((log_s_TK, here_TK.sum(-1, keepdim=True, dtype=dtype)), -1)
+        all_reduce(found, dist.ReduceOp.SUM, group)
+        log_s_TK, count_T = found[:, :-1], found[:, -1]
         log_s_TK1 = torch.cat((log_s_TK, log_tail_T[:, None].clamp_min(FLOOR)), -1)
         s_TK1 = log_s_TK1.exp()
         terms = options.divergence.terms(log_s_TK1, s_TK1, log_t_TK1.clone(), log_t_TK1.exp())
@@ -223,6 +226,7 @@ class _TopKDivergence(torch.autograd.Function):
         ctx.options = options
         ctx.save_for_backward(student_TV, mask_T, ids_TK, tail_peak_T, tail_log_total_T, buckets_TK1)
         value_T = terms.value_C.clamp_min(0)  # rounding can leave equal distributions just below
+        value_T = value_T.masked_fill(count_T != ids_TK.shape[-1], torch.nan)
         return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0)
 
     @staticmethod

@@ -66,20 +66,22 @@ def divergence(
         teacher_logits_TV: [T, V] the teacher's, of any float dtype; or one such tensor for each of K teachers.
         divergence: from :func:`fire_megatron.losses.divergences.build_divergence`.
         group: the ranks that hold the other shards; None when V is the whole vocabulary.
-        weight_TK: [T, K] weight of each teacher at each token, summing to 1; may be left out with one teacher.
+        weight_TK: [T, K] weight of each teacher at each token, summing to 1; not read with one teacher.
         mixture: what the weights mix: ``distributions`` (sum of w_k p_k) or ``log_probs`` (the normalised product of
             p_k^w_k).
         temperature: divides the student's logits.
         teacher_temperature: divides the teachers' logits.
         mask_T: [T] bool; where False the result and the gradient are 0, whatever the logits hold.
-        block_tokens: tokens computed at a time; None picks a size for the device.
+        block_tokens: tokens computed at a time; None picks a size for the device and V.
         reuse_logits: write the gradient over ``student_logits_TV``, already in forward, for a caller who owns them and
-            does not need them again. Nothing else is then saved; collectives are those above once a block; backward
-            can run once; the gradient of half-precision logits is rounded twice.
+            does not need them again. Nothing else is then saved; backward can run once; the gradient of half-precision
+            logits is rounded twice. Collectives are those above once a block, so over several ranks, whose V may
+            differ, ``block_tokens`` must be given, alike on all.
 
     Returns:
         [T] float32 (float64 for float64 logits), nats, at least 0; the same on every rank of the group. The gradient
-        has the student's dtype.
+        has the student's dtype. An infinite divergence, where only the one that may not has a column of ``-inf``, is
+        finite but of the order of 1e30.
     """
     teachers = [teacher_logits_TV] if isinstance(teacher_logits_TV, torch.Tensor) else list(teacher_logits_TV)
     assert teachers and all(t.shape == student_logits_TV.shape for t in teachers), [t.shape for t in teachers]
@@ -87,6 +89,7 @@ def divergence(
         weight_TK is not None and weight_TK.shape == (len(student_logits_TV), len(teachers))
     )
     assert mixture in ("distributions", "log_probs"), mixture
+    assert block_tokens or not (reuse_logits and is_sharded(group)), "ranks would cut blocks by their own width"
     options = _Options(
         divergence, group, temperature, teacher_temperature, mixture == "log_probs", block_tokens, reuse_logits
     )

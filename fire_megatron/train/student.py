@@ -188,7 +188,7 @@ class Student:
 
     @property
     def _shard(self) -> Shard:
-        return Shard(self.grid.pg.tp, self.model.vocab_start)
+        return Shard(self.grid.pg.tp, self.model.vocab_start, len(self.model.output_weight))
 
     def accumulate_gradients(
         self, rows: TrainingRows, *, tokens: float, old: Sequence[torch.Tensor] | None = None

@@ -7,7 +7,8 @@ from dense import KINDS, overwritten, value_and_gradient
 
 from fire_megatron.losses import softmax
 from fire_megatron.losses.divergences import build_divergence
-from fire_megatron.losses.fused import chunked_linear_loss
+from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
+from fire_megatron.losses.token_losses import DivergenceSettings, Segment, Shard, full_loss
 from fire_megatron.losses.topk import top_k, topk_divergence
 from fire_megatron.losses.vocab_divergence import divergence
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
@@ -312,7 +313,8 @@ def test_the_fused_output_layer_equals_unsharded(group, loss):
     assert torch.equal(of_weight[columns:], torch.zeros(rows.stop - rows.start - columns, hidden_size))
 
 
-def test_ranks_with_shards_of_different_widths_communicate_alike(group, monkeypatch):
+@pytest.mark.parametrize("reuse", [False, True])
+def test_ranks_with_shards_of_different_widths_communicate_alike(group, monkeypatch, reuse):
     # Were it not so, they would wait for each other: the collectives are only counted.
     student, teacher, _ = draw(33)
     mine, theirs = (shard(x, "uneven", group)[0].clone() for x in (student, teacher))
@@ -323,6 +325,31 @@ def test_ranks_with_shards_of_different_widths_communicate_alike(group, monkeypa
         patch.setattr(
             dist, "all_gather", lambda into, x, **_: (called.append("all_gather"), [y.copy_(x) for y in into])
         )
-        for reuse in (False, True):
-            of("reverse_kl", theirs, group, reuse_logits=reuse)(mine.requires_grad_())
+        options = {"reuse_logits": True, "block_tokens": 4} if reuse else {}
+        of("reverse_kl", theirs, group, **options)(mine.requires_grad_())
+    assert len(called) == (2 * 9 if reuse else 2)
     assert same_on_all_ranks(torch.tensor(len(called)), group)
+
+
+def test_shards_cut_by_their_own_width_are_refused(group):
+    student, teacher, _ = draw(3)
+    mine, theirs = (shard(x, "uneven", group)[0].clone() for x in (student, teacher))
+    with pytest.raises(AssertionError, match="by their own width"):
+        of("reverse_kl", theirs, group, reuse_logits=True)(mine.requires_grad_())
+
+
+def test_a_full_loss_over_uneven_shards_communicates_alike(group, monkeypatch):
+    """As in training: chunks and blocks are cut by the padded width."""
+    student, teacher, _ = draw(33)
+    mine, start = shard(student, "uneven", group)
+    theirs, _ = shard(teacher, "uneven", group)
+    calls = []
+    real = dist.all_reduce
+    monkeypatch.setitem(softmax._BLOCK_ELEMENTS, "cpu", 4 * VOCABULARY)
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1])
+    head = OutputLayer(theirs.t().contiguous())
+    segment = Segment([head], [torch.eye(33, head.weight_VH.shape[1])], torch.ones(33, 1))
+    settings = DivergenceSettings(build_divergence("reverse_kl"))
+    loss = full_loss([segment], torch.ones(33), settings, shard=Shard(group, start, VOCABULARY), tokens=1.0)
+    loss(mine.clone().requires_grad_(), slice(0, 33))
+    assert len(calls) == 9 and same_on_all_ranks(torch.tensor(len(calls)), group)

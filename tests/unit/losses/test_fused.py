@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fire_megatron.losses import fused
 from fire_megatron.losses.divergences import build_divergence
-from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss, chunks
+from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss, chunks, map_chunks
 from fire_megatron.losses.topk import TopK, top_k, topk_divergence
 from fire_megatron.losses.vocab_divergence import divergence
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
@@ -283,6 +283,21 @@ def test_an_output_layer_projects_into_memory_that_it_takes_again():
     layer.release()
     third = layer.logits(case.hidden)
     torch.testing.assert_close(third.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [0, TOKENS])
+def test_scoring_in_chunks_equals_full_logits(tokens):
+    case = Case(tokens=tokens)
+    layer, shapes = OutputLayer(case.weight.requires_grad_(), COLUMNS), []
+
+    def score(logits, part):
+        shapes.append(logits.shape[0])
+        return torch.stack((logits.sum(-1), torch.arange(tokens)[part].float()))
+
+    scores = map_chunks(case.hidden.requires_grad_(), layer, score, chunk_tokens=4)
+    expected = (case.hidden @ case.weight[:COLUMNS].t()).sum(-1), torch.arange(tokens).float()
+    torch.testing.assert_close(scores, torch.stack(expected).detach())
+    assert not scores.requires_grad and max(shapes) == min(4, tokens) and sum(shapes) == tokens
 
 
 @given(st.lists(st.integers(0, 60), max_size=5), st.integers(0, 20), st.integers(0, 2**28))

@@ -324,3 +324,10 @@ def test_non_contiguous_logits_and_expanded_gradients(kind):
     assert torch.equal(likeliest(strided[1], 7).ids_TK, likeliest(teacher, 7).ids_TK)
     expected = value_and_gradient(local(kind, likeliest(teacher, 7)), student, grad)
     same(value_and_gradient(local(kind, likeliest(strided[1], 7)), strided[0], grad), expected)
+
+
+def test_an_id_that_is_nowhere_is_visible():
+    teacher = TopK(torch.tensor([[1, 2], [1, 9]]), torch.full((2, 2), -2.0), torch.full((2,), -0.3))
+    kind = build_divergence("reverse_kl")
+    value = topk_divergence(torch.randn(2, 8), teacher, divergence=kind, group=None, vocab_start=0)
+    assert value[0].isfinite() and value[1].isnan()

@@ -23,7 +23,7 @@ TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """``(logits_CV, which tokens) -> (scalar, report_RC)``: the chunk's share of the loss, differentiable with respect to
 the logits, and R numbers a token to be reported, without gradient. It may let backward write over the logits."""
 
-_CHUNK = {"cpu": (2**26, 512), "cuda": (2**28, 8192)}
+_CHUNK = {"cpu": (2**26, 320), "cuda": (2**28, 8192)}
 """Most logits and most tokens of a chunk: enough for the products to run at full speed."""
 _TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Elements of a weight, or of its gradient, that exist in another dtype at a time."""

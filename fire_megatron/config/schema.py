@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.section import INLINE, Match, NonEmpty, Range, Section
+from fire_megatron.config.section import INLINE, Match, NonEmpty, Range, Section, specs
 from fire_megatron.config.walk import build, plain
 
 Count = Annotated[int, Range(at_least=0)]
@@ -133,7 +133,8 @@ class DataConfig(Section):
     messages_key: Text = "messages"
     """Key of a row's chat messages (a list of `role` and `content`), read when there is no prompt text."""
     label_key: Text = "label"
-    """Key of a row's teacher label; a dotted path such as `extra_info.opd_teacher` reaches into nested objects."""
+    """Key of a row's teacher label; a dotted path such as `extra_info.opd_teacher` reaches into nested objects. The
+    value is a label, or an object of several with weights, such as `{"math": 3, "code": 1}`."""
     chat_template: Literal["auto", "on", "off"] = "auto"
     """Whether prompts go through the tokenizer's chat template; `auto` uses it when the tokenizer has one."""
     system_prompt: str | None = None
@@ -270,11 +271,30 @@ class LossConfig(Section):
     """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
 
     def _problems(self) -> Iterator[Problem]:
-        for key in ("student_temperature", "teacher_temperature"):
-            if self.estimator == "sampled" and getattr(self, key) != 1:
+        dense = ("full", "topk")
+        read_by: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+            "divergence": (dense, ()),
+            "beta": (dense, ("jensen_shannon",)),
+            "skew": (dense, ("skewed_forward_kl", "skewed_reverse_kl")),
+            "top_k": (("topk",), ()),
+            "student_temperature": (dense, ()),
+            "teacher_temperature": (dense, ()),
+            "mixture": (("sampled", "full"), ()),
+            "clip": (("sampled",), ()),
+            "importance": (("sampled",), ()),
+        }
+        for key, (estimators, divergences) in read_by.items():
+            if getattr(self, key) == specs(type(self))[key].default:
+                continue
+            if self.estimator not in estimators:
                 yield Problem(
                     key,
-                    f"{getattr(self, key)} has no effect with estimator sampled; leave it out, or use full or topk",
+                    f"has no effect with estimator {self.estimator}; leave it out, or use {' or '.join(estimators)}",
+                )
+            elif divergences and self.divergence not in divergences:
+                yield Problem(
+                    key,
+                    f"has no effect with divergence {self.divergence}; leave it out, or use {' or '.join(divergences)}",
                 )
 
 

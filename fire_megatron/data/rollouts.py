@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -81,7 +81,23 @@ class Target:
     @property
     def name(self) -> str:
         """The teacher's name, or those of a mixture joined by ``+``: what statistics are kept by."""
-        return "+".join(self.teachers)
+        return self.join(self.teachers)
+
+    @staticmethod
+    def join(teachers: Sequence[str]) -> str:
+        """The name of these teachers together; a teacher's own name has no ``+``."""
+        return "+".join(teachers)
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """What a teacher keeps of the rows it has scored, for the ranks that will train on them."""
+
+    holder: Mapping[int, int]
+    """Row id -> the teacher's replica that scored the row; the same on every rank."""
+    slices: Mapping[int, Mapping[int, torch.Tensor]]
+    """Row id -> the student's tensor rank -> [R_i, c] on CPU: the columns of the row's states that this rank sends to
+    it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,8 @@ class Scores:
     """[R_i] float32, the target's log-probability of each response token."""
     entropies: tuple[torch.Tensor, ...]
     """[R_i] float32, nats, entropy of the teacher's full next-token distribution; of a mixture, the weighted mean."""
+    kept: Mapping[str, KeptStates] = field(default_factory=dict)
+    """By teacher, where the loss needs more than log-probabilities."""
 
     def __post_init__(self) -> None:
         assert len(self.targets) == len(self.log_probs) == len(self.entropies)

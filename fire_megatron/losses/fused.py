@@ -93,6 +93,11 @@ class OutputLayer:
             torch.mm(hidden_CH, weight.t(), out=logits_CV[:, tile])
         return logits_CV
 
+    @property
+    def held(self) -> int:
+        """Logits that there is memory for."""
+        return self._buffer.numel()
+
     def release(self) -> None:
         """Let go of the memory for logits; the next call takes it anew."""
         self._buffer = self._buffer.new_empty(0)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from fire_megatron.parallel.collectives import all_gather_stacked
+
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 """Logits whose full-precision copies exist at a time: what stays in a core's cache, or what fills a GPU."""
 
@@ -104,10 +106,7 @@ def combine(
     """
     if not is_sharded(group):
         return peak, totals
-    local = torch.cat((peak[None], totals))
-    shards = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(shards, local, group=group)
-    table = torch.stack(shards)
+    table = all_gather_stacked(torch.cat((peak[None], totals)), group=group)
     highest = table[:, 0].amax(0)
     scale = ((table[:, 0] - highest) / temperature).exp()
     return highest, (table[:, 1:] * scale[:, None]).sum(0)

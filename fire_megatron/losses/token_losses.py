@@ -125,7 +125,7 @@ def full_loss(
         value_C = divergence(
             logits_CV,
             [layer.logits(hidden[within]) for layer, hidden in zip(segment.layers, segment.hidden, strict=True)],
-            divergence=settings.divergence,
+            kind=settings.divergence,
             group=shard.group,
             weight_TK=segment.weight_NK[within],
             mixture=settings.mixture,
@@ -154,7 +154,7 @@ def topk_loss(
         value_C = topk_divergence(
             logits_CV,
             teacher[part],
-            divergence=settings.divergence,
+            kind=settings.divergence,
             group=shard.group,
             vocab_start=shard.vocab_start,
             temperature=settings.temperature,

@@ -23,12 +23,12 @@ from fire_megatron.losses.softmax import (
     combine,
     compute_dtype,
     gather_local,
-    is_sharded,
     local_columns,
     local_peak,
     log_softmax,
     shifted,
 )
+from fire_megatron.parallel.collectives import all_gather_stacked
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ def top_k(
     for part in blocks(logits_TV, block_tokens):
         keys_TK[part, :near] = keys_CK = _sort_keys(logits_TV[part], vocab_start).topk(near, -1).values
         columns_CK = _key_ids(keys_CK) - vocab_start
-        others_CV = logits_TV[part].float().clone()
+        others_CV = logits_TV[part].to(torch.float32, copy=True)
         floats_TF[part, :near] = others_CV.gather(-1, columns_CK)
         others_CV.scatter_(-1, columns_CK, -torch.inf)
         floats_TF[part, k] = peak_C = local_peak(others_CV)
         floats_TF[part, k + 1] = shifted(others_CV, peak_C, temperature).exp_().sum(-1).log()
     # Candidates of all shards side by side, best first.
-    keys, order = _gather(keys_TK, group).permute(1, 0, 2).flatten(1).sort(-1, descending=True)
-    floats_STF = _gather(floats_TF, group)
+    keys, order = all_gather_stacked(keys_TK, group=group).permute(1, 0, 2).flatten(1).sort(-1, descending=True)
+    floats_STF = all_gather_stacked(floats_TF, group=group)
     candidates = floats_STF[..., :k].permute(1, 0, 2).flatten(1).gather(-1, order)
     peak_T = candidates[:, 0]
     listed = ((candidates - peak_T[:, None]) / temperature).clamp_min(FLOOR)
@@ -116,18 +116,9 @@ def top_k(
     return TopK(_key_ids(keys[:, :k]), listed_TK - log_total_T[:, None], (tail_T - log_total_T).clamp_min(FLOOR))
 
 
-def _gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[...] -> [S, ...]"""
-    if not is_sharded(group):
-        return values[None]
-    shards = [torch.empty_like(values) for _ in range(group.size())]
-    dist.all_gather(shards, values.contiguous(), group=group)
-    return torch.stack(shards)
-
-
 @dataclass(frozen=True)
 class _Options:
-    divergence: Divergence
+    kind: Divergence
     group: dist.ProcessGroup | None
     vocab_start: int
     temperature: float
@@ -139,7 +130,7 @@ def topk_divergence(
     student_logits_TV: torch.Tensor,
     teacher: TopK,
     *,
-    divergence: Divergence,
+    kind: Divergence,
     group: dist.ProcessGroup | None,
     vocab_start: int,
     temperature: float = 1.0,
@@ -158,7 +149,7 @@ def topk_divergence(
         teacher: the teacher's, the same on every rank of the group; from :func:`top_k`, which has applied its
             temperature.
         vocab_start: vocabulary id of this shard's first column.
-        divergence, group, temperature, mask_T, block_tokens: see
+        kind, group, temperature, mask_T, block_tokens: see
             :func:`fire_megatron.losses.vocab_divergence.divergence`.
         reuse_logits: let backward write the gradient over ``student_logits_TV``, for a caller who owns them.
 
@@ -167,7 +158,7 @@ def topk_divergence(
         has the student's dtype. A listed id that no shard holds gives NaN: our own mistake, made visible.
     """
     assert student_logits_TV.dim() == 2 and len(teacher.ids_TK) == len(student_logits_TV)
-    options = _Options(divergence, group, vocab_start, temperature, block_tokens, reuse_logits)
+    options = _Options(kind, group, vocab_start, temperature, block_tokens, reuse_logits)
     log_t = torch.cat((teacher.log_prob_TK, teacher.tail_log_prob_T[:, None]), -1)
     log_t = log_t.to(compute_dtype(student_logits_TV)).clamp_min(FLOOR)
     return _TopKDivergence.apply(student_logits_TV, options, mask_T, teacher.ids_TK, log_t)
@@ -203,9 +194,10 @@ class _TopKDivergence(torch.autograd.Function):
         for part in blocks(student_TV, options.block_tokens):
             tail_CV = student_TV[part].to(dtype, copy=True)
             for row in range(2):
+                if row == 1:
+                    _lower_listed(tail_CV, column_TK[part], here_TK[part], -torch.inf)
                 peak_2T[row, part] = peak_C = local_peak(tail_CV)
                 total_2T[row, part] = shifted(tail_CV, peak_C, options.temperature).exp_().sum(-1)
-                _lower_listed(tail_CV, column_TK[part], here_TK[part], -torch.inf)
         peak_2T, totals = combine(peak_2T, total_2T[None], options.temperature, group)
         (peak_T, tail_peak_T), (log_total_T, tail_log_total_T) = peak_2T, totals[0].log()
         log_tail_T = (tail_peak_T - peak_T) / options.temperature + tail_log_total_T - log_total_T
@@ -217,7 +209,7 @@ class _TopKDivergence(torch.autograd.Function):
         log_s_TK, count_T = found[:, :-1], found[:, -1]
         log_s_TK1 = torch.cat((log_s_TK, log_tail_T[:, None].clamp_min(FLOOR)), -1)
         s_TK1 = log_s_TK1.exp()
-        terms = options.divergence.terms(log_s_TK1, s_TK1, log_t_TK1.clone(), log_t_TK1.exp())
+        terms = options.kind.terms(log_s_TK1, s_TK1, log_t_TK1.clone(), log_t_TK1.exp())
         buckets_TK1 = terms.h_CV - s_TK1 * terms.inner_C[:, None]
         # Relative to the tail itself, since next to the whole it may underflow. Where there is none, no share.
         no_tail_T = tail_log_total_T == -torch.inf

@@ -1,7 +1,7 @@
 """Exact divergences between a student and its teacher over a sharded vocabulary, with closed-form gradients.
 
-Shapes: T tokens, V columns of this shard, C tokens of a block, K teachers of a mixture, R rows of normalisers (the
-student's and those of the teachers). Student and teachers are sharded alike: column v of this rank is the same
+Shapes: T tokens, V columns of this shard, C tokens of a block, K teachers of a mixture, R distributions to normalise
+(the student's and those of the teachers). Student and teachers are sharded alike: column v of this rank is the same
 vocabulary entry in all of them.
 """
 
@@ -30,7 +30,7 @@ from fire_megatron.losses.softmax import (
 
 @dataclass(frozen=True)
 class _Options:
-    divergence: Divergence
+    kind: Divergence
     group: dist.ProcessGroup | None
     temperature: float
     teacher_temperature: float
@@ -43,7 +43,7 @@ def divergence(
     student_logits_TV: torch.Tensor,
     teacher_logits_TV: torch.Tensor | Sequence[torch.Tensor],
     *,
-    divergence: Divergence,
+    kind: Divergence,
     group: dist.ProcessGroup | None,
     weight_TK: torch.Tensor | None = None,
     mixture: str = "distributions",
@@ -64,7 +64,7 @@ def divergence(
     Args:
         student_logits_TV: [T, V] this rank's shard; float32, bfloat16, float16, or float64 (then computed in float64).
         teacher_logits_TV: [T, V] the teacher's, of any float dtype; or one such tensor for each of K teachers.
-        divergence: from :func:`fire_megatron.losses.divergences.build_divergence`.
+        kind: from :func:`fire_megatron.losses.divergences.build_divergence`.
         group: the ranks that hold the other shards; None when V is the whole vocabulary.
         weight_TK: [T, K] weight of each teacher at each token, summing to 1; not read with one teacher.
         mixture: what the weights mix: ``distributions`` (sum of w_k p_k) or ``log_probs`` (the normalised product of
@@ -91,14 +91,14 @@ def divergence(
     assert mixture in ("distributions", "log_probs"), mixture
     assert block_tokens or not (reuse_logits and is_sharded(group)), "ranks would cut blocks by their own width"
     options = _Options(
-        divergence, group, temperature, teacher_temperature, mixture == "log_probs", block_tokens, reuse_logits
+        kind, group, temperature, teacher_temperature, mixture == "log_probs", block_tokens, reuse_logits
     )
     weights = None if len(teachers) == 1 else weight_TK.to(compute_dtype(student_logits_TV))
     return _Divergence.apply(student_logits_TV, options, mask_T, weights, *(t.detach() for t in teachers))
 
 
-class _Row(NamedTuple):
-    """One model's block while its normaliser is not known yet."""
+class _Distribution(NamedTuple):
+    """One distribution's block while its normaliser is not known yet."""
 
     peak_C: torch.Tensor
     log_CV: torch.Tensor
@@ -108,8 +108,8 @@ class _Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """The student and what it is compared with, read block by block."""
+class _Models:
+    """The student and its teachers, as R distributions read block by block."""
 
     student_TV: torch.Tensor
     teachers_TV: tuple[torch.Tensor, ...]
@@ -121,13 +121,13 @@ class _Pair:
         return compute_dtype(self.student_TV)
 
     @property
-    def rows(self) -> int:
+    def distributions(self) -> int:
         """R: a product of distributions is normalised as one."""
         return 2 if self.options.by_log_prob else 1 + len(self.teachers_TV)
 
     def temperatures(self) -> list[float]:
         """[R]"""
-        return [self.options.temperature] + [self.options.teacher_temperature] * (self.rows - 1)
+        return [self.options.temperature] + [self.options.teacher_temperature] * (self.distributions - 1)
 
     def logits(self, part: slice) -> list[torch.Tensor]:
         """R logits [C, V] of a block; those that are no mixture are views."""
@@ -139,7 +139,7 @@ class _Pair:
             teachers = [sum(terms)]
         return [self.student_TV[part], *teachers]
 
-    def begin(self, part: slice) -> list[_Row]:
+    def begin(self, part: slice) -> list[_Distribution]:
         """The normalisers' local parts of a block, R of them."""
         rows = []
         for logits, temperature in zip(self.logits(part), self.temperatures(), strict=True):
@@ -147,14 +147,14 @@ class _Pair:
                 logits = logits.to(self.dtype)  # a teacher's beside a float32 student
             peak_C = local_peak(logits).to(self.dtype)
             log_CV = shifted(logits, peak_C, temperature)
-            rows.append(_Row(peak_C, log_CV, log_CV.exp()))
+            rows.append(_Distribution(peak_C, log_CV, log_CV.exp()))
         return rows
 
     def finish(
-        self, part: slice, rows: list[_Row], peak_RT: torch.Tensor, log_total_RT: torch.Tensor
+        self, part: slice, rows: list[_Distribution], peak_RT: torch.Tensor, log_total_RT: torch.Tensor
     ) -> tuple[Terms, torch.Tensor]:
         """The divergence's terms of a block and the student's probabilities, from :meth:`begin` and the normalisers."""
-        reads_t = self.options.divergence.reads_t
+        reads_t = self.options.kind.reads_t
         for r, (row, temperature) in enumerate(zip(rows, self.temperatures(), strict=True)):
             offset_C1 = ((peak_RT[r, part] - row.peak_C) / temperature + log_total_RT[r, part])[:, None]
             offset_C1.clamp_max_(-FLOOR)  # infinite for a shard without mass and a temperature below 1
@@ -166,7 +166,7 @@ class _Pair:
             log_w = self.weight_TK[part].log().clamp_min(FLOOR).t()[:, :, None]
             log_t = torch.logsumexp(torch.stack([row.log_CV for row in rows[1:]]).add_(log_w), 0).clamp_min_(FLOOR)
             t = log_t.exp() if reads_t else None
-        return self.options.divergence.terms(rows[0].log_CV, rows[0].weight_CV, log_t, t), rows[0].weight_CV
+        return self.options.kind.terms(rows[0].log_CV, rows[0].weight_CV, log_t, t), rows[0].weight_CV
 
 
 class _Divergence(torch.autograd.Function):
@@ -181,22 +181,22 @@ class _Divergence(torch.autograd.Function):
         weight_TK: torch.Tensor | None,
         *teachers_TV: torch.Tensor,
     ) -> torch.Tensor:
-        pair = _Pair(student_TV, teachers_TV, weight_TK, options)
+        models = _Models(student_TV, teachers_TV, weight_TK, options)
         tokens, group, cut = len(student_TV), options.group, options.block_tokens
-        peak_RT, log_total_RT = student_TV.new_zeros(2, pair.rows, tokens, dtype=pair.dtype).unbind()
-        sums_2T = student_TV.new_zeros(2, tokens, dtype=pair.dtype)
-        temperature_R1 = torch.tensor(pair.temperatures(), dtype=pair.dtype, device=student_TV.device)[:, None]
+        peak_RT, log_total_RT = student_TV.new_zeros(2, models.distributions, tokens, dtype=models.dtype).unbind()
+        sums_2T = student_TV.new_zeros(2, tokens, dtype=models.dtype)
+        temperature_R1 = torch.tensor(models.temperatures(), dtype=models.dtype, device=student_TV.device)[:, None]
         # Before each collective: all blocks, so that there are few; or one, while it is in cache.
         one_by_one = options.reuse_logits or not is_sharded(group)
         for span in blocks(student_TV, cut) if one_by_one else [slice(0, tokens)]:
             for part in blocks(student_TV, cut, span):
-                rows = pair.begin(part)
+                rows = models.begin(part)
                 peak_RT[:, part] = torch.stack([row.peak_C for row in rows])
                 log_total_RT[:, part] = torch.stack([row.weight_CV.sum(-1) for row in rows])
             peak, totals = combine(peak_RT[:, span], log_total_RT[None, :, span], temperature_R1, group)
             peak_RT[:, span], log_total_RT[:, span] = peak, totals[0].log()
             for part in blocks(student_TV, cut, span):
-                terms, s_CV = pair.finish(part, rows if one_by_one else pair.begin(part), peak_RT, log_total_RT)
+                terms, s_CV = models.finish(part, rows if one_by_one else models.begin(part), peak_RT, log_total_RT)
                 sums_2T[:, part] = torch.stack((terms.value_C, terms.inner_C))
             sums = sums_2T[:, span].contiguous()
             all_reduce(sums, dist.ReduceOp.SUM, group)
@@ -222,10 +222,10 @@ class _Divergence(torch.autograd.Function):
             grad_TV = student_TV.mul_(scale_T[:, None])
             return (grad_TV if mask_T is None else grad_TV.masked_fill_(~mask_T[:, None], 0), *nothing)
         weight_TK, peak_RT, log_total_RT, inner_T, *teachers_TV = rest
-        pair = _Pair(student_TV, tuple(teachers_TV), weight_TK, options)
+        models = _Models(student_TV, tuple(teachers_TV), weight_TK, options)
         grad_TV = torch.empty_like(student_TV)
         for part in blocks(student_TV, options.block_tokens):
-            terms, s_CV = pair.finish(part, pair.begin(part), peak_RT, log_total_RT)
+            terms, s_CV = models.finish(part, models.begin(part), peak_RT, log_total_RT)
             grad_CV = terms.h_CV.addcmul_(s_CV, inner_T[part, None], value=-1).mul_(scale_T[part, None])
             if mask_T is not None:
                 grad_CV.masked_fill_(~mask_T[part, None], 0)

@@ -48,13 +48,13 @@ def all_gather_flat(values: torch.Tensor, *, group: dist.ProcessGroup) -> list[t
     return [data[:count] for data, count in zip(gathered, counts, strict=True)]
 
 
-def all_gather_columns(values: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
-    """[N, c] on each rank -> [N, c x ranks], in rank order."""
-    if group.size() == 1:
-        return values
-    shards = [torch.empty_like(values) for _ in range(group.size())]
+def all_gather_stacked(values: torch.Tensor, *, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """[...], of one shape on all ranks -> [ranks, ...] in rank order; one rank where there is no group."""
+    if group is None or group.size() == 1:
+        return values[None]
+    shards = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, values.contiguous(), group=group)
-    return torch.cat(shards, dim=-1)
+    return torch.stack(shards)
 
 
 def broadcast_flat(

@@ -19,27 +19,25 @@ def exchange(
     """Send one message to each of some ranks and receive one from each of others, all at once.
 
     Args:
-        outgoing: rank within ``group`` -> 1-D tensor of ``dtype``; a message to oneself is handed over as it is.
+        outgoing: rank within ``group`` -> 1-D CPU tensor of ``dtype``; a message to oneself is handed over as it is.
         incoming: rank within ``group`` -> number of elements of its message.
         dtype: of every message.
         device: where the backend wants its tensors.
-        group: the ranks that take part; one with nothing to send or receive need not call.
+        group: the ranks that take part, all of which call, also with nothing to send or receive.
 
     Returns:
-        The messages by sender, on ``device``.
+        The messages by sender, on CPU.
     """
     me = dist.get_rank(group)
-    received = {source: torch.empty(numel, dtype=dtype, device=device) for source, numel in incoming.items()}
-    operations, sent = [], []
-    for peer in sorted(outgoing.keys() | incoming.keys()):
-        if peer == me:
-            received[me] = outgoing[me].to(device)
-            continue
-        if outgoing.get(peer) is not None and outgoing[peer].numel():
-            sent.append(outgoing[peer].to(device).contiguous().view(torch.uint8))  # any dtype on any backend
-            operations.append(dist.P2POp(dist.isend, sent[-1], group=group, group_peer=peer))
-        if incoming.get(peer):
-            operations.append(dist.P2POp(dist.irecv, received[peer].view(torch.uint8), group=group, group_peer=peer))
+    received = {rank: torch.empty(n, dtype=dtype, device=device) for rank, n in incoming.items() if rank != me and n}
+    sent = {rank: values.to(device) for rank, values in outgoing.items() if rank != me and values.numel()}
+    # As bytes, which every backend carries.
+    operations = [
+        dist.P2POp(send_or_receive, values.contiguous().view(torch.uint8), group=group, group_peer=rank)
+        for send_or_receive, messages in ((dist.isend, sent), (dist.irecv, received))
+        for rank, values in sorted(messages.items())
+    ]
     for request in dist.batch_isend_irecv(operations) if operations else ():
         request.wait()
-    return received
+    whole = {rank: torch.empty(0, dtype=dtype) for rank in incoming} | {r: v.cpu() for r, v in received.items()}
+    return whole | ({me: outgoing[me]} if me in incoming else {})

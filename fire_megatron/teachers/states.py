@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from fire_megatron.config.schema import LossConfig
 from fire_megatron.losses.topk import TopK
@@ -37,6 +38,18 @@ class StateKind:
         if loss.estimator == "topk":
             return cls("topk", loss.top_k, loss.teacher_temperature)
         return cls("hidden" if loss.estimator == "full" else "none")
+
+
+def split_columns(states: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """[N, W] -> ``parts`` times [N, ceil(W / parts)], the last ones filled up with zeros: one for each of the student's
+    tensor ranks, so that nothing is sent twice."""
+    width = slice_width(states.shape[-1], parts)
+    return list(F.pad(states, (0, parts * width - states.shape[-1])).split(width, dim=-1))
+
+
+def slice_width(width: int, parts: int) -> int:
+    """Columns of each of :func:`split_columns`."""
+    return -(-width // parts)
 
 
 def pack_topk(top: TopK) -> torch.Tensor:

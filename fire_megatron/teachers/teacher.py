@@ -6,11 +6,14 @@ Shapes: N response tokens of a micro-batch, R_i response tokens of row i, W colu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from fire_megatron.data.packing import Pack, balance, pack_rows, split_by_tokens
+from fire_megatron.data.rollouts import KeptStates
 from fire_megatron.losses.fused import OutputLayer, map_chunks
 from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_parallel import score_log_prob_and_entropy
@@ -19,7 +22,27 @@ from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import all_gather_flat, broadcast_flat
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform import compute_device
-from fire_megatron.teachers.states import StateKind, pack_topk
+from fire_megatron.teachers.states import StateKind, pack_topk, split_columns
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What to keep of the rows to be scored."""
+
+    row_ids: Sequence[int]
+    """Id of each row."""
+    slices: int
+    """The student's tensor ranks, each of which will get a slice of the columns."""
+
+
+class Scored(NamedTuple):
+    """What a teacher says of rows, in their order."""
+
+    log_probs: list[torch.Tensor]
+    """[R_i] float32 on CPU."""
+    entropies: list[torch.Tensor]
+    """[R_i] float32 on CPU, nats."""
+    kept: KeptStates | None
 
 
 class Teacher:
@@ -40,14 +63,6 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.micro_batch_tokens = micro_batch_tokens
         self.state_kind = state_kind or StateKind()
-        self.states: dict[int, torch.Tensor] = {}
-        """Row id -> [R_i, W] on CPU: on the last stage of the replica that scored the row, on each tensor rank."""
-        self.holder: dict[int, int] = {}
-        """Row id -> that data-parallel replica, on every rank."""
-
-    def release(self) -> None:
-        """Forget what is kept of rows."""
-        self.states, self.holder = {}, {}
 
     @property
     def state_width(self) -> int:
@@ -61,6 +76,11 @@ class Teacher:
         """Of a state."""
         return self.model.config.params_dtype if self.state_kind.name == "hidden" else torch.int32
 
+    @property
+    def state_bytes(self) -> int:
+        """Of a token's state."""
+        return self.state_width * torch.empty(0, dtype=self.state_dtype).element_size()
+
     @cached_property
     def _output_layer(self) -> OutputLayer:
         return OutputLayer(self.model.output_weight, self.model.used_columns)
@@ -70,8 +90,8 @@ class Teacher:
         prompts: Sequence[torch.Tensor],
         responses: Sequence[torch.Tensor],
         *,
-        keep: Sequence[int] | None = None,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        keep: Keep | None = None,
+    ) -> Scored:
         """Score rows; every rank of the teacher's grid passes the same rows and gets the same answer.
 
         The rows are shared over the data-parallel replicas by token count, so each row is computed once.
@@ -79,17 +99,13 @@ class Teacher:
         Args:
             prompts: [P_i] int64 token ids of each row.
             responses: [R_i] int64 token ids of each row.
-            keep: id of each row, under which :attr:`states` keeps what the student will need; None keeps nothing.
-
-        Returns:
-            log-probabilities and entropies, [R_i] float32 on CPU each, in the rows' order.
+            keep: None keeps nothing.
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         shares = balance(lengths, self.grid.layout.data)
         keep = None if self.state_kind.name == "none" else keep
-        if keep is not None:
-            self.holder |= {keep[row]: replica for replica, share in enumerate(shares) for row in share}
-        mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep)
+        slices: dict[int, dict[int, torch.Tensor]] = {}
+        mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep, slices)
         gathered = all_gather_flat(mine, group=self.grid.pg.dp)
         log_probs: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         entropies: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
@@ -98,7 +114,10 @@ class Teacher:
             pieces = values.cpu().split(sizes + sizes)  # all log-probs, then all entropies
             for i, row in enumerate(share):
                 log_probs[row], entropies[row] = pieces[i], pieces[i + len(share)]
-        return log_probs, entropies
+        if keep is None:
+            return Scored(log_probs, entropies, None)
+        holder = {keep.row_ids[row]: replica for replica, share in enumerate(shares) for row in share}
+        return Scored(log_probs, entropies, KeptStates(holder, slices))
 
     def _score_share(
         self,
@@ -106,9 +125,11 @@ class Teacher:
         responses: Sequence[torch.Tensor],
         lengths: Sequence[int],
         share: Sequence[int],
-        keep: Sequence[int] | None,
+        keep: Keep | None,
+        slices: dict[int, dict[int, torch.Tensor]],
     ) -> torch.Tensor:
-        """This replica's rows through its pipeline: [2 * tokens] float32, log-probs then entropies."""
+        """This replica's rows through its pipeline: [2 * tokens] float32, log-probs then entropies. The last stage adds
+        to ``slices`` what it keeps."""
         tokens = sum(len(responses[row]) for row in share)
         if tokens == 0:
             return torch.zeros(0, device=compute_device())
@@ -119,7 +140,7 @@ class Teacher:
         ]
 
         def last_stage(hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
-            return self._last_stage(hidden, pack, keep)
+            return self._last_stage(hidden, pack, keep, slices)
 
         with torch.no_grad():
             results = run_pipeline(self.model, packs, last_stage, grid=self.grid, forward_only=True)
@@ -133,7 +154,9 @@ class Teacher:
             group=self.grid.pg.pp,
         )
 
-    def _last_stage(self, hidden: torch.Tensor, pack: Pack, keep: Sequence[int] | None) -> torch.Tensor:
+    def _last_stage(
+        self, hidden: torch.Tensor, pack: Pack, keep: Keep | None, slices: dict[int, dict[int, torch.Tensor]]
+    ) -> torch.Tensor:
         """[N, H] -> [2, N] float32."""
         shard = {"group": self.grid.pg.tp, "vocab_start": self.model.vocab_start}
         kind, tops = self.state_kind, []
@@ -146,7 +169,10 @@ class Teacher:
         scores = map_chunks(hidden, self._output_layer, score)
         self._output_layer.release()
         if keep is not None:
-            states = hidden if kind.name == "hidden" else torch.cat(tops)
-            rows = states.cpu().split(list(pack.response_lengths))
-            self.states |= {keep[row]: state for row, state in zip(pack.rows, rows, strict=True)}
+            columns = split_columns(hidden if kind.name == "hidden" else torch.cat(tops), keep.slices)
+            # Every tensor rank has all of them; each sends its share.
+            for slice_ in range(self.grid.tp_rank, keep.slices, self.grid.layout.tensor):
+                states = columns[slice_].cpu().contiguous().split(list(pack.response_lengths))
+                for row, state in zip(pack.rows, states, strict=True):
+                    slices.setdefault(keep.row_ids[row], {})[slice_] = state
         return scores

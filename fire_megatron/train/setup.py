@@ -137,7 +137,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
     notes = [f"data.train: {report}"]
     if recipe.loss.estimator == "topk":
-        _refuse_mixtures(prompts)
+        _refuse_mixtures(prompts, route)
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
         held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
@@ -146,12 +146,12 @@ def read_inputs(recipe: Recipe) -> Inputs:
     return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route, tuple(notes))
 
 
-def _refuse_mixtures(prompts: Sequence[Prompt]) -> None:
-    mixed = [prompt for prompt in prompts if prompt.mixture]
+def _refuse_mixtures(prompts: Sequence[Prompt], route: Mapping[str, str]) -> None:
+    mixed = [prompt for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     if mixed:
         raise RecipeError(
-            f"loss.estimator: topk takes one teacher a row, and {len(mixed)} rows name several (the first: "
-            f"{mixed[0].label}), whose top-k tokens are not the same; use full, or give these rows one label"
+            f"loss.estimator: topk takes one teacher a row, but rows name several, whose top-k tokens are not the same "
+            f"({len(mixed)} of {len(prompts)}, the first: {mixed[0].label}); use full, or give these rows one label"
         )
 
 
@@ -197,17 +197,17 @@ def _check_vocabularies(recipe: Recipe, shapes: Mapping[str, ModelShape], tokeni
     """Returns notes. Raises RecipeError when a model lacks entries of the tokenizer, which all roles share."""
     sizes = {path: shape.vocab_size for path, shape in shapes.items()}
     used = used_vocabulary(shapes)
+    if tokenizer.vocab_size > used:
+        path = min(sizes, key=sizes.__getitem__)
+        raise RecipeError(
+            f"{path}.checkpoint: its vocabulary of {used} does not hold the tokenizer's {tokenizer.vocab_size} tokens; "
+            f"student and teachers must share one, so give a checkpoint of the same family as the others"
+        )
     if recipe.loss.estimator == "topk" and recipe.loss.top_k > used:
         raise RecipeError(f"loss.top_k: {recipe.loss.top_k} exceeds the vocabulary of {used}; lower it")
     if len(set(sizes.values())) == 1:
         return []
     listed = ", ".join(f"{path} {size}" for path, size in sizes.items())
-    if tokenizer.vocab_size > used:
-        path = min(sizes, key=sizes.__getitem__)
-        raise RecipeError(
-            f"{path}.checkpoint: vocabulary of {used} does not hold the tokenizer's {tokenizer.vocab_size} tokens, "
-            f"and the roles differ ({listed}); student and teachers must share one vocabulary"
-        )
     return [f"vocabularies differ in unused entries at the end ({listed}): the first {used} are used"]
 
 

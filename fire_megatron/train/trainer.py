@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from fire_megatron.config.errors import CheckpointError, RecipeError, TrainingEr
 from fire_megatron.config.load import load_recipe, save_recipe
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
-from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
+from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
 from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, MetricsLogger, set_aside
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
@@ -247,7 +247,7 @@ class Trainer:
                 micro_batch_size=recipe.optimizer.micro_batch_size,
                 grid=run.grid,
             )
-            updated = self._update(rows, step)
+            updated = self._update(rows, scores.kept, step)
         self.logger.samples(step + 1, self._samples(rollouts, scores))
         # Every rank of a replica holds the same rollouts; one of them counts.
         counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
@@ -287,20 +287,21 @@ class Trainer:
 
         return advance
 
-    def _update(self, rows: TrainingRows, step: int) -> dict[str, Value]:
-        """One optimizer update a mini-batch, each on an even share of the kept rows."""
+    def _update(self, rows: TrainingRows, kept: Mapping[str, KeptStates], step: int) -> dict[str, Value]:
+        """One optimizer update a mini-batch, each on an even share of the rows that the filter left."""
         student, reducer = self.run.student, Reducer(self.run.grid.pg.dp)
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.run.steps)
         student.set_learning_rate(rate)
         parts = [rebalance(part, grid=self.run.grid) for part in mini_batches(rows, self.recipe.optimizer.mini_batches)]
         # With a single update the weights are those that the first forward pass uses, so it gives the old log-probs.
-        old = [student.log_probs(part) for part in parts] if len(parts) > 1 else [None]
+        moving = len(parts) > 1 and student.objective.reads_old
+        old = [student.log_probs(part) if moving else None for part in parts]
         metrics: dict[str, Value] = {"learning_rate": Last(rate)}
         for part, old_log_probs in zip(parts, old, strict=True):
             tokens = student.count_tokens(part, reducer)
             if tokens == 0:  # everything was dropped: nothing to learn from, on any rank
                 continue
-            part, traffic = self.run.router.attach(part)
+            part, traffic = self.run.router.attach(part, kept)
             merge(metrics, traffic)
             merge(metrics, student.accumulate_gradients(part, tokens=tokens, old=old_log_probs))
             metrics |= student.update()

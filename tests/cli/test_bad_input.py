@@ -22,7 +22,9 @@ from fire_megatron.cli.train import main
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Models and prompts that nothing is wrong with; not to be changed."""
-    return make_inputs(tmp_path_factory.mktemp("bad"), num_hidden_layers=2)
+    folder = make_inputs(tmp_path_factory.mktemp("bad"), num_hidden_layers=2)
+    save_megatron("llama", folder / "small", num_hidden_layers=2, vocab_size=VOCABULARY - 1)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -355,8 +357,7 @@ def unknown_family(box):
 
 @case("teachers.code.checkpoint", "vocabulary of 300", f"tokenizer's {VOCABULARY} tokens", "share one")
 def vocabulary_smaller_than_the_tokenizer(box):
-    box.section("code")["checkpoint"] = str(box.folder / "small")
-    save_megatron("llama", box.folder / "small", num_hidden_layers=2, vocab_size=VOCABULARY - 1)
+    box.section("code")["checkpoint"] = str(box.inputs / "small")
 
 
 @case("loss.top_k", "302 exceeds the vocabulary of 301")
@@ -364,15 +365,30 @@ def more_top_k_than_vocabulary(box):
     box.recipe["loss"] = {"estimator": "topk", "top_k": 302}
 
 
-@case("loss.estimator", "topk takes one teacher a row", "1 rows name several", "code+math", "use full")
+@case("loss.estimator", "topk takes one teacher a row", "1 of 1", "code+math", "use full")
 def mixture_with_topk(box):
     box.recipe["loss"] = {"estimator": "topk"}
     box.prompts(json.dumps({"problem": "w7", "label": {"math": 1, "code": 3}}))
 
 
-@case("loss.student_temperature", "2.0 has no effect with estimator sampled")
+@case("loss.student_temperature", "no effect with estimator sampled", "use full or topk")
 def temperature_of_sampled(box):
     box.recipe["loss"] = {"student_temperature": 2.0}
+
+
+@case("loss.divergence", "no effect with estimator sampled", "use full or topk")
+def divergence_of_sampled(box):
+    box.recipe["loss"] = {"divergence": "forward_kl"}
+
+
+@case("loss.skew", "no effect with divergence reverse_kl", "use skewed_forward_kl or skewed_reverse_kl")
+def skew_of_another_divergence(box):
+    box.recipe["loss"] = {"estimator": "full", "skew": 0.2}
+
+
+@case("loss.clip", "no effect with estimator full", "use sampled")
+def clip_of_full(box):
+    box.recipe["loss"] = {"estimator": "full", "clip": 0.3}
 
 
 @case("loss.divergence", "'kl'", "one of reverse_kl, forward_kl")

@@ -71,3 +71,8 @@ def test_rows_with_several_teachers(inputs, tmp_path, estimator, mixture):
     before, after = (step["eval/code+math/reverse_kl"] for step in (steps[0], steps[-1]))
     # Twelve steps of a few samples are too few for the policy gradient to be sure of it.
     assert after < before or estimator == "sampled"
+
+
+def test_several_updates_a_step(inputs, tmp_path):
+    steps = run(inputs, tmp_path / "run", loss__estimator="full", optimizer__mini_batches=2)
+    assert steps[-1]["loss"] < steps[0]["loss"]

@@ -209,7 +209,7 @@ def test_log_probs_are_those_of_scoring(roles, world_size, family):
         model, grid = roles.build(Spec(family), layout)
         made = generate(model.eval(), grid, prompts)
         teacher = Teacher("self", model, grid, micro_batch_tokens=48)
-        log_probs, entropies = teacher.score(
+        log_probs, entropies, _ = teacher.score(
             [torch.tensor(p.token_ids) for p in prompts], [made[row][0] for row in range(len(prompts))]
         )
         for row, (_, ours, ours_entropy, _) in made.items():

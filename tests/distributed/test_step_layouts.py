@@ -28,6 +28,7 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
+from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory
@@ -55,6 +56,7 @@ def checkpoints(world, tmp_path_factory):
     folder = Path(box[0])
     if world.is_main:
         save_megatron("qwen3", folder / "student", num_hidden_layers=3)
+        save_megatron("qwen2", folder / "tied", num_hidden_layers=3, vocab_size=340)
         save_megatron("qwen3", folder / "math", seed=1, num_hidden_layers=5)
         save_megatron("llama", folder / "code", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320)
     dist.barrier()
@@ -114,16 +116,20 @@ def whole_gradients(student, grid):
     return whole
 
 
-def run_step(folder, world, factory, layout, micro_batch_size, loss=None, teacher_layout=None, mixed=False):
+def run_step(
+    folder, world, factory, layout, micro_batch_size, loss=None, teacher_layout=None, mixed=False, *,
+    student="student", sequence=None, count=ROWS,
+):  # fmt: skip
     """Score, select, and accumulate gradients; returns metrics and whole gradients, the same on every rank."""
     loss = loss or LossConfig()
     role = StudentConfig(
-        checkpoint=str(folder / "student"),
-        parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline),
+        checkpoint=str(folder / student),
+        parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=sequence),
         vocab_multiple=4,
     )
     grid = factory.grid(layout)
-    model = load_role(folder / "student", role, grid, world)
+    model = load_role(folder / student, role, grid, world)
+    model.used_vocab_size = VOCABULARY
     theirs = factory.grid(teacher_layout or layout)
     parallel = ParallelConfig(tensor=theirs.layout.tensor, pipeline=theirs.layout.pipeline)
     configs, models, teachers = {}, {}, {}
@@ -144,16 +150,17 @@ def run_step(folder, world, factory, layout, micro_batch_size, loss=None, teache
         heads=heads,
     )
     router = TeacherRouter(teachers, ROUTE, student_grid=grid, prompts=rows(mixed)[0], mixture=loss.mixture)
-    rollouts = rollouts_of(replica_rows(ROWS, grid), mixed)
+    rollouts = rollouts_of(replica_rows(count, grid), mixed)
+    scores = router.score(rollouts, keep_states=True)
     kept, _ = select(
         rollouts,
-        router.score(rollouts, keep_states=True),
+        scores,
         router.names,
         build_hooks(loss.hooks),
         micro_batch_size=micro_batch_size,
         grid=grid,
     )
-    part, traffic = router.attach(rebalance(kept, grid=grid))
+    part, traffic = router.attach(rebalance(kept, grid=grid), scores.kept)
     tokens = student.count_tokens(part, Reducer(grid.pg.dp))
     metrics = student.accumulate_gradients(part, tokens=tokens)
     return reduce_metrics(traffic | metrics, group=grid.span), whole_gradients(student, grid)
@@ -191,6 +198,59 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, fact
                 reference = step
                 assert abs(step[0]["loss"]) > 1e-3 and all(g.abs().max() > 0 for g in step[1].values())
             assert_same_step(step, reference, f"{layout}, teachers {theirs}, micro-batch {micro_batch_size}")
+
+
+VARIANTS = {
+    "without sequence parallelism": {"sequence": False},
+    "one row, so replicas have none": {"count": 1},
+    "a tied student with the larger vocabulary": {"student": "tied"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("estimator", ["sampled", "full", "topk"])
+def test_variants_do_not_depend_on_the_layout(checkpoints, world, factory, estimator, variant):
+    loss, options = replace(ESTIMATORS[estimator], hooks=()), VARIANTS[variant]
+    reference, *others = layouts(world.size, pipelines=PIPELINES)
+    expected = run_step(checkpoints, world, factory, reference, 2, loss, **options)
+    for layout in others:
+        step = run_step(checkpoints, world, factory, layout, 2, loss, reference, **options)
+        assert_same_step(step, expected, f"{variant}, {layout}")
+
+
+def test_no_logits_are_held_after_a_step(checkpoints, world, factory, monkeypatch):
+    layers = []
+    real = OutputLayer.__init__
+
+    def listening(layer, *args, **kwargs):
+        layers.append(layer)
+        real(layer, *args, **kwargs)
+
+    monkeypatch.setattr(OutputLayer, "__init__", listening)
+    run_step(checkpoints, world, factory, layouts(world.size)[0], 2, ESTIMATORS["full"], mixed=True)
+    assert len(layers) >= 4 and all(layer.held == 0 for layer in layers)
+
+
+def test_output_weights_of_teachers_are_theirs_shared_or_read(checkpoints, world, factory):
+    shape = read_hf_config(checkpoints / "code")
+    weight = make_hf("llama", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320).lm_head.weight
+    config = TeacherConfig(checkpoint=str(checkpoints / "code"), vocab_multiple=4)
+    shared = []
+    for layout in layouts(world.size, pipelines=(1, 2)):
+        for theirs in layouts(world.size, pipelines=(1, 2)):
+            parallel = [ParallelConfig(tensor=x.tensor, pipeline=x.pipeline) for x in (layout, theirs)]
+            role = StudentConfig(checkpoint=str(checkpoints / "student"), vocab_multiple=4, parallel=parallel[0])
+            student = load_role(checkpoints / "student", role, factory.grid(layout), world)
+            own = load_role(checkpoints / "code", replace(config, parallel=parallel[1]), factory.grid(theirs), world)
+            own.used_vocab_size = VOCABULARY
+            heads = teacher_heads({"code": config}, {"code": shape}, {"code": own}, student)
+            if not student.post_process:
+                assert heads == {}
+                continue
+            rows = heads["code"].weight_VH[: heads["code"].columns]
+            assert torch.equal(rows, weight[student.vocab_start :][: student.used_columns])
+            shared.append(own.post_process and rows.data_ptr() == own.output_weight.data_ptr())
+    assert True in shared and False in shared
 
 
 @pytest.mark.parametrize("estimator", ["full", "full, log_probs", "topk"])

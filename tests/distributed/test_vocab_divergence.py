@@ -57,13 +57,13 @@ def draw_weights(tokens, teachers):
 
 def of(kind, teachers, group=None, **options):
     built = build_divergence(kind, **KINDS[kind])
-    return lambda logits: divergence(logits, teachers, divergence=built, group=group, **options)
+    return lambda logits: divergence(logits, teachers, kind=built, group=group, **options)
 
 
 def of_topk(kind, teacher, group=None, vocab_start=0, **options):
     built = build_divergence(kind, **KINDS[kind])
     shard_options = {"group": group, "vocab_start": vocab_start}
-    return lambda logits: topk_divergence(logits, teacher, divergence=built, **shard_options, **options)
+    return lambda logits: topk_divergence(logits, teacher, kind=built, **shard_options, **options)
 
 
 def same_on_all_ranks(values, group):

@@ -18,7 +18,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def local(kind, teachers, parameters=None, **options):
     built = build_divergence(kind, **(KINDS[kind] if parameters is None else parameters))
-    return lambda logits: divergence(logits, teachers, divergence=built, group=None, **options)
+    return lambda logits: divergence(logits, teachers, kind=built, group=None, **options)
 
 
 def reference(kind, log_t, temperature=1.0):

@@ -47,13 +47,13 @@ class Case:
             self.with_grad.append(logits.requires_grad)
             scale = self.scale[part].to(torch.promote_types(logits.dtype, torch.float32))
             if loss == "topk_divergence":
-                value = topk_divergence(logits, self.top_k[part], divergence=built, **one_rank)
+                value = topk_divergence(logits, self.top_k[part], kind=built, **one_rank)
             elif loss == "log_prob_and_entropy":
                 value, entropy = log_prob_and_entropy(logits, self.target[part], **one_rank)
                 value = value + entropy * self.entropy_scale[part].to(value.dtype)
             else:
                 reuse = loss == "divergence over the logits"
-                value = divergence(logits, self.teacher[part], divergence=built, group=None, reuse_logits=reuse)
+                value = divergence(logits, self.teacher[part], kind=built, group=None, reuse_logits=reuse)
             return (value * scale).sum(), torch.stack((value, torch.arange(len(self.scale))[part].to(value.dtype)))
 
         return function

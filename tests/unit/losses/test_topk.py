@@ -19,12 +19,12 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def local(kind, teacher, **options):
     built = build_divergence(kind, **KINDS[kind])
-    return lambda logits: topk_divergence(logits, teacher, divergence=built, group=None, vocab_start=0, **options)
+    return lambda logits: topk_divergence(logits, teacher, kind=built, group=None, vocab_start=0, **options)
 
 
 def full(kind, teacher_logits, **options):
     built = build_divergence(kind, **KINDS[kind])
-    return lambda logits: divergence(logits, teacher_logits, divergence=built, group=None, **options)
+    return lambda logits: divergence(logits, teacher_logits, kind=built, group=None, **options)
 
 
 def reference(kind, teacher, temperature=1.0):
@@ -329,5 +329,5 @@ def test_non_contiguous_logits_and_expanded_gradients(kind):
 def test_an_id_that_is_nowhere_is_visible():
     teacher = TopK(torch.tensor([[1, 2], [1, 9]]), torch.full((2, 2), -2.0), torch.full((2,), -0.3))
     kind = build_divergence("reverse_kl")
-    value = topk_divergence(torch.randn(2, 8), teacher, divergence=kind, group=None, vocab_start=0)
+    value = topk_divergence(torch.randn(2, 8), teacher, kind=kind, group=None, vocab_start=0)
     assert value[0].isfinite() and value[1].isnan()

@@ -1,0 +1,187 @@
+"""From the rows of a micro-batch to its loss, by the recipe's estimator.
+
+Shapes: N response tokens of a micro-batch, H hidden size, R_i response tokens of row i, W columns of a teacher's state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fire_megatron.config.schema import LossConfig
+from fire_megatron.data.packing import Pack
+from fire_megatron.data.rollouts import Target, TrainingRows
+from fire_megatron.losses.divergences import build_divergence
+from fire_megatron.losses.estimators import SampledLoss, sampled_policy_gradient
+from fire_megatron.losses.fused import OutputLayer, TokenLoss, chunked_linear_loss, map_chunks
+from fire_megatron.losses.token_losses import (
+    DIVERGENCE_REPORT,
+    SAMPLED_REPORT,
+    DivergenceSettings,
+    Segment,
+    Shard,
+    full_loss,
+    sampled_loss,
+    topk_loss,
+)
+from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
+from fire_megatron.metrics.values import Mean, Value, merge
+from fire_megatron.models.gpt import FireGPT
+from fire_megatron.parallel.collectives import all_gather_stacked
+from fire_megatron.platform import compute_device
+from fire_megatron.teachers.states import unpack_topk
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive rows of a micro-batch that learn from the same teachers."""
+
+    teachers: tuple[str, ...]
+    rows: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the loss of a micro-batch is computed from."""
+
+    pack: Pack
+    rows: TrainingRows
+    """All rows of the update on this replica; ``pack.rows`` points into them."""
+    old: Sequence[torch.Tensor] | None
+    """[R_i] the student's log-probabilities at the time of the rollouts; None when the weights have not moved since."""
+    tokens: float
+    """Response tokens of the whole update over all replicas: the loss's denominator."""
+
+    def column(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[N] float32 in the pack's order, of [R_i] for every row."""
+        return torch.cat([torch.zeros(0), *(values[row] for row in self.pack.rows)]).to(compute_device())
+
+    def runs(self) -> list[_Run]:
+        """The pack's rows by teacher, in order."""
+        runs = []
+        for teachers, group in itertools.groupby(self.pack.rows, lambda row: self.rows.targets[row].teachers):
+            rows = tuple(group)
+            runs.append(_Run(teachers, rows, sum(len(self.rows.rollouts.responses[row]) for row in rows)))
+        return runs
+
+
+class Objective:
+    """The loss on the student's last stage, fused with its output layer."""
+
+    def __init__(self, model: FireGPT, loss: LossConfig, heads: Mapping[str, OutputLayer]) -> None:
+        """Args: model: this rank's stage of the student; heads: the teachers' output weights, for ``full``."""
+        self.model, self.loss, self.heads = model, loss, dict(heads)
+        self.group = model.pg_collection.tp
+        self.reads_old = loss.estimator == "sampled"
+        """Whether the loss depends on the log-probabilities at the time of the rollouts."""
+        self._settings = DivergenceSettings(
+            build_divergence(loss.divergence, beta=loss.beta, skew=loss.skew),
+            loss.student_temperature,
+            loss.teacher_temperature,
+            loss.mixture,
+        )
+        self._build = {"sampled": self._sampled, "full": self._full, "topk": self._topk}[loss.estimator]
+        self._names = SAMPLED_REPORT if loss.estimator == "sampled" else DIVERGENCE_REPORT
+
+    def log_probs(self, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """[N, H] final hidden states -> [N] float32 log-probabilities of the response tokens, without gradient."""
+        shard = self._shard()
+
+        def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            return log_prob_and_entropy(
+                logits, pack.targets[part], group=shard.group, vocab_start=shard.vocab_start, with_entropy=False
+            )[0]
+
+        layer = OutputLayer(self.model.output_weight, self.model.used_columns)
+        return map_chunks(hidden, layer, score, chunk_tokens=self.loss.chunk_tokens)
+
+    def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, Value]]:
+        """[N, H] final hidden states -> this micro-batch's share of the loss, and metrics."""
+        runs = batch.runs()
+        lengths = [run.tokens for run in runs]
+        try:
+            loss, report_RN = chunked_linear_loss(
+                hidden,
+                self.model.output_weight,
+                self._build(batch, runs),
+                columns=self.model.used_columns,
+                segments=lengths,
+                chunk_tokens=self.loss.chunk_tokens,
+            )
+        finally:
+            for head in self.heads.values():
+                head.release()
+        # One transfer for all of them: each would wait for the device by itself.
+        report_RN = report_RN.double()
+        nothing = report_RN.new_zeros(len(report_RN))  # stack() wants something where there is no run
+        _, *sums = torch.stack([nothing, *(part.sum(-1) for part in report_RN.split(lengths, -1))]).tolist()
+        # Means over tokens in the file, whatever the micro-batches, mini-batches and ranks that they are spread over.
+        report: dict[str, Value] = {
+            name: Mean(sum(s[i] for s in sums), len(hidden)) for i, name in enumerate(self._names)
+        }
+        for run, values in zip(runs, sums, strict=True) if self._names is DIVERGENCE_REPORT else ():
+            merge(report, {f"teacher/{Target.join(run.teachers)}/divergence": Mean(values[1], run.tokens)})
+        return loss, report
+
+    def _shard(self) -> Shard:
+        return Shard(self.group, self.model.vocab_start, len(self.model.output_weight))
+
+    def _sampled(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
+        teacher, weight = batch.column(batch.rows.teacher_log_probs), batch.column(batch.rows.weights)
+        rollout = batch.column(batch.rows.rollouts.log_probs)
+        old = None if batch.old is None else batch.column(batch.old)
+        importance = self.loss.importance
+
+        def estimate(log_prob: torch.Tensor, part: slice) -> SampledLoss:
+            return sampled_policy_gradient(
+                log_prob,
+                teacher_log_prob=teacher[part],
+                rollout_log_prob=rollout[part],
+                weight=weight[part],
+                old_log_prob=None if old is None else old[part],
+                clip=self.loss.clip,
+                importance_mode=importance.mode,
+                importance_low=importance.low,
+                importance_high=importance.high,
+            )
+
+        return sampled_loss(batch.pack.targets, estimate, shard=self._shard(), tokens=batch.tokens)
+
+    def _full(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
+        segments = [self._segment(run, batch.rows) for run in runs]
+        weight = batch.column(batch.rows.weights)
+        return full_loss(segments, weight, self._settings, shard=self._shard(), tokens=batch.tokens)
+
+    def _segment(self, run: _Run, rows: TrainingRows) -> Segment:
+        heads = [self.heads[name] for name in run.teachers]
+        weights = [
+            torch.tensor(rows.targets[row].weights).expand(len(rows.rollouts.responses[row]), -1) for row in run.rows
+        ]
+        return Segment(
+            layers=heads,
+            hidden=[
+                self._states(name, run, rows, head.weight_VH.shape[1])
+                for name, head in zip(run.teachers, heads, strict=True)
+            ],
+            weight_NK=torch.cat(weights).to(compute_device()),
+        )
+
+    def _topk(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
+        width = 2 * self.loss.top_k + 1
+        empty = torch.zeros(0, width, dtype=torch.int32, device=compute_device())
+        # One teacher a row: setup.py refuses mixtures.
+        states = [self._states(*run.teachers, run, batch.rows, width) for run in runs]
+        weight = batch.column(batch.rows.weights)
+        return topk_loss(
+            unpack_topk(torch.cat([empty, *states])), weight, self._settings, shard=self._shard(), tokens=batch.tokens
+        )
+
+    def _states(self, name: str, run: _Run, rows: TrainingRows, width: int) -> torch.Tensor:
+        """[N of the run, W] what a teacher sent of these rows, put together from the tensor ranks' slices."""
+        assert rows.states is not None
+        own = torch.cat([rows.states[row][name] for row in run.rows]).to(compute_device())
+        return all_gather_stacked(own, group=self.group).movedim(0, 1).flatten(1)[:, :width]

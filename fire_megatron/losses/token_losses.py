@@ -89,7 +89,12 @@ def sampled_loss(
 
     def token_loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         log_prob_C, _ = log_prob_and_entropy(
-            logits_CV, target_N[part], group=shard.group, vocab_start=shard.vocab_start, with_entropy=False
+            logits_CV,
+            target_N[part],
+            group=shard.group,
+            vocab_start=shard.vocab_start,
+            with_entropy=False,
+            reuse_logits=True,
         )
         result = estimate(log_prob_C, part)
         columns = (result.loss, result.clipped, result.approx_kl, result.importance, result.corrected)

@@ -33,12 +33,13 @@ def log_prob_and_entropy(
     vocab_start: int,
     with_entropy: bool = True,
     block_tokens: int | None = None,
+    reuse_logits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each target and entropy of each full next-token distribution, with autograd for both.
 
     Collectives: one max and one packed sum all-reduce over ``group`` in forward, none in backward. Saved for
     backward: the logits, the targets and three statistics a token. Extra memory: one block in float32 (two with
-    the entropy), and in backward the gradient itself. The input is never changed.
+    the entropy), and in backward the gradient itself. The input is never changed (but see ``reuse_logits``).
 
     A padded vocabulary column carries ``-inf`` or the dtype's minimum: its probability, its part of the entropy
     and its gradient are exactly 0.
@@ -51,13 +52,14 @@ def log_prob_and_entropy(
         vocab_start: vocabulary id of this shard's first column.
         with_entropy: whether to compute the entropy; without it the second result is None.
         block_tokens: tokens computed at a time; None picks a size for the device.
+        reuse_logits: let backward write the gradient over the logits, for a caller who owns them.
 
     Returns:
         ``(log_prob_T, entropy_T)``, float32 (float64 for float64 logits), in nats; the same on every rank.
         The gradient with respect to the logits has the logits' dtype.
     """
     assert logits_TV.dim() == 2 and target_T.shape == logits_TV.shape[:1], (logits_TV.shape, target_T.shape)
-    return _LogProbAndEntropy.apply(logits_TV, target_T, group, vocab_start, with_entropy, block_tokens)
+    return _LogProbAndEntropy.apply(logits_TV, target_T, group, vocab_start, with_entropy, block_tokens, reuse_logits)
 
 
 @torch.no_grad()
@@ -141,6 +143,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
         vocab_start: int,
         with_entropy: bool,
         block_tokens: int | None,
+        reuse_logits: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         peak_T, log_prob_T, log_total_T, entropy_T = _statistics(
             logits_TV,
@@ -151,7 +154,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
             block_tokens=block_tokens,
         )
         ctx.set_materialize_grads(False)
-        ctx.vocab_start, ctx.block_tokens = vocab_start, block_tokens
+        ctx.vocab_start, ctx.block_tokens, ctx.reuse_logits = vocab_start, block_tokens, reuse_logits
         ctx.save_for_backward(logits_TV, target_T, peak_T, log_total_T, entropy_T)
         # Rounding can leave the entropy of a one-hot distribution just below 0.
         return log_prob_T, entropy_T.clamp_min(0) if with_entropy else None
@@ -160,9 +163,9 @@ class _LogProbAndEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_prob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None) -> tuple:
         if grad_log_prob_T is None and grad_entropy_T is None:
-            return (None,) * 6
+            return (None,) * 7
         logits_TV, target_T, peak_T, log_total_T, entropy_T = ctx.saved_tensors
-        grad_TV = torch.empty_like(logits_TV)
+        grad_TV = logits_TV if ctx.reuse_logits else torch.empty_like(logits_TV)
         for part in blocks(logits_TV, ctx.block_tokens) if logits_TV.shape[-1] else ():
             log_prob_CV = log_softmax(logits_TV[part], peak_T[part], log_total_T[part], 1.0)
             if grad_entropy_T is None:
@@ -177,4 +180,4 @@ class _LogProbAndEntropy(torch.autograd.Function):
                 column_C, here_C = local_columns(target_T[part], ctx.vocab_start, logits_TV.shape[-1])
                 weighted_CV.scatter_add_(-1, column_C[:, None], (grad_log_prob_T[part] * here_C)[:, None])
             grad_TV[part] = weighted_CV
-        return grad_TV, None, None, None, None, None
+        return grad_TV, None, None, None, None, None, None

@@ -141,6 +141,17 @@ def test_input_is_not_changed_and_only_it_is_saved():
     assert sum(tensor.numel() for tensor in saved) <= logits.numel() + 4 * len(target)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_the_gradient_may_take_the_logits_memory(chunk):
+    logits, target, *grads = case(33, 130)
+    expected = run(local, logits, target, *grads)
+    owned = logits.clone().requires_grad_()
+    outputs = local(owned, target, block_tokens=chunk, reuse_logits=True)
+    gradient = torch.autograd.grad(outputs, owned, grads)[0]
+    torch.testing.assert_close(gradient, expected[2], rtol=1e-6, atol=1e-7)
+    assert gradient.data_ptr() == owned.data_ptr()
+
+
 def test_changing_the_logits_before_backward_is_caught():
     logits, target, *_ = case(5, 64)
     inner = logits.requires_grad_() * 1.0

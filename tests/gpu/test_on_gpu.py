@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dense
 import pytest
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
@@ -24,11 +25,14 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("gpu"), head_dim=32)
 
 
-def run(inputs: Path, name: str, *, device: str, layer_spec: str = "local", dtype: str = "float32", **megatron):
+def run(
+    inputs: Path, name: str, *, device: str, layer_spec: str = "local", dtype: str = "float32", loss=None, **megatron
+):
     """Metrics of a run of the tiny recipe, greedy so that rounding does not choose other tokens."""
     values = tiny_recipe(
         inputs, inputs / name, run__device=device, rollout__temperature=0.0, optimizer__lr=1e-4, checkpoint__final=False
     )
+    values["loss"] = loss or {}
     for role in (values["student"], *values["teachers"].values()):
         role |= {"layer_spec": layer_spec, "precision": {"dtype": dtype}, "megatron": dict(megatron)}
     recipe = write_recipe(inputs / f"{name}.yaml", values)
@@ -60,3 +64,45 @@ def test_bfloat16_trains(inputs, layer_spec):
     for line in run(inputs, f"bf16-{layer_spec}", device="cuda", layer_spec=layer_spec, dtype="bfloat16"):
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
         assert line["memory/peak_mb"] > 0
+
+
+@pytest.mark.parametrize(
+    "loss", [{"estimator": "full"}, {"estimator": "topk", "top_k": 16}], ids=lambda x: x["estimator"]
+)
+def test_divergences_equal_the_cpu(inputs, loss):
+    name = loss["estimator"]
+    cpu = run(inputs, f"cpu-{name}", device="cpu", loss=loss)
+    gpu = run(inputs, f"gpu-{name}", device="cuda", loss=loss)
+    for key in ("loss", "loss/divergence", "grad_norm"):
+        assert gpu[0][key] == pytest.approx(cpu[0][key], rel=2e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("kind", dense.KINDS)
+def test_the_fused_loss_in_bfloat16(kind):
+    """Products in bfloat16, as on no CPU, against float64 on the same rounded inputs."""
+    import torch
+
+    from fire_megatron.losses.divergences import build_divergence
+    from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
+    from fire_megatron.losses.vocab_divergence import divergence
+
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(shape, generator=generator) for shape in ((70, 64), (500, 64), (70, 96), (500, 96))]
+    hidden, weight, theirs, their_weight = (x.mul(0.4).bfloat16().cuda() for x in draw)
+    hidden.requires_grad_(), weight.requires_grad_()
+    teacher, built = OutputLayer(their_weight), build_divergence(kind, **dense.KINDS[kind])
+
+    def token_loss(logits, part):
+        value = divergence(logits, teacher.logits(theirs[part]), kind=built, group=None, reuse_logits=True)
+        return value.sum(), value[None]
+
+    loss, _ = chunked_linear_loss(hidden, weight, token_loss, chunk_tokens=32)
+    loss.backward()
+    exact = [x.detach().double().cpu().requires_grad_() for x in (hidden, weight)]
+    logits = exact[0] @ exact[1].t(), theirs.double().cpu() @ their_weight.double().cpu().t()
+    expected = dense.divergence(kind, *map(dense.log_softmax, logits), **dense.KINDS[kind]).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    for ours, reference in zip((hidden, weight), exact, strict=True):
+        error = (ours.grad.double().cpu() - reference.grad).abs().max()
+        assert error <= 2e-2 * reference.grad.abs().max()

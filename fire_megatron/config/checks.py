@@ -10,8 +10,9 @@ from typing import Any
 
 from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
 from fire_megatron.config.errors import Problem, RecipeProblems
+from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.roles import roles
-from fire_megatron.config.schema import BUILTIN_HOOKS, Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.schema import Recipe, RoleConfig, SourceConfig
 from fire_megatron.config.walk import nearest
 
 

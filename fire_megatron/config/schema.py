@@ -6,23 +6,14 @@ is checked in :mod:`fire_megatron.config.checks`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.section import INLINE, Match, NonEmpty, Range, Section, specs
-from fire_megatron.config.walk import build, plain
-
-Count = Annotated[int, Range(at_least=0)]
-Size = Annotated[int, Range(at_least=1)]
-Positive = Annotated[float, Range(above=0)]
-NonNegative = Annotated[float, Range(at_least=0)]
-Fraction = Annotated[float, Range(at_least=0, below=1)]
-Share = Annotated[float, Range(above=0, below=1)]
-Threads = Annotated[int, Range(at_least=0, at_most=1024)]
-Text = Annotated[str, NonEmpty()]
-Seed = Annotated[int, Range(at_least=0, below=2**31)]
+from fire_megatron.config.kinds import Count, Fraction, NonNegative, Positive, Seed, Size, Text, Threads
+from fire_megatron.config.loss import LossConfig
+from fire_megatron.config.section import Match, NonEmpty, Range, Section
 
 _TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (it becomes a part of metric names)")
 
@@ -167,135 +158,6 @@ class RolloutConfig(Section):
     """Tokens that end an answer besides those of the tokenizer and the generation config."""
     batch_size: Count = 0
     """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once."""
-
-
-@dataclass(frozen=True)
-class FilterOptions(Section):
-    """Drops the answers that their teacher finds least likely (mean log-probability of the response tokens)."""
-
-    percentile: Annotated[float, Range(at_least=0, below=100)] = 20.0
-    """Answers that score below this percentile are dropped; 0 keeps all."""
-    scope: Literal["global", "microbatch"] = "global"
-    """What the percentile is taken over: the step's whole batch, or each micro-batch as the published code does."""
-    group_by: Literal["teacher", "batch"] = "teacher"
-    """One threshold a teacher, or one for all teachers together."""
-    drop_truncated: bool = False
-    """Whether answers that were cut at `rollout.max_new_tokens` are dropped as well."""
-
-
-@dataclass(frozen=True)
-class ReweightOptions(Section):
-    """Puts more weight on tokens where the teacher is sure and the student is not; the mean weight is 1."""
-
-    alpha: NonNegative = 1.0
-    """Strength of the teacher's confidence; 0 ignores it."""
-    beta: NonNegative = 1.0
-    """Strength of the student's confusion; 0 ignores it."""
-    scope: Literal["global", "microbatch"] = "global"
-    """What maxima and mean are taken over: the step's whole batch, or each micro-batch as the published code does."""
-    group_by: Literal["teacher", "batch"] = "teacher"
-    """One entropy maximum a teacher, or one for all teachers together."""
-    normalise_over: Literal["kept", "all"] = "kept"
-    """Tokens whose mean weight is 1: those of kept answers, or all, as in the published code."""
-
-
-BUILTIN_HOOKS: Mapping[str, type[Section]] = {"filter": FilterOptions, "reweight": ReweightOptions}
-"""Hooks that come with the package, with the class of their options."""
-
-
-@dataclass(frozen=True)
-class HookConfig(Section):
-    """A loss hook, written as one mapping: `{name: filter, percentile: 30}`."""
-
-    name: Text
-    """`filter`, `reweight`, or a name that a module of `run.plugins` registers."""
-    options: dict[str, Any] = field(default_factory=dict, metadata={INLINE: BUILTIN_HOOKS})
-    """The hook's own options, written beside its name; those of a built-in hook are complete, defaults included."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name in BUILTIN_HOOKS:
-            checked = build(BUILTIN_HOOKS[self.name], self.options)
-            object.__setattr__(self, "options", plain(checked))
-
-
-@dataclass(frozen=True)
-class ImportanceConfig(Section):
-    """Corrects for the rollout engine's log-probabilities differing from the trainer's."""
-
-    mode: Literal["truncate", "mask", "off"] = "truncate"
-    """`truncate` caps the weight p_trainer / p_engine of a token at `high`, `mask` drops tokens whose weight is
-    outside `low`..`high`, `off` does neither. The fraction affected is a metric."""
-    low: NonNegative = 0.0
-    """Smallest weight that `mask` keeps."""
-    high: Positive = 2.0
-    """Largest weight."""
-
-    def _problems(self) -> Iterator[Problem]:
-        if self.low >= self.high:
-            yield Problem("low", f"{self.low} is not below high, which is {self.high}; lower it or raise high")
-
-
-@dataclass(frozen=True)
-class LossConfig(Section):
-    """What is minimised."""
-
-    estimator: Literal["sampled", "full", "topk"] = "sampled"
-    """`sampled` is the clipped policy gradient of the reverse KL on the sampled tokens; `full` the exact `divergence`
-    over the whole vocabulary, for which teachers send their final hidden states; `topk` the divergence on the
-    teacher's `top_k` likeliest tokens and one bucket for all others."""
-    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"] = (
-        "reverse_kl"
-    )
-    """What `full` and `topk` minimise; docs/losses.md has the formulas."""
-    beta: Share = 0.5
-    """Weight of the teacher in the mixture of `jensen_shannon`."""
-    skew: Share = 0.1
-    """How much of its first argument a skewed KL mixes into its second."""
-    top_k: Size = 64
-    """Tokens that a teacher sends for `topk`."""
-    student_temperature: Positive = 1.0
-    """Divides the student's logits in `full` and `topk`."""
-    teacher_temperature: Positive = 1.0
-    """Divides the teachers' logits in `full` and `topk`; the filter and the weights see temperature 1."""
-    mixture: Literal["distributions", "log_probs"] = "distributions"
-    """What the weights mix where a row names several teachers: their distributions, or their log-probabilities."""
-    chunk_tokens: Count = 0
-    """Tokens whose logits exist at a time in the loss; 0 picks a number for the device. Lower it when the update runs
-    out of memory."""
-    clip: Positive = 0.2
-    """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    """Correction between rollout engine and trainer, in `sampled`."""
-    hooks: tuple[HookConfig, ...] = (HookConfig("filter"), HookConfig("reweight"))
-    """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
-
-    def _problems(self) -> Iterator[Problem]:
-        dense = ("full", "topk")
-        read_by: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-            "divergence": (dense, ()),
-            "beta": (dense, ("jensen_shannon",)),
-            "skew": (dense, ("skewed_forward_kl", "skewed_reverse_kl")),
-            "top_k": (("topk",), ()),
-            "student_temperature": (dense, ()),
-            "teacher_temperature": (dense, ()),
-            "mixture": (("sampled", "full"), ()),
-            "clip": (("sampled",), ()),
-            "importance": (("sampled",), ()),
-        }
-        for key, (estimators, divergences) in read_by.items():
-            if getattr(self, key) == specs(type(self))[key].default:
-                continue
-            if self.estimator not in estimators:
-                yield Problem(
-                    key,
-                    f"has no effect with estimator {self.estimator}; leave it out, or use {' or '.join(estimators)}",
-                )
-            elif divergences and self.divergence not in divergences:
-                yield Problem(
-                    key,
-                    f"has no effect with divergence {self.divergence}; leave it out, or use {' or '.join(divergences)}",
-                )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fire_megatron.config.schema import FilterOptions
+from fire_megatron.config.loss import FilterOptions
 from fire_megatron.fire.batch import FireBatch, Selection
 from fire_megatron.fire.statistics import group_percentiles, row_means
 from fire_megatron.metrics.values import Last, Mean, Value

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fire_megatron.config.errors import RecipeError
-from fire_megatron.config.schema import FilterOptions, HookConfig, ReweightOptions
+from fire_megatron.config.loss import FilterOptions, HookConfig, ReweightOptions
 from fire_megatron.fire.batch import FireBatch, Selection
 from fire_megatron.fire.filter import Filter
 from fire_megatron.fire.reweight import Reweight

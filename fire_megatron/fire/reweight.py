@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fire_megatron.config.schema import ReweightOptions
+from fire_megatron.config.loss import ReweightOptions
 from fire_megatron.fire.batch import FireBatch, Selection
 from fire_megatron.fire.statistics import exact_sum, group_maxima
 from fire_megatron.metrics.values import Mean

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fire_megatron.config.schema import LossConfig
+from fire_megatron.config.loss import LossConfig
 from fire_megatron.losses.topk import TopK
 
 SCORE_BYTES = 8

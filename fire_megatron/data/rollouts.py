@@ -40,11 +40,6 @@ class Rollouts:
         return len(self.row_ids)
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """[B] the label by which each row finds its teacher."""
-        return tuple(prompt.label for prompt in self.prompts)
-
-    @property
     def prompt_tokens(self) -> tuple[torch.Tensor, ...]:
         """[P_i] int64 token ids of each row's prompt."""
         return tuple(torch.tensor(prompt.token_ids, dtype=torch.int64) for prompt in self.prompts)

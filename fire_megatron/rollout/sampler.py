@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fire_megatron.parallel.collectives import all_gather_stacked
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -81,11 +83,7 @@ def _invert(mass: torch.Tensor, numbers: torch.Tensor, group: dist.ProcessGroup)
     """
     cumulative = mass.cumsum(-1, dtype=torch.float64)
     local = cumulative[:, -1].contiguous()
-    shards = [local]
-    if group.size() > 1:
-        shards = [torch.empty_like(local) for _ in range(group.size())]
-        dist.all_gather(shards, local, group=group)
-    bounds = torch.stack(shards).cumsum(0)  # [shards, B] cumulative mass at the end of each shard
+    bounds = all_gather_stacked(local, group=group).cumsum(0)  # [shards, B] cumulative mass at the end of each shard
     total = bounds[-1]
     # Rounding may leave u * total at or beyond the end; the largest double below keeps it inside.
     target = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))

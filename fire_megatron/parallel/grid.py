@@ -88,11 +88,27 @@ class ModelGrid:
         """Whether this rank projects to the vocabulary."""
         return self.pp_rank == self.layout.pipeline - 1
 
-    def last_stage_of(self, replica: int, tensor: int) -> int:
-        """Global rank of the last stage at a place in the data-parallel and tensor dimensions, the first in context."""
+    @property
+    def row_group(self) -> dist.ProcessGroup:
+        """Ranks that hold different rows outside of the update: context-parallel ranks share a sequence only in forward
+        and backward passes of packs, and sample, score and select rows of their own."""
+        return self.pg.dp_cp
+
+    @property
+    def row_replica(self) -> int:
+        """Place in :attr:`row_group`."""
+        return self.pg.dp_cp.rank()
+
+    @property
+    def row_replicas(self) -> int:
+        """Size of :attr:`row_group`."""
+        return self.layout.data * self.layout.context
+
+    def last_stage_of(self, replica: int, tensor: int, context: int = 0) -> int:
+        """Global rank of the last stage at a place in the data-parallel, tensor and context dimensions."""
         layout = self.layout
         per_stage = layout.tensor * layout.context * layout.data
-        within = tensor + layout.tensor * layout.context * replica
+        within = tensor + layout.tensor * (context + layout.context * replica)
         return layout.first_rank + per_stage * (layout.pipeline - 1) + within
 
     @property

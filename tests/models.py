@@ -44,6 +44,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": False, "head_dim": 24}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "tie_word_embeddings": False,
+            "head_dim": 24,
+            "moe_intermediate_size": 40,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
     "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7}),
 }

@@ -28,9 +28,25 @@ def share(value: Any) -> Any:
     return box[0]
 
 
-def layouts(size: int, *, tensors: tuple[int, ...] = (1, 2), pipelines: tuple[int, ...] = (1, 2, 3, 4)) -> list[Layout]:
-    """Every tensor x pipeline split of the world; data parallelism takes the rest."""
-    return [Layout(tensor=t, pipeline=p, num_ranks=size) for t in tensors for p in pipelines if size % (t * p) == 0]
+def layouts(
+    size: int,
+    *,
+    tensors: tuple[int, ...] = (1, 2),
+    pipelines: tuple[int, ...] = (1, 2, 3, 4),
+    experts: tuple[int, ...] = (1,),
+) -> list[Layout]:
+    """Every tensor x pipeline split of the world; data parallelism takes the rest, which expert parallelism splits."""
+    return [
+        Layout(tensor=t, pipeline=p, expert=e, num_ranks=size)
+        for t in tensors
+        for p in pipelines
+        for e in experts
+        if size % (t * p * e) == 0
+    ]
+
+
+EXPERTS = {"qwen3-moe": (1, 2)}
+"""Expert-parallel sizes of the families that have experts."""
 
 
 def load_role(path: str | Path, role: RoleConfig, grid: ModelGrid, world: platform.World) -> FireGPT:
@@ -80,7 +96,9 @@ class Roles:
         grid = self.factory.grid(layout)
         role = StudentConfig(
             checkpoint=str(path),
-            parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=sequence),
+            parallel=ParallelConfig(
+                tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, sequence=sequence
+            ),
             vocab_multiple=vocab_multiple,
         )
         return load_role(path, role, grid, self.world), grid

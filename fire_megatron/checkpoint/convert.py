@@ -1,13 +1,13 @@
 """Between Hugging Face folders and converted checkpoints, one tensor at a time.
 
-Peak memory is one megatron-core tensor and the Hugging Face tensors that it is made of (in export, one output shard),
-whatever the size of the model.
+Peak memory is one megatron-core tensor (of experts, one expert's part) and the Hugging Face tensors that it is made of
+(in export, one output shard), whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fire_megatron.checkpoint.files import (
     require_checkpoint,
     write_json,
 )
-from fire_megatron.checkpoint.maps import Tensor, is_ignored, pack, tensor_map, unpack
+from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, is_ignored, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
@@ -37,6 +37,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMAT = 1
+_STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Formats of weights in safetensors headers."""
 
 
 class HFReader:
@@ -56,6 +58,7 @@ class HFReader:
         self.folder = folder
         self._file_of: dict[str, str] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
+        self._dtype_of: dict[str, str] = {}
         index = self._index()
         names = sorted(set(index.values())) if index else self._files_without_index()
         if not names:
@@ -65,7 +68,9 @@ class HFReader:
         for name in names:
             with self._open(name) as opened:
                 held = list(opened.keys())
-                self._shape_of |= {key: tuple(opened.get_slice(key).get_shape()) for key in held}
+                slices = {key: opened.get_slice(key) for key in held}
+                self._shape_of |= {key: tuple(part.get_shape()) for key, part in slices.items()}
+                self._dtype_of |= {key: part.get_dtype() for key, part in slices.items()}
             self._file_of |= dict.fromkeys(held, name)
         lost = sorted(set(index) - set(self._file_of))
         if lost:
@@ -108,6 +113,20 @@ class HFReader:
         """Shape of a tensor, without reading it."""
         return self._shape_of[name]
 
+    def dtype(self, names: Iterable[str]) -> torch.dtype:
+        """The dtype that holds all of these tensors exactly, without reading them.
+
+        Raises:
+            CheckpointError: one of them is not of a floating-point format.
+        """
+        kinds = {self._dtype_of[name]: name for name in names}
+        for kind, name in kinds.items():
+            if kind not in _STORED:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored as {kind}; give the unquantized checkpoint ({', '.join(_STORED)})"
+                )
+        return reduce(torch.promote_types, (_STORED[kind] for kind in kinds))
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""
         with self._open(self._file_of[name]) as opened:
@@ -117,7 +136,8 @@ class HFReader:
 def _check_names(reader: HFReader, tensors: list[Tensor], shape: ModelShape) -> None:
     """Compare what the folder holds with what the architecture has, before anything is written."""
     wanted = {name: size for t in tensors for name, size in zip(t.sources, t.shapes, strict=True)}
-    missing = [name for name in wanted if name not in reader.names]
+    held = set(reader.names)
+    missing = [name for name in wanted if name not in held]
     unknown = [name for name in reader.names if name not in wanted and not is_ignored(name, shape)]
     for names, what in (
         (missing, "are missing"),
@@ -147,7 +167,7 @@ def _require_dtype(dtype: str | None) -> torch.dtype | None:
 def hf_to_megatron(
     hf: str | Path, out: str | Path, *, dtype: str | None = None, overwrite: bool = False, progress: bool = False
 ) -> Path:
-    """Convert a Hugging Face folder to a checkpoint that loads at any TP x PP.
+    """Convert a Hugging Face folder to a checkpoint that loads at any TP x PP x EP.
 
     Args:
         hf: folder with config.json, safetensors and tokenizer.
@@ -164,18 +184,21 @@ def hf_to_megatron(
         raise CheckpointError(f"--hf {hf}: no such folder")
     shape, target_dtype = read_hf_config(hf), _require_dtype(dtype)
     check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
-    tensors = tensor_map(shape)
     reader = HFReader(hf)
+    tensors = tensor_map(shape, fused=holds_fused_experts(reader.names, shape))
     _check_names(reader, tensors, shape)
     with new_folder(out) as temporary, ShardWriter(temporary / WEIGHTS, rank=0) as writer:
         (temporary / WEIGHTS).mkdir()
         stored: set[str] = set()
         for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
-            parts = [reader.read(name) for name in tensor.sources]
-            kept = target_dtype or reduce(torch.promote_types, (part.dtype for part in parts))
+            kept = target_dtype or reader.dtype(tensor.sources)
             stored.add(str(kept).removeprefix("torch."))
-            for row, part in pack(tensor, [part.to(kept) for part in parts], shape):
-                writer.write(tensor.key, part, offset=(row, *(0,) * (part.dim() - 1)), global_shape=tensor.shape)
+            for where, piece in tensor.parts():
+                parts = [reader.read(name).to(kept) for name in piece.sources]
+                for row, part in pack(piece, parts, shape):
+                    chunk = part[(None,) * len(where)]  # an expert's matrix is a slice of the stacked tensor
+                    offset = (*where, row, *(0,) * (part.dim() - 1))
+                    writer.write(tensor.key, chunk, offset=offset, global_shape=tensor.shape)
         write_metadata(temporary / WEIGHTS, writer.close(), common={})
         carry_files(hf, temporary)
         write_json(
@@ -194,9 +217,10 @@ def _export_tensors(
     reader: ShardReader, tensors: list[Tensor], shape: ModelShape, dtype: torch.dtype | None, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in tqdm(tensors, desc="exporting", unit="tensor", disable=not progress):
-        whole = reader.read(tensor.key)
-        for name, part in zip(tensor.sources, unpack(tensor, whole, shape), strict=True):
-            yield name, part.to(dtype or part.dtype).contiguous().clone()
+        for where, piece in tensor.parts():
+            whole = reader.read(tensor.key, at=where)
+            for name, part in zip(piece.sources, unpack(piece, whole, shape), strict=True):
+                yield name, part.to(dtype or part.dtype).contiguous().clone()
 
 
 def _write_shards(

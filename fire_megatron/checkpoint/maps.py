@@ -7,8 +7,8 @@ Hugging Face tensors it is made of with their shapes in words, and how they are 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,18 +20,22 @@ PLAIN, STACK, GROUPED = "plain", "stack", "grouped"
 
 @dataclass(frozen=True)
 class Rule:
-    """One megatron-core tensor. ``{i}`` in names stands for every layer."""
+    """One megatron-core tensor. ``{i}`` in names stands for every layer, ``{j}`` for every expert."""
 
     key: str
     sources: Mapping[str, str]
     """Hugging Face name -> shape in words; see :func:`_dimensions`."""
     layout: str = PLAIN
+    by_expert: bool = False
+    """Whether the tensor stacks one such tensor for each expert, along a new first dimension."""
+    fused: Mapping[str, str] | None = None
+    """Sources of a folder that holds the experts stacked already, in place of ``sources``."""
 
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 _EMBEDDING = Rule("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"})
 _OUTPUT = Rule("output_layer.weight", {"lm_head.weight": "vocab hidden"})
-_DECODER = (
+_ATTENTION = (
     Rule(
         _LAYER + "self_attention.linear_qkv.layer_norm_weight",
         {_HF + "input_layernorm.weight": "hidden"},
@@ -46,6 +50,8 @@ _DECODER = (
         GROUPED,
     ),
     Rule(_LAYER + "self_attention.linear_proj.weight", {_HF + "self_attn.o_proj.weight": "hidden q"}),
+)
+_MLP = (
     Rule(
         _LAYER + "mlp.linear_fc1.layer_norm_weight",
         {_HF + "post_attention_layernorm.weight": "hidden"},
@@ -56,6 +62,26 @@ _DECODER = (
         STACK,
     ),
     Rule(_LAYER + "mlp.linear_fc2.weight", {_HF + "mlp.down_proj.weight": "hidden ffn"}),
+)
+_EXPERTS = (
+    Rule(_LAYER + "pre_mlp_layernorm.weight", {_HF + "post_attention_layernorm.weight": "hidden"}),
+    Rule(_LAYER + "mlp.router.weight", {_HF + "mlp.gate.weight": "experts hidden"}),
+    Rule(
+        _LAYER + "mlp.experts.experts.linear_fc1.weight",
+        {
+            _HF + "mlp.experts.{j}.gate_proj.weight": "expert_ffn hidden",
+            _HF + "mlp.experts.{j}.up_proj.weight": "expert_ffn hidden",
+        },
+        STACK,
+        by_expert=True,
+        fused={_HF + "mlp.experts.gate_up_proj": "experts 2*expert_ffn hidden"},
+    ),
+    Rule(
+        _LAYER + "mlp.experts.experts.linear_fc2.weight",
+        {_HF + "mlp.experts.{j}.down_proj.weight": "hidden expert_ffn"},
+        by_expert=True,
+        fused={_HF + "mlp.experts.down_proj": "experts hidden expert_ffn"},
+    ),
 )
 _FINAL = Rule("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"})
 _QKV_BIAS = (
@@ -75,10 +101,11 @@ _QK_NORM = (
 )
 
 LAYER_RULES: Mapping[str, tuple[Rule, ...]] = {
-    "llama": _DECODER,
-    "mistral": _DECODER,
-    "qwen2": _DECODER + _QKV_BIAS,
-    "qwen3": _DECODER + _QK_NORM,
+    "llama": _ATTENTION + _MLP,
+    "mistral": _ATTENTION + _MLP,
+    "qwen2": _ATTENTION + _MLP + _QKV_BIAS,
+    "qwen3": _ATTENTION + _MLP + _QK_NORM,
+    "qwen3_moe": _ATTENTION + _QK_NORM + _EXPERTS,
 }
 """Rules of one layer, by family."""
 
@@ -93,15 +120,33 @@ class Tensor:
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     layout: str
+    experts: int = 0
+    """Experts stacked along the first dimension, their sources one expert after the other; 0 where there are none."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the megatron-core tensor, vocabulary unpadded."""
+        if self.experts:
+            return (self.experts, *self.part(0).shape)
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
+    def part(self, expert: int) -> Tensor:
+        """One expert's part as a tensor of its own, without the first dimension."""
+        each = len(self.sources) // self.experts
+        chosen = slice(expert * each, (expert + 1) * each)
+        return replace(self, sources=self.sources[chosen], shapes=self.shapes[chosen], experts=0)
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """(leading offset, part) of what is converted at a time: every expert, or the whole tensor."""
+        if self.experts:
+            for expert in range(self.experts):
+                yield (expert,), self.part(expert)
+        else:
+            yield (), self
 
 
 def _dimensions(shape: ModelShape) -> dict[str, int]:
-    return {
+    sizes = {
         "hidden": shape.hidden,
         "vocab": shape.vocab_size,
         "ffn": shape.ffn,
@@ -109,23 +154,46 @@ def _dimensions(shape: ModelShape) -> dict[str, int]:
         "kv": shape.kv_heads * shape.head_dim,
         "head": shape.head_dim,
     }
+    if shape.experts:
+        ffn = shape.experts.ffn
+        sizes |= {"experts": shape.experts.count, "expert_ffn": ffn, "2*expert_ffn": 2 * ffn}
+    return sizes
 
 
-def tensor_map(shape: ModelShape) -> list[Tensor]:
-    """Every tensor of a model, in the order of the forward pass."""
+def _concrete(rule: Rule, layer: int, shape: ModelShape, fused: bool) -> Tensor:
     sizes = _dimensions(shape)
+    stacked = rule.by_expert and fused
+    sources = rule.fused if stacked and rule.fused else rule.sources
+    experts = shape.experts.count if shape.experts and rule.by_expert and not stacked else 0
+    names, shapes = [], []
+    for j in range(max(experts, 1)):
+        names += [name.format(i=layer, j=j) for name in sources]
+        shapes += [tuple(sizes[word] for word in words.split()) for words in sources.values()]
+    return Tensor(rule.key.format(i=layer), tuple(names), tuple(shapes), PLAIN if stacked else rule.layout, experts)
 
-    def concrete(rule: Rule, layer: int = -1) -> Tensor:
-        names = tuple(name.format(i=layer) for name in rule.sources)
-        shapes = tuple(tuple(sizes[word] for word in words.split()) for words in rule.sources.values())
-        return Tensor(rule.key.format(i=layer), names, shapes, rule.layout)
 
-    tensors = [concrete(_EMBEDDING)]
-    tensors += [concrete(rule, i) for i in range(shape.num_layers) for rule in LAYER_RULES[shape.family]]
-    tensors.append(concrete(_FINAL))
+def tensor_map(shape: ModelShape, *, fused: bool = False) -> list[Tensor]:
+    """Every tensor of a model, in the order of the forward pass.
+
+    Args:
+        shape: the model.
+        fused: whether the Hugging Face names are those of a folder that holds the experts of a layer stacked in one
+            tensor, as transformers has them in memory; published checkpoints hold them one by one.
+    """
+    tensors = [_concrete(_EMBEDDING, -1, shape, fused)]
+    tensors += [
+        _concrete(rule, i, shape, fused) for i in range(shape.num_layers) for rule in LAYER_RULES[shape.family]
+    ]
+    tensors.append(_concrete(_FINAL, -1, shape, fused))
     if not shape.tied:
-        tensors.append(concrete(_OUTPUT))
+        tensors.append(_concrete(_OUTPUT, -1, shape, fused))
     return tensors
+
+
+def holds_fused_experts(names: Iterable[str], shape: ModelShape) -> bool:
+    """Whether a folder with tensors of these Hugging Face names holds the experts of a layer stacked in one tensor."""
+    fused = {name.format(i=0) for rule in LAYER_RULES[shape.family] for name in rule.fused or ()}
+    return not fused.isdisjoint(names)
 
 
 def output_key(shape: ModelShape) -> str:

@@ -115,12 +115,12 @@ def state_names(parameter: torch.nn.Parameter) -> tuple[str, ...]:
 def whole_state(
     optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, *, group: dist.ProcessGroup, owner: int
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Put a parameter's state together on one rank of the data-parallel group.
+    """Put a parameter's state together on one of the ranks that hold the parameter.
 
     Args:
         optimizer: the student's.
         parameter: one of this rank's parameters; the ranks of the group pass the same one.
-        group: data-parallel (x context-parallel) group.
+        group: the ranks that hold the parameter and share its state.
         owner: group rank that gets the result.
 
     Yields:

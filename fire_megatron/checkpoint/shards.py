@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from fire_megatron.models.gpt import FireGPT
@@ -27,7 +28,10 @@ class Shard:
     parameter: torch.nn.Parameter
     """The parameter that it is a part of (half of it, for the gate and the up projection)."""
     view: torch.Tensor
-    """The part, sharing the parameter's memory; may reach into the vocabulary's padding."""
+    """The part, sharing the parameter's memory, with as many dimensions as the whole; may reach into the vocabulary's
+    padding."""
+    replicas: dist.ProcessGroup
+    """The ranks that hold this very part: the data-parallel ones, of an expert those that hold the expert."""
     writes: bool
     """Whether this rank's place in the tensor and pipeline dimensions is the one that writes the part (a replicated
     norm is written by tensor rank 0 only); data-parallel ranks of one place hold the same and share the duty."""
@@ -55,7 +59,8 @@ def _sharded_tensors(entry: object) -> Iterator[ShardedTensor]:
 def model_shards(model: FireGPT, *, grid: ModelGrid) -> list[Shard]:
     """All parts that this rank holds. Layers keep their global numbers, so that any pipeline split reads the same
     names (megatron-core's ``non_homogeneous_layers``). No communication."""
-    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": grid.pg.dp_cp})
+    group = grid.pg.dp_cp
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": group})
     parameters = dict(model.named_parameters())
     shards = []
     for name, entry in state.items():
@@ -65,9 +70,12 @@ def model_shards(model: FireGPT, *, grid: ModelGrid) -> list[Shard]:
             shape = list(tensor.global_shape)
             if tensor.key in _VOCABULARY_KEYS:
                 shape[0] = model.real_vocab_size
+            # megatron-core stacks the experts of a layer in one tensor, of which each parameter is a slice.
+            view = tensor.data[(None,) * tensor.prepend_axis_num]
+            replicas = grid.pg.expt_dp if tensor.prepend_axis_num else group
             shards.append(
                 Shard(
-                    tensor.key, tuple(shape), tuple(tensor.global_offset), parameters[name], tensor.data,
+                    tensor.key, tuple(shape), tuple(tensor.global_offset), parameters[name], view, replicas,
                     not any(tensor.replica_id[:-1]),  # (pipeline, tensor, data)
                 )
             )  # fmt: skip

@@ -256,11 +256,11 @@ class ShardReader:
                 source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, entry.offset, strict=True))
                 target[inside].copy_(self._chunk(entry)[source])
 
-    def read(self, key: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype on the CPU."""
+    def read(self, key: str, *, at: tuple[int, ...] = ()) -> torch.Tensor:
+        """A whole tensor, or what lies at these leading indices of it, in its stored dtype on the CPU."""
         stored = self.tensors[key]
-        target = torch.empty(stored.shape, dtype=stored.dtype)
-        self.read_into(target, key, offset=(0,) * len(stored.shape))
+        target = torch.empty(stored.shape[len(at) :], dtype=stored.dtype)
+        self.read_into(target[(None,) * len(at)], key, offset=(*at, *(0,) * target.dim()))
         return target
 
     def _chunk(self, entry: Entry) -> torch.Tensor:

@@ -112,13 +112,13 @@ def _by_parameter(shards: list[Shard]) -> Iterator[tuple[torch.nn.Parameter, lis
         yield group[0].parameter, group
 
 
-def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronOptimizer, *, grid: ModelGrid) -> None:
-    """Write what this rank is to write. Each replica's data-parallel ranks take turns as writers, one a parameter.
+def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronOptimizer) -> None:
+    """Write what this rank is to write. The ranks that hold the same parameter take turns as writers, one a parameter.
 
     Raises:
         OSError: this rank cannot write; only after its part in the other ranks' reduces.
     """
-    group, failure = grid.pg.dp_cp, None
+    failure = None
 
     def write(key: str, shard: Shard, part: torch.Tensor) -> None:
         nonlocal failure
@@ -130,6 +130,7 @@ def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronO
                 failure = error
 
     for turn, (parameter, parts) in enumerate(_by_parameter(shards)):
+        group = parts[0].replicas
         owner = turn % group.size()
         mine = group.rank() == owner
         writes = [shard for shard in parts if shard.writes]
@@ -179,7 +180,7 @@ def save_training_state(
 
     def write() -> list:
         with ShardWriter(temporary / WEIGHTS, rank=grid.span.rank()) as writer:
-            _write_shards(writer, model_shards(model, grid=grid), optimizer, grid=grid)
+            _write_shards(writer, model_shards(model, grid=grid), optimizer)
             return writer.close()
 
     entries = [e for part in all_gather_objects(_attempt(write, target, grid), group=grid.span) for e in part]

@@ -37,6 +37,16 @@ class Pack:
         assert self.select.shape == self.targets.shape == (sum(self.response_lengths),)
         assert len(self.rows) == len(self.response_lengths)
 
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the pack that are not padding; the padding comes last."""
+        return int(self.cu_seqlens[len(self.rows)])
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """[1, T] bool, which tokens are padding, on the pack's device."""
+        return torch.arange(self.token_ids.shape[1], device=self.token_ids.device)[None] >= self.real_tokens
+
 
 def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
     """Share rows over ``bins`` replicas so that token loads differ by at most the longest row.

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.config.schema import RoleConfig
+from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention, RMSNorm
@@ -35,6 +36,7 @@ _SET_ELSEWHERE = {
     "pipeline_model_parallel_size": "parallel.pipeline",
     "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.tensor",
     "sequence_parallel": "parallel.sequence",
     "params_dtype": "precision.dtype",
     "pipeline_dtype": "precision.dtype",
@@ -44,7 +46,7 @@ _SET_ELSEWHERE = {
         (
             "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
             "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func", "add_bias_linear",
-            "add_qkv_bias", "qk_layernorm", "window_size", "num_moe_experts", "multi_latent_attention",
+            "add_qkv_bias", "qk_layernorm", "window_size", "multi_latent_attention", *FROM_CHECKPOINT,
         ),
         "checkpoint (the model's own config.json)",
     ),
@@ -80,6 +82,7 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: a key that TransformerConfig does not have or that may not be changed, or a value of a wrong type.
     """
+    check_expert_overrides(role, overrides)
     hints = typing.get_type_hints(TransformerConfig)
     known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
     for key, value in overrides.items():
@@ -180,10 +183,11 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         LayoutError: the layout does not divide heads, key/value heads or layers.
         RecipeError: TransformerConfig rejects the combination.
     """
-    for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", shape.ffn)):
+    ffn = shape.experts.ffn if shape.experts else shape.ffn
+    for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", ffn)):
         if count % layout.tensor:
             raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
-    dtype = DTYPES[role.precision.dtype]
+    dtype, spec = DTYPES[role.precision.dtype], resolve_layer_spec(role.layer_spec, device, role="the role")
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {
         "num_layers": shape.num_layers,
@@ -222,8 +226,11 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "gradient_accumulation_fusion": False,
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
+    settings |= expert_settings(
+        shape, role.megatron, tensor=layout.tensor, expert=layout.expert, spec=spec
+    )
     for key in ("fp8", "fp4"):
-        if role.megatron.get(key) and resolve_layer_spec(role.layer_spec, device, role="the role") != "te":
+        if role.megatron.get(key) and spec != "te":
             raise RecipeError(
                 f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
                 "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
@@ -235,21 +242,28 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
 
 
 def _layer_spec(config: TransformerConfig, spec: str) -> tuple[ModuleSpec, Any]:
-    """The transformer layer and final norm of a spec, with our core attention in both."""
+    """The transformer layer and final norm of a spec, with our core attention and router in both."""
+    options = {
+        "qk_layernorm": config.qk_layernorm,
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+    }
     if spec == "te":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        layer.submodules.self_attention.submodules.core_attention = CoreAttention
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return layer, TENorm
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(**options), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(**options), RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
-    if config.qk_layernorm:
+    if config.qk_layernorm and spec != "te":
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer, RMSNorm
+    if config.num_moe_experts:
+        use_router(layer)
+        # A layer of experts has no matrix that its norm could be a part of, as the local spec has it for a dense one.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return layer, norm
 
 
 def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device: Device) -> FireGPT:

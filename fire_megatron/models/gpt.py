@@ -90,6 +90,7 @@ class FireGPT(GPTModel):
         *,
         packed: PackedSeqParams | None = None,
         select: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
         project: bool = True,
     ) -> torch.Tensor:
         """One pass of this pipeline stage.
@@ -99,6 +100,7 @@ class FireGPT(GPTModel):
             position_ids: as token_ids; position of each token within its own row.
             packed: row boundaries of the pack; None in decode.
             select: [N] indices into the pack whose next tokens are wanted; None for all.
+            padding: [1, T] bool, tokens that the routers of experts leave out of their losses; None for none.
             project: whether the last stage projects to the vocabulary.
 
         Returns:
@@ -106,12 +108,15 @@ class FireGPT(GPTModel):
             ``-inf`` in padding columns, or without ``project`` the final hidden states [N, H], the same on every
             tensor-parallel rank, whose gradient is summed over these ranks.
         """
+        if padding is not None and self.config.sequence_parallel:
+            padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
         embedded = self.embedding(input_ids=token_ids, position_ids=position_ids) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=self._rotary(position_ids),
             packed_seq_params=packed,
+            padding_mask=padding,
         )
         if not self.post_process:
             return hidden

@@ -18,6 +18,20 @@ CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """Mixture of experts: each token goes to the ``top_k`` experts that a softmax router prefers; none is dropped."""
+
+    count: int
+    """Experts of a layer."""
+    top_k: int
+    """Experts that a token goes to."""
+    ffn: int
+    """Width of one expert's gate."""
+    normalised: bool
+    """Whether the weights of a token's experts are divided by their sum."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What it takes to build a decoder-only transformer with RMSNorm, rotary positions and a SwiGLU MLP."""
 
@@ -53,6 +67,8 @@ class ModelShape:
     """None, or ``rope_type`` (``linear`` or ``llama3``) with that type's parameters, all present and positive."""
     sliding_window: int | None = None
     """Positions a token attends to, itself included; None when that is all of them."""
+    experts: ExpertShape | None = None
+    """The experts that stand in for the MLP of every layer; None in a dense model."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,8 @@ class Family:
     """RMSNorm on q and k."""
     window: Callable[[_Reader], int | None] = lambda config: None
     """Reads the sliding window, or refuses it."""
+    experts: Callable[[_Reader], ExpertShape | None] = lambda config: None
+    """Reads the mixture of experts."""
 
 
 class _Reader:
@@ -138,11 +156,34 @@ def _qwen_window(config: _Reader) -> None:
         raise config.fail(f"layer_types contains {', '.join(others)}; only full_attention is supported")
 
 
+def _qwen3_moe_experts(config: _Reader) -> ExpertShape:
+    """Newer transformers write ``num_local_experts`` for what Qwen publishes as ``num_experts``."""
+    config.require("decoder_sparse_step", 1)  # dense layers between those with experts
+    config.require("mlp_only_layers", [])
+    name = "num_local_experts" if config.values.get("num_experts") is None else "num_experts"
+    count, top_k = config.integer(name), config.integer("num_experts_per_tok")
+    normalised = config.flag("norm_topk_prob")
+    if top_k > count:
+        raise config.fail(f"num_experts_per_tok is {top_k}, but {name} is {count}; it cannot exceed it")
+    if top_k == 1 and normalised:
+        raise config.fail(
+            "norm_topk_prob is true with num_experts_per_tok 1: every weight would be 1 and the router could not "
+            "learn, which is not supported"
+        )
+    return ExpertShape(count, top_k, config.integer("moe_intermediate_size"), normalised)
+
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, window=_mistral_window),
     "qwen2": Family(defaults={"num_key_value_heads": 32}, qkv_bias=True, window=_qwen_window),
     "qwen3": Family(defaults={"num_key_value_heads": 32, "head_dim": 128}, qk_norm=True, window=_qwen_window),
+    "qwen3_moe": Family(
+        defaults={"num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        qk_norm=True,
+        window=_qwen_window,
+        experts=_qwen3_moe_experts,
+    ),
 }
 """Supported values of ``model_type``."""
 
@@ -248,4 +289,5 @@ def read_hf_config(directory: str | Path) -> ModelShape:
         qk_norm=family.qk_norm,
         rope_scaling=rope_scaling,
         sliding_window=family.window(config),
+        experts=family.experts(config),
     )

@@ -12,8 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
-from fire_megatron.data.packing import Pack
+from fire_megatron.data.packing import Pack, pack_rows
+from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.platform import compute_device
 
 LastStage = Callable[[torch.Tensor, Pack], Any]
 """(final hidden states [N, H], pack) -> result; in training a triple (loss, token count, report)."""
@@ -36,8 +38,29 @@ def _finish(last_stage: LastStage, pack: Pack, output: torch.Tensor, non_loss_da
 
 def _forward_step(last_stage: LastStage, packs: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     pack = next(packs)
-    output = model(pack.token_ids, pack.position_ids, packed=packed_seq_params(pack), select=pack.select, project=False)
+    trains_experts = model.training and get_model_config(model).num_moe_experts
+    output = model(
+        pack.token_ids,
+        pack.position_ids,
+        packed=packed_seq_params(pack),
+        select=pack.select,
+        padding=pack.padding if trains_experts else None,
+        project=False,
+    )
     return output, partial(_finish, last_stage, pack)
+
+
+def padding_pack(model: torch.nn.Module, grid: ModelGrid) -> Pack:
+    """A micro-batch without rows, for a replica that has none left while others wait for it."""
+    multiple = grid.layout.tensor if get_model_config(model).sequence_parallel else 1
+    return pack_rows((), (), (), multiple=multiple, device=compute_device())
+
+
+def _in_lockstep(packs: Sequence[Pack], model: torch.nn.Module, grid: ModelGrid) -> Sequence[Pack]:
+    """As many micro-batches as any replica has that shares this one's experts: each forward pass is a collective of
+    all of them. One exchange of counts where experts are spread over ranks, nothing elsewhere."""
+    most = largest(len(packs), group=grid.pg.ep)
+    return [*packs, *(padding_pack(model, grid) for _ in range(most - len(packs)))]
 
 
 def run_pipeline(
@@ -47,7 +70,8 @@ def run_pipeline(
 
     Args:
         model: this rank's stage, wrapped for data parallelism in training.
-        packs: the micro-batches; the same on every rank of a replica, at least one.
+        packs: the micro-batches; the same on every rank of a replica, at least one. Replicas that share experts
+            (``grid.pg.ep``) call this together, each with its own number of them.
         last_stage: called by the last stage with each micro-batch's final hidden states at the positions that predict a
             response token.
         grid: the role's groups.
@@ -57,19 +81,20 @@ def run_pipeline(
         What ``last_stage`` returned (in training its third item), one a micro-batch; empty on other stages.
     """
     assert packs, "every rank runs at least one micro-batch, if only of padding"
+    batches = _in_lockstep(packs, model, grid)
     pipeline = grid.layout.pipeline
     schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
     config = get_model_config(model)
     results = schedule(
         forward_step_func=partial(_forward_step, last_stage),
-        data_iterator=iter(packs),
+        data_iterator=iter(batches),
         model=[model],
-        num_microbatches=len(packs),
-        seq_length=packs[0].token_ids.shape[1],
+        num_microbatches=len(batches),
+        seq_length=batches[0].token_ids.shape[1],
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
         p2p_communicator=P2PCommunicator(grid.pg.pp, config) if pipeline > 1 else None,
         pg_collection=grid.pg,
     )
-    return list(results) if grid.is_last_stage else []
+    return list(results)[: len(packs)] if grid.is_last_stage else []

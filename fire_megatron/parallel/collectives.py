@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.config.errors import UserError
+from fire_megatron.platform import compute_device
 
 T = TypeVar("T")
 
@@ -76,6 +77,15 @@ def broadcast_flat(
     values = values.contiguous()
     dist.broadcast(values, src=src, group=group)
     return values
+
+
+def largest(value: int, *, group: dist.ProcessGroup) -> int:
+    """The largest of the ranks' numbers; no communication in a group of one."""
+    if group.size() == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.int64, device=compute_device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
+    return int(box)
 
 
 def raise_on_any(problem: str | None, error: type[UserError], *, group: dist.ProcessGroup) -> None:

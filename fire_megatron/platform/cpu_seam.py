@@ -34,8 +34,9 @@ class _Stream:
     def wait_event(self, event: object) -> None:
         """Everything recorded before has finished."""
 
-    def record_event(self, event: object = None) -> None:
-        """Nothing to record."""
+    def record_event(self, event: object = None) -> _Stream:
+        """Nothing to record; what comes back can be waited for."""
+        return self
 
     def synchronize(self) -> None:
         """Nothing is outstanding."""
@@ -123,6 +124,18 @@ def _patch_megatron_optimizer() -> None:
     clip_grads.multi_tensor_scale_tensor_impl = None
 
 
+def _patch_megatron_experts(stream: _Stream) -> None:
+    """megatron's token dispatcher copies the numbers of tokens to the host on a stream of its own, where they become
+    numpy arrays, which is what the all-to-all takes; on a CPU they are there already."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = to_host
+
+
 def install() -> None:
     """Point ``cuda`` at the CPU in this process. Idempotent; never called in a process that uses a GPU."""
     global _installed
@@ -152,3 +165,4 @@ def install() -> None:
     torch.nn.Module.cuda = lambda self, *a, **k: self
     _patch_megatron_rng()
     _patch_megatron_optimizer()
+    _patch_megatron_experts(stream)

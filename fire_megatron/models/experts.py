@@ -1,0 +1,241 @@
+"""Mixture of experts: megatron-core's layers with a router whose auxiliary losses are means over an update's tokens.
+
+Shapes: N tokens of a micro-batch on this rank, E experts, L layers of this stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.data.packing import Pack
+from fire_megatron.metrics.values import Mean, Value
+from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.platform import compute_device
+
+_DROPPING = "a token's log-probability would depend on the tokens beside it"
+_ROUTING = "teachers and student are compared on the routing that the checkpoint learned"
+REFUSED = {
+    **dict.fromkeys(
+        (
+            "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy",
+            "moe_token_dropping", "moe_input_jitter_eps",
+        ),
+        _DROPPING,
+    ),
+    **dict.fromkeys(
+        ("moe_router_force_load_balancing", "moe_router_force_biased", "moe_enable_routing_replay"), _ROUTING
+    ),
+    **dict.fromkeys(
+        ("moe_per_layer_logging", "moe_router_bias_update_rate"), "nothing here reads it"
+    ),
+    "moe_use_legacy_grouped_gemm": "grouped experts are Transformer Engine's",
+}  # fmt: skip
+"""Fields of TransformerConfig about experts that may not be set, and why."""
+FROM_CHECKPOINT = (
+    "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq",
+    "moe_router_score_function", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices",
+    "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate", "moe_shared_expert_overlap", "moe_latent_size", "moe_apply_probs_on_input",
+)  # fmt: skip
+"""Fields of TransformerConfig about experts that the model's own config.json decides."""
+TRAINING_ONLY = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
+"""Fields that change gradients alone, so that they mean nothing to a teacher."""
+_ENGINE_ONLY = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion")
+"""Fields that turn on Transformer Engine's kernels."""
+_CHOICES: Mapping[str, tuple[Any, str]] = {
+    "moe_router_load_balancing_type": (
+        ("aux_loss", "none"),
+        "packs hold rows of many lengths and replicas differ in their number of micro-batches, so the balance is taken "
+        "within a micro-batch",
+    ),
+    "moe_token_dispatcher_type": (("alltoall", "flex"), "micro-batches differ in length, which allgather refuses"),
+}
+"""Field -> values that may be set, and why no others."""
+
+
+def check_expert_overrides(role: str, overrides: Mapping[str, Any]) -> None:
+    """Check what a role's ``megatron:`` mapping says of experts, whatever the model.
+
+    Raises:
+        RecipeError: a field that would compute something else or nothing; names key, value and fix.
+    """
+    for key, value in overrides.items():
+        if key in REFUSED:
+            raise RecipeError(f"{role}.megatron.{key}: {REFUSED[key]}; remove it here")
+        if key in TRAINING_ONLY and role != "student":
+            raise RecipeError(f"{role}.megatron.{key}: {role} is not trained, so it has no effect; remove it here")
+        if key in _CHOICES and value not in _CHOICES[key][0]:
+            choices, reason = _CHOICES[key]
+            raise RecipeError(f"{role}.megatron.{key} is {value!r}: {reason}; use {' or '.join(choices)}")
+        if key in ("moe_aux_loss_coeff", "moe_z_loss_coeff") and (not isinstance(value, int | float) or value < 0):
+            raise RecipeError(f"{role}.megatron.{key} is {value!r}: give one number of at least 0")
+
+
+def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, tensor: int, expert: int, spec: str) -> dict:
+    """TransformerConfig's fields for a model's experts; none for a dense model.
+
+    Args:
+        shape: the architecture.
+        overrides: the role's ``megatron:`` mapping.
+        tensor: tensor-parallel ranks, which split each expert.
+        expert: expert-parallel ranks, which share the experts out.
+        spec: ``local`` or ``te``.
+
+    Raises:
+        LayoutError: the layout does not divide the experts.
+        RecipeError: a field that this model or these layers cannot honour.
+    """
+    asked = [key for key in overrides if key.startswith("moe_")]
+    if shape.experts is None:
+        if expert > 1:
+            raise LayoutError(f"parallel.expert={expert}, but the model has no experts; leave it 1")
+        if asked and asked != ["moe_token_dispatcher_type"]:
+            raise RecipeError(f"megatron.{asked[0]}: the model has no experts; remove it")
+        return {}
+    if shape.experts.count % expert:
+        raise LayoutError(f"parallel.expert={expert} does not divide the model's {shape.experts.count} experts")
+    for key in _ENGINE_ONLY if spec != "te" else ():
+        if overrides.get(key):
+            raise RecipeError(
+                f"megatron.{key} is {overrides[key]!r}: its kernels are Transformer Engine's, which is not used here "
+                "(the layer spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
+            )
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_ffn_hidden_size": shape.experts.ffn,
+        "moe_router_topk": shape.experts.top_k,
+        # A softmax over the chosen logits is the softmax over all of them, divided by its sum over the chosen.
+        "moe_router_pre_softmax": not shape.experts.normalised,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": spec == "te",
+    }
+
+
+class Router(TopKRouter):
+    """megatron-core's top-k router, with auxiliary losses that are token means over the whole update.
+
+    megatron-core's own scale with the count of local tokens and rely on gradients being divided by the global count
+    afterwards. Here the loss has been divided already (losses/reduction.py), replicas may run different numbers of
+    micro-batches, and packs may hold padding. So a micro-batch's auxiliary loss is weighted with its share of the
+    update's tokens, padding left out: the same sum in any layout.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As megatron-core's, with the weight on the compute device from the start."""
+        super().__init__(*args, **kwargs)
+        self.weight.data = self.weight.data.to(compute_device())
+        self.begin(1.0)
+
+    def begin(self, tokens: float) -> None:
+        """Start an update over this many tokens on all replicas; forgets the last one's statistics."""
+        self.update_tokens = tokens
+        self.load_E = torch.zeros(self.num_experts, device=compute_device())
+        """Tokens of this rank that went to each expert, padding left out."""
+        self.sums: dict[str, torch.Tensor] = {}
+        """This rank's part of each auxiliary loss, summed over tokens, without its coefficient."""
+
+    def _attach(self, name: str, coefficient: float, part: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+        """``activation`` unchanged, with the gradient of the auxiliary loss tied to its backward pass."""
+        self.sums[name] = self.sums.get(name, 0.0) + part.detach()
+        return MoEAuxLossAutoScaler.apply(activation, coefficient * part / self.update_tokens)
+
+    def _apply_aux_loss(
+        self, probs: torch.Tensor, scores_NE: torch.Tensor, chosen_NE: torch.Tensor, with_padding_mask: bool = False
+    ) -> torch.Tensor:
+        """Switch's load-balancing loss (arXiv 2101.03961, eq. 4) of a micro-batch, which tensor- and context-parallel
+        ranks share: E / (k T^2) sum_e load_e sum_t score_te, times its T tokens. Padding has neither load nor score."""
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0:
+            return probs
+        load_E = chosen_NE.sum(dim=0).float()
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(load_E, group=self.tp_cp_group)
+        slots = load_E.sum().clamp(min=1.0)  # k T; none in a pack of padding
+        part = self.num_experts * (scores_NE.sum(dim=0) * load_E).sum() / slots
+        return self._attach("aux_loss", coefficient, part, probs)
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """ST-MoE's router z-loss (arXiv 2202.08906, eq. 5): the mean squared logsumexp of a token's logits."""
+        coefficient = self.config.moe_z_loss_coeff
+        if not coefficient or not self.training or not torch.is_grad_enabled():
+            return logits
+        squares_N = logits.float().logsumexp(dim=-1).square()
+        if padding_mask is not None:
+            squares_N = squares_N.masked_fill(padding_mask, 0.0)
+        return self._attach("z_loss", coefficient, squares_N.sum(), logits)
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As megatron-core's; in training, counts where the tokens go."""
+        probs, chosen_NE = super().routing(logits, padding_mask=padding_mask)
+        if self.training and torch.is_grad_enabled():
+            real_NE = chosen_NE if padding_mask is None else chosen_NE & ~padding_mask.reshape(-1, 1)
+            self.load_E += real_NE.sum(dim=0)
+        return probs, chosen_NE
+
+
+def use_router(layer: ModuleSpec) -> None:
+    """Put :class:`Router` into a transformer layer's spec with experts (a ModuleSpec, from 0.19 on a partial)."""
+    mlp = layer.submodules.mlp
+    submodules = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+    assert isinstance(submodules, MoESubmodules)
+    submodules.router = Router
+
+
+def _routers(model: torch.nn.Module) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def begin_update(model: torch.nn.Module, packs: Sequence[Pack], *, group: dist.ProcessGroup) -> None:
+    """Tell a model's routers the tokens of an update. Collective over ``group`` where the model has experts.
+
+    Args:
+        model: this rank's stage.
+        packs: this replica's micro-batches.
+        group: the data-parallel ranks.
+    """
+    routers = _routers(model)
+    if not routers:
+        return
+    tokens = torch.tensor(float(sum(pack.real_tokens for pack in packs)), device=compute_device())
+    if group.size() > 1:
+        dist.all_reduce(tokens, group=group)
+    for router in routers:
+        router.begin(max(tokens.item(), 1.0))
+
+
+def router_metrics(model: torch.nn.Module, *, group: dist.ProcessGroup) -> dict[str, Value]:
+    """What the routers saw since :func:`begin_update`: ``moe/max_load`` and each auxiliary loss that is on, without
+    its coefficient, as means over tokens and layers. Collective over ``group`` where the model has experts.
+
+    Args:
+        model: this rank's stage.
+        group: the ranks that hold tokens of this stage: tensor x data x context.
+
+    Returns:
+        This rank's part, to be reduced over all ranks of the model.
+    """
+    routers = _routers(model)
+    if not routers:
+        return {}
+    load_LE = torch.stack([router.load_E for router in routers])
+    tokens = load_LE.sum() / routers[0].topk
+    sums = {name: sum(router.sums[name] for router in routers) for name in routers[0].sums}
+    if group.size() > 1:
+        dist.all_reduce(load_LE, group=group)
+    fullest = (load_LE.max(dim=1).values / load_LE.mean(dim=1).clamp(min=1e-9)).sum()
+    count, peak, *parts = torch.stack([tokens, fullest, *sums.values()]).tolist()  # one wait for the device
+    metrics: dict[str, Value] = {f"moe/{name}": Mean(part, count) for name, part in zip(sums, parts, strict=True)}
+    if group.rank() == 0:
+        metrics["moe/max_load"] = Mean(peak, len(routers))
+    return metrics

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
@@ -20,6 +21,9 @@ from fire_megatron.data.packing import Pack
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.platform import compute_device
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # 0.16.1 asks for it by name, also where Transformer Engine is not installed
 
 _DROPPING = "a token's log-probability would depend on the tokens beside it"
 _ROUTING = "teachers and student are compared on the routing that the checkpoint learned"

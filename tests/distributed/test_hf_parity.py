@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
-from roles import Roles, Spec, hf_logits, layouts, reference, share
+from roles import EXPERTS, Roles, Spec, hf_logits, layouts, reference, share
 
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models.pipeline import run_pipeline
@@ -68,7 +68,7 @@ def largest_difference(model, grid, rows, hf):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(roles, world_size, family):
     spec, rows = Spec(family), draw_rows()
-    for layout in layouts(world_size):
+    for layout in layouts(world_size, experts=EXPERTS.get(family, (1,))):
         model, grid = roles.build(spec, layout)
         assert largest_difference(model, grid, rows, reference(spec)) < TOLERANCE, layout
 

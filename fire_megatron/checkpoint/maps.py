@@ -181,9 +181,7 @@ def tensor_map(shape: ModelShape, *, fused: bool = False) -> list[Tensor]:
             tensor, as transformers has them in memory; published checkpoints hold them one by one.
     """
     tensors = [_concrete(_EMBEDDING, -1, shape, fused)]
-    tensors += [
-        _concrete(rule, i, shape, fused) for i in range(shape.num_layers) for rule in LAYER_RULES[shape.family]
-    ]
+    tensors += [_concrete(rule, i, shape, fused) for i in range(shape.num_layers) for rule in LAYER_RULES[shape.family]]
     tensors.append(_concrete(_FINAL, -1, shape, fused))
     if not shape.tied:
         tensors.append(_concrete(_OUTPUT, -1, shape, fused))

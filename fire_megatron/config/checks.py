@@ -43,6 +43,10 @@ class Context:
         value = self.models.get(role, {}).get(name)
         return value if type(value) is int and value > 0 else None
 
+    def experts(self, role: str) -> int | None:
+        """Experts of a layer of a role's model; None when it has none. Newer transformers write another name."""
+        return self.number(role, "num_experts") or self.number(role, "num_local_experts")
+
 
 def check_recipe(recipe: Recipe, *, world_size: int | None) -> None:
     """Check what one section alone cannot know, reading JSON files but no weights.
@@ -106,6 +110,8 @@ def _tensor_parallel(context: Context) -> Iterator[Problem]:
     for key, role in context.roles.items():
         tensor = role.parallel.tensor
         counts = {noun: context.number(key, name) for name, noun in names.items()}
+        if context.experts(key):
+            counts["rows of the MLP"] = context.number(key, "moe_intermediate_size")
         wrong = [f"{count} {noun}" for noun, count in counts.items() if count is not None and count % tensor]
         if wrong:
             yield Problem(
@@ -132,9 +138,30 @@ def _context(context: Context) -> Iterator[Problem]:
 
 def _experts(context: Context) -> Iterator[Problem]:
     for key, role in context.roles.items():
-        model = context.models.get(key)
-        if model is not None and role.parallel.expert > 1 and not any("experts" in name for name in model):
-            yield Problem(f"{key}.parallel.expert", f"{role.parallel.expert}, but the model has no experts; leave it 1")
+        layout, experts = role.parallel, context.experts(key)
+        if key in context.models and experts is None and layout.expert > 1:
+            yield Problem(f"{key}.parallel.expert", f"{layout.expert}, but the model has no experts; leave it 1")
+        if experts is not None and experts % layout.expert:
+            yield Problem(
+                f"{key}.parallel.expert",
+                f"{layout.expert} does not divide the model's {experts} experts; choose a number that does",
+            )
+        if experts is not None and key == "student" and layout.tensor > 1 and layout.sequence is False:
+            yield Problem(
+                f"{key}.parallel.sequence",
+                f"false, but experts train with parallel.tensor {layout.tensor} only with sequence parallelism; leave "
+                "it out (null)",
+            )
+        copy = layout.tensor * layout.pipeline * layout.context
+        if context.world_size is None or context.world_size % copy:
+            continue  # nothing to say, or said by _world
+        stage = context.world_size // (layout.tensor * layout.pipeline)
+        if stage % layout.expert:
+            yield Problem(
+                f"{key}.parallel.expert",
+                f"{layout.expert} does not divide the {stage} ranks that share the experts of a pipeline stage "
+                f"(context x data, of the run's {context.world_size} ranks); lower it or start more ranks",
+            )
 
 
 def _world(context: Context) -> Iterator[Problem]:

@@ -54,7 +54,8 @@ class ParallelConfig(Section):
     context: Size = 1
     """Context-parallel ranks, which share each sequence; more than 1 is not supported yet."""
     expert: Size = 1
-    """Expert-parallel ranks, for mixture-of-experts models."""
+    """Ranks that share out the experts of each layer, for mixture-of-experts models; divides the number of experts,
+    and the ranks that are left for `context` and data parallelism."""
     sequence: bool | None = None
     """Sequence parallelism between tensor-parallel ranks; null turns it on when `tensor` is above 1."""
 
@@ -83,7 +84,9 @@ class RoleConfig(Section):
     vocab_multiple: Size = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Fields of megatron-core's TransformerConfig, passed through as they are."""
+    """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
+    also the switch of the routers' auxiliary losses, which are off unless set: `moe_aux_loss_coeff` and
+    `moe_z_loss_coeff`."""
 
 
 @dataclass(frozen=True)

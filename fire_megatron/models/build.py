@@ -226,9 +226,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "gradient_accumulation_fusion": False,
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
-    settings |= expert_settings(
-        shape, role.megatron, tensor=layout.tensor, expert=layout.expert, spec=spec
-    )
+    settings |= expert_settings(shape, role.megatron, tensor=layout.tensor, expert=layout.expert, spec=spec)
     for key in ("fp8", "fp4"):
         if role.megatron.get(key) and spec != "te":
             raise RecipeError(

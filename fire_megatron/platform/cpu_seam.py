@@ -132,7 +132,9 @@ def _patch_megatron_experts(stream: _Stream) -> None:
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    moe_utils.te_general_gemm = None  # else the router multiplies with Transformer Engine's kernel, where it is installed
+    moe_utils.te_general_gemm = (
+        None  # else the router multiplies with Transformer Engine's kernel, where it is installed
+    )
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
     token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = to_host
 

@@ -21,7 +21,7 @@ from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.layers import KVCache
 from fire_megatron.models.pipeline import packed_seq_params
-from fire_megatron.parallel.collectives import broadcast_flat
+from fire_megatron.parallel.collectives import broadcast_flat, largest
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform import compute_device
 from fire_megatron.rollout.sampler import Sampled, sample, uniforms
@@ -53,7 +53,8 @@ class _Batch:
 
 
 class MegatronEngine:
-    """Generates with a megatron model on its own grid; every rank of the grid calls it alike."""
+    """Generates with a megatron model on its own grid; every rank of the grid calls it alike. Replicas that share
+    experts decode together, whatever rows each of them has, also none."""
 
     def __init__(
         self, model: FireGPT, grid: ModelGrid, config: RolloutConfig, *, stop_ids: Sequence[int], seed: int
@@ -87,6 +88,8 @@ class MegatronEngine:
             for start in range(0, len(prompts), size):
                 tokens = [torch.tensor(p.token_ids) for p in prompts[start : start + size]]
                 batches.append(self._generate_batch(tokens, row_ids[start : start + size], step, progress))
+            for _ in range(largest(len(batches), group=self.grid.pg.ep) - len(batches)):
+                self._accompany(step)
         self.model.train(was_training)
         responses = [r for b in batches for r in b.responses]
         log_probs, entropies = self._share_statistics(batches, [len(r) for r in responses])
@@ -101,16 +104,26 @@ class MegatronEngine:
         )
 
     def _generate_batch(
-        self, prompts: Sequence[torch.Tensor], row_ids: Sequence[int], step: int, progress: Progress | None
+        self,
+        prompts: Sequence[torch.Tensor],
+        row_ids: Sequence[int],
+        step: int,
+        progress: Progress | None,
+        *,
+        finished: bool = False,
     ) -> _Batch:
         rows = len(prompts)
-        batch = _Batch(prompts, row_ids, *([[] for _ in range(rows)] for _ in range(3)), [False] * rows)
+        batch = _Batch(prompts, row_ids, *([[] for _ in range(rows)] for _ in range(3)), [finished] * rows)
         cache = KVCache(rows, max(len(p) for p in prompts) + self.config.max_new_tokens)
         with self.model.cached(cache):
             logits = self._prefill(batch, cache)
             with self.model.decoding(rows):
                 self._decode_all(batch, cache, logits, step, progress)
         return batch
+
+    def _accompany(self, step: int) -> None:
+        """Take part in a batch of replicas that share this one's experts: a row that has finished already."""
+        self._generate_batch([torch.zeros(1, dtype=torch.int64)], [0], step, None, finished=True)
 
     def _decode_all(
         self, batch: _Batch, cache: KVCache, logits: torch.Tensor | None, step: int, progress: Progress | None
@@ -122,13 +135,15 @@ class MegatronEngine:
             if progress:
                 progress(len(active))
             running = [i for i, row in enumerate(active) if not batch.finished[row]]
-            if not running or position + 1 == self.config.max_new_tokens:
+            # Replicas that share experts decode in step until all of them have finished.
+            if not largest(len(running), group=self.grid.pg.ep) or position + 1 == self.config.max_new_tokens:
                 break
             # Dropping rows copies the cache, so it waits until it halves the work.
-            if 2 * len(running) <= len(active):
-                keep = torch.tensor(running, device=tokens.device)
+            if 2 * len(running) <= len(active) and len(active) > 1:
+                kept = running or [0]  # a row that has finished goes along with other replicas' rows
+                keep = torch.tensor(kept, device=tokens.device)
                 cache.keep(keep)
-                tokens, active = tokens[keep], [active[i] for i in running]
+                tokens, active = tokens[keep], [active[i] for i in kept]
             logits = self._decode(tokens, cache)
 
     def _prefill(self, batch: _Batch, cache: KVCache) -> torch.Tensor | None:

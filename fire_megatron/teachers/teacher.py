@@ -131,12 +131,13 @@ class Teacher:
         """This replica's rows through its pipeline: [2 * tokens] float32, log-probs then entropies. The last stage adds
         to ``slices`` what it keeps."""
         tokens = sum(len(responses[row]) for row in share)
-        if tokens == 0:
+        alone = self.grid.pg.ep.size() == 1  # else other replicas may need this one's experts for rows of theirs
+        if tokens == 0 and alone:
             return torch.zeros(0, device=compute_device())
         multiple = self.grid.layout.tensor if self.model.config.sequence_parallel else 1
         packs = [
             pack_rows(prompts, responses, rows, multiple=multiple, device=compute_device())
-            for rows in split_by_tokens(share, lengths, self.micro_batch_tokens)
+            for rows in split_by_tokens(share, lengths, self.micro_batch_tokens) or [[]]
         ]
 
         def last_stage(hidden: torch.Tensor, pack: Pack) -> torch.Tensor:

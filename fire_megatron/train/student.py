@@ -21,6 +21,7 @@ from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.losses.reduction import global_token_count
 from fire_megatron.metrics.values import Last, Value, merge
 from fire_megatron.models.build import DTYPES
+from fire_megatron.models.experts import begin_update, router_metrics
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import broadcast_flat
@@ -151,11 +152,13 @@ class Student:
             old: [R_i] log-probabilities at the time of the rollouts; None when the weights have not moved since.
 
         Returns:
-            Metrics of the last pipeline stage's first tensor rank; empty elsewhere, so that none counts twice.
+            Metrics of the loss from the last pipeline stage's first tensor rank alone, so that none counts twice, and
+            each rank's part of what the routers of experts report.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         packs = self.packs(rows)
+        begin_update(self.model, packs, group=self.grid.pg.dp)
 
         def last_stage(hidden: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, dict[str, Value]]:
             loss, report = self.objective(hidden, MicroBatch(pack, rows, old, tokens))
@@ -165,7 +168,7 @@ class Student:
         totals: dict[str, Value] = {}
         for report in reports if self.grid.tp_rank == 0 else ():
             merge(totals, report)
-        return totals
+        return merge(totals, router_metrics(self.model, group=self.grid.pg.tp_dp_cp))
 
     def count_tokens(self, rows: TrainingRows, reducer: Reducer) -> float:
         """Response tokens of an update over all replicas: the loss's denominator. Collective."""

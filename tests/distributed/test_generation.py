@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
-from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference, share
+from roles import EXPERTS, Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference, share
 
 from fire_megatron.checkpoint.convert import hf_to_megatron
 from fire_megatron.config.schema import RolloutConfig
@@ -101,7 +101,7 @@ def assert_equals_transformers(hf, prompts, made, *, temperature=1.0, top_p=1.0)
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"mistral"}))  # without its window it is a llama
 def test_greedy_equals_transformers(roles, world_size, family):
     spec, prompts = Spec(family), draw_prompts()
-    for layout in layouts(world_size):
+    for layout in layouts(world_size, experts=EXPERTS.get(family, (1,))):
         model, grid = roles.build(spec, layout)
         made = generate(model.eval(), grid, prompts, temperature=0)
         assert all(len(tokens) == NEW_TOKENS and truncated for tokens, _, _, truncated in made.values())

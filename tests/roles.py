@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,11 +15,14 @@ from models import make_hf, save_megatron
 
 from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
+from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.schema import ParallelConfig, RoleConfig, StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
+from fire_megatron.train.student import Student
 
 
 def share(value: Any) -> Any:
@@ -89,7 +93,13 @@ class Roles:
         return self._checkpoints[spec]
 
     def build(
-        self, model: Spec | Path, layout: Layout, *, sequence: bool | None = None, vocab_multiple: int = 128
+        self,
+        model: Spec | Path,
+        layout: Layout,
+        *,
+        sequence: bool | None = None,
+        vocab_multiple: int = 128,
+        megatron: dict[str, Any] | None = None,
     ) -> tuple[FireGPT, ModelGrid]:
         """This rank's part of a model (or of a converted checkpoint), loaded."""
         path = self.checkpoint(model) if isinstance(model, Spec) else model
@@ -100,6 +110,7 @@ class Roles:
                 tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, sequence=sequence
             ),
             vocab_multiple=vocab_multiple,
+            megatron=megatron or {},
         )
         return load_role(path, role, grid, self.world), grid
 
@@ -125,3 +136,52 @@ def log_prob_and_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[to
     """Dense float64 log-softmax at ``tokens`` and entropy of the full softmax, by their definitions. [R] each."""
     log_p = logits.double().log_softmax(-1)
     return log_p.gather(-1, tokens[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def _put_together(parts: list[tuple]) -> dict[Any, torch.Tensor]:
+    """Every rank's (name, shape of the whole, offset, part) as whole tensors by name, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, parts)
+    whole: dict[Any, torch.Tensor] = {}
+    for name, shape, offset, part in itertools.chain(*gathered):
+        target = whole.setdefault(name, torch.full(shape, float("nan")))
+        view = target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
+        view.copy_(torch.where(torch.isnan(part), view, part))
+    assert not any(torch.isnan(tensor).any() for tensor in whole.values()), "a part is nowhere"
+    return whole
+
+
+def whole_gradients(student: Student, grid: ModelGrid) -> dict[str, torch.Tensor]:
+    """Every gradient of the whole model by checkpoint key, put together from all ranks."""
+    parts = []
+    for shard in model_shards(student.model, grid=grid):
+        if shard.writes and shard.replicas.rank() == 0:
+            gradient = shard.real(shard.within(shard.parameter.main_grad)).clone()
+            parts.append((shard.key, shard.global_shape, shard.offset, gradient))
+    return _put_together(parts)
+
+
+def whole_state(student: Student, grid: ModelGrid) -> tuple[dict[tuple[str, str], torch.Tensor], set[int]]:
+    """Weights and optimizer state of the whole model by kind and checkpoint key, put together from all ranks, and
+    Adam's count of updates on every rank."""
+    parts = []
+    for shard in model_shards(student.model, grid=grid):
+        weight = shard.real(shard.view).detach().clone()
+        parts.append((("weight", shard.key), shard.global_shape, shard.offset, weight))
+        mine = own_slice(student.optimizer, shard.parameter)
+        for name in state_names(shard.parameter) if mine.tensors else ():
+            flat = torch.full((shard.parameter.numel(),), float("nan"))
+            flat[mine.start : mine.end] = mine.tensors[name]
+            part = shard.real(shard.within(flat.view(shard.parameter.shape))).clone()
+            parts.append(((name, shard.key), shard.global_shape, shard.offset, part))
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, steps_taken(student.optimizer))
+    return _put_together(parts), set(counts)
+
+
+def assert_same_state(ours: tuple, theirs: tuple, rel: float) -> None:
+    """Compare two results of :func:`whole_state`; ``rel`` is relative to a tensor's largest value."""
+    assert ours[1] == theirs[1] and len(theirs[1]) == 1
+    assert ours[0].keys() == theirs[0].keys()
+    apart = {key: float((ours[0][key] - value).abs().max() / value.abs().max()) for key, value in theirs[0].items()}
+    assert max(apart.values()) <= rel, {key: value for key, value in apart.items() if value > rel}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 _FACTORIES = (
@@ -139,6 +140,36 @@ def _patch_megatron_experts(stream: _Stream) -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = to_host
 
 
+def _patch_megatron_collectives() -> None:
+    """Gloo gathers and scatters only equal parts; tensor-parallel ranks of experts hold unequal numbers of tokens."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def uneven_gather(
+        part: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(part, group, output_split_sizes, use_global_buffer)
+        padded = part.new_zeros(max(output_split_sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([whole[:size] for whole, size in zip(parts, output_split_sizes, strict=True)])
+
+    def uneven_reduce_scatter(
+        whole: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, input_split_sizes, use_global_buffer)
+        total = whole.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = uneven_gather
+    mappings._reduce_scatter_along_first_dim = uneven_reduce_scatter
+
+
 def install() -> None:
     """Point ``cuda`` at the CPU in this process. Idempotent; never called in a process that uses a GPU."""
     global _installed
@@ -169,3 +200,4 @@ def install() -> None:
     _patch_megatron_rng()
     _patch_megatron_optimizer()
     _patch_megatron_experts(stream)
+    _patch_megatron_collectives()

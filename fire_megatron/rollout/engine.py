@@ -83,12 +83,14 @@ class MegatronEngine:
         was_training = self.model.training
         self.model.eval()
         size = self.config.batch_size or max(len(prompts), 1)
+        starts = range(0, len(prompts), size)
+        others = largest(len(starts), group=self.grid.pg.ep) - len(starts)
         batches = []
         with torch.no_grad():
-            for start in range(0, len(prompts), size):
+            for start in starts:
                 tokens = [torch.tensor(p.token_ids) for p in prompts[start : start + size]]
                 batches.append(self._generate_batch(tokens, row_ids[start : start + size], step, progress))
-            for _ in range(largest(len(batches), group=self.grid.pg.ep) - len(batches)):
+            for _ in range(others):
                 self._accompany(step)
         self.model.train(was_training)
         responses = [r for b in batches for r in b.responses]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 
 import pytest
-import torch
+import roles
 import torch.distributed as dist
+from roles import assert_same_state
 from tiny_run import make_inputs, read_metrics, tiny_recipe
 
-from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
-from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.train.trainer import Trainer
@@ -74,26 +72,8 @@ def trainer(world, shared, folder, case, *, stop_after=None):
 
 
 def whole_state(made):
-    """Weights and optimizer state of the whole model by checkpoint key, put together from all ranks, and Adam's
-    count of updates on every rank."""
-    run, parts = made.run, []
-    for shard in model_shards(run.student.model, grid=run.grid):
-        parts.append(("weight", shard.key, shard.offset, shard.global_shape, shard.real(shard.view).detach().clone()))
-        mine = own_slice(run.student.optimizer, shard.parameter)
-        for name in state_names(shard.parameter) if mine.tensors else ():
-            flat = torch.full((shard.parameter.numel(),), float("nan"))
-            flat[mine.start : mine.end] = mine.tensors[name]
-            whole = shard.within(flat.view(shard.parameter.shape))
-            parts.append((name, shard.key, shard.offset, shard.global_shape, shard.real(whole).clone()))
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (parts, steps_taken(run.student.optimizer)))
-    whole = {}
-    for name, key, offset, shape, value in itertools.chain(*(parts for parts, _ in gathered)):
-        target = whole.setdefault((name, key), torch.full(shape, float("nan")))
-        view = target[tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))]
-        view.copy_(torch.where(torch.isnan(value), view, value))
-    assert not any(torch.isnan(value).any() for value in whole.values()), "a part of the state is nowhere"
-    return whole, {count for _, count in gathered}
+    """Weights and optimizer state of a trainer's whole model, and Adam's count of updates on every rank."""
+    return roles.whole_state(made.run.student, made.run.grid)
 
 
 def assert_same_metrics(resumed, straight, rel):
@@ -104,14 +84,6 @@ def assert_same_metrics(resumed, straight, rel):
         for key in theirs:
             if not key.startswith(MACHINE):
                 assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=rel), f"step {theirs['step']}: {key}"
-
-
-def assert_same_state(ours, theirs, rel):
-    """Compare two results of :func:`whole_state`; ``rel`` is relative to a tensor's largest value."""
-    assert ours[1] == theirs[1] and len(theirs[1]) == 1
-    assert ours[0].keys() == theirs[0].keys()
-    apart = {key: float((ours[0][key] - value).abs().max() / value.abs().max()) for key, value in theirs[0].items()}
-    assert max(apart.values()) <= rel, {key: value for key, value in apart.items() if value > rel}
 
 
 def run_straight_and_stopped(world, shared, name, case):

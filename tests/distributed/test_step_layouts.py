@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import dense
@@ -12,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import EOS, VOCABULARY, make_hf, save_megatron
-from roles import hf_response_logits, layouts, load_role
+from roles import hf_response_logits, layouts, load_role, whole_gradients
 
-from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
     OptimizerConfig,
@@ -97,23 +95,6 @@ def rollouts_of(mine, mixed=False):
         truncated=tuple(False for _ in mine),
         weight_version=0,
     )
-
-
-def whole_gradients(student, grid):
-    """Every gradient of the whole model by checkpoint key, put together from all ranks."""
-    parts = {}
-    if grid.dp_rank == 0:
-        for shard in model_shards(student.model, grid=grid):
-            if shard.writes:
-                gradient = shard.real(shard.within(shard.parameter.main_grad))
-                parts[shard.key, shard.offset] = (shard.global_shape, gradient.clone())
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, parts)
-    whole = {}
-    for (key, offset), (shape, gradient) in itertools.chain(*(part.items() for part in gathered)):
-        target = whole.setdefault(key, torch.zeros(shape))
-        target[tuple(slice(o, o + n) for o, n in zip(offset, gradient.shape, strict=True))] = gradient
-    return whole
 
 
 def run_step(

@@ -25,23 +25,35 @@ from fire_megatron.platform import compute_device
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16.1 asks for it by name, also where Transformer Engine is not installed
 
-_DROPPING = "a token's log-probability would depend on the tokens beside it"
-_ROUTING = "teachers and student are compared on the routing that the checkpoint learned"
 REFUSED = {
     **dict.fromkeys(
         (
             "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy",
-            "moe_token_dropping", "moe_input_jitter_eps",
+            "moe_token_dropping", "moe_expert_rank_capacity_factor", "moe_input_jitter_eps",
         ),
-        _DROPPING,
+        "a token's log-probability would depend on the tokens beside it, or on chance",
     ),
     **dict.fromkeys(
-        ("moe_router_force_load_balancing", "moe_router_force_biased", "moe_enable_routing_replay"), _ROUTING
+        ("moe_router_force_load_balancing", "moe_router_force_biased", "moe_enable_routing_replay"),
+        "teachers and student are compared on the routing that the checkpoint learned",
     ),
     **dict.fromkeys(
-        ("moe_per_layer_logging", "moe_router_bias_update_rate"), "nothing here reads it"
+        ("moe_mlp_glu_interleave_size", "moe_single_grouped_weight", "moe_single_grouped_bias", "moe_extended_tp"),
+        "checkpoints hold the experts' weights in another arrangement",
+    ),
+    **dict.fromkeys(
+        ("expert_gtp_weight_remat_size", "expert_tensor_parallel_num_weight_shards"),
+        "parallel.tensor and parallel.expert say how experts are spread",
+    ),
+    **dict.fromkeys(
+        (
+            "moe_per_layer_logging", "moe_router_bias_update_rate", "moe_router_quantile_balancing_ema",
+            "moe_shared_expert_glu_interleave_size", "use_grouped_gemm_for_shared_expert",
+        ),
+        "nothing here reads it",
     ),
     "moe_use_legacy_grouped_gemm": "grouped experts are Transformer Engine's",
+    "overlap_moe_expert_parallel_comm": "its schedule runs a forward pass of its own, without packed rows",
 }  # fmt: skip
 """Fields of TransformerConfig about experts that may not be set, and why."""
 FROM_CHECKPOINT = (

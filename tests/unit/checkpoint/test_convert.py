@@ -46,6 +46,15 @@ def test_round_trip_keeps_every_bit(family, dtype, read_weights, tmp_path):
     check_equal(read_weights(back), expected)
 
 
+def test_stacked_experts_are_read_too(read_weights, tmp_path):
+    """A folder with the experts as transformers has them in memory gives the same checkpoint."""
+    model = save_hf("qwen3-moe", tmp_path / "published", num_hidden_layers=2)
+    shutil.copytree(tmp_path / "published", tmp_path / "hf")
+    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, tmp_path / "hf" / "model.safetensors")
+    assert not read_weights(tmp_path / "hf").keys() >= read_weights(tmp_path / "published").keys()
+    check_equal(read_weights(there_and_back(tmp_path / "hf", tmp_path)), read_weights(tmp_path / "published"))
+
+
 def test_transformers_loads_the_export(tmp_path):
     """Also its embedding that is tied to the output layer, which the file holds once."""
     import transformers

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from models import FAMILIES, make_hf
+from safetensors.torch import load_file
 
 from fire_megatron.checkpoint.maps import GROUPED, LAYER_RULES, is_ignored, pack, tensor_map, unpack
 from fire_megatron.models import hf_config
@@ -27,7 +28,7 @@ def test_every_family_has_a_table():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_mapped_once(family, tmp_path):
     model, shape = model_and_shape(family, tmp_path)
-    tensors = tensor_map(shape)
+    tensors = tensor_map(shape, fused=True)  # as transformers has the experts in memory
     names = collections.Counter(name for tensor in tensors for name in tensor.sources)
     assert max(names.values()) == 1
     assert len({tensor.key for tensor in tensors}) == len(tensors)
@@ -43,7 +44,7 @@ def test_pack_and_unpack(family, tmp_path):
     """Chunks cover the megatron tensor without gap or overlap, and come apart as they went in."""
     model, shape = model_and_shape(family, tmp_path)
     parameters = dict(model.named_parameters())
-    for tensor in tensor_map(shape):
+    for tensor in tensor_map(shape, fused=True):
         parts = [parameters[name].detach() for name in tensor.sources]
         whole, covered = torch.full(tensor.shape, torch.nan), torch.zeros(tensor.shape)
         for row, part in pack(tensor, parts, shape):
@@ -66,3 +67,22 @@ def test_q_k_and_v_stand_by_group(tmp_path):
     [(row, whole)] = pack(tensor, marked, shape)
     assert row == 0 and whole.shape == tensor.shape
     assert whole[:: shape.head_dim, 0].tolist() == [100, 101, 200, 300, 102, 103, 201, 301]
+
+
+def test_experts_one_by_one_are_those_that_are_stacked(tmp_path):
+    """Published checkpoints hold each expert's matrices; both tables make the same megatron-core tensors of them."""
+    model, shape = model_and_shape("qwen3-moe", tmp_path)
+    model.save_pretrained(tmp_path / "published")
+    held = load_file(tmp_path / "published" / "model.safetensors")
+    single, fused = tensor_map(shape), tensor_map(shape, fused=True)
+    assert {name for tensor in single for name in tensor.sources} == held.keys()
+    assert [(t.key, t.shape) for t in single] == [(t.key, t.shape) for t in fused]
+    parameters, stacked = dict(model.named_parameters()), 0
+    for tensor, whole in zip(single, fused, strict=True):
+        for where, piece in tensor.parts():
+            chunks = [chunk for _, chunk in pack(piece, [held[name] for name in piece.sources], shape)]
+            parts = [parameters[name].detach() for name in whole.sources]
+            expected = torch.cat([chunk for _, chunk in pack(whole, parts, shape)])
+            assert torch.equal(torch.cat(chunks), expected[where]), tensor.key
+            stacked += bool(where)
+    assert stacked == 3 * 2 * 4, "layers, matrices, experts"

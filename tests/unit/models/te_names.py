@@ -4,8 +4,8 @@ Transformer Engine's modules can be built, not run, without a GPU once torch.cud
 Prints the names and whole shapes that the model has and that a checkpoint has, as JSON.
 """
 
+import argparse
 import json
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fire_megatron.checkpoint.maps import tensor_map
-from fire_megatron.checkpoint.shards import model_shards
+from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.config.schema import RoleConfig
 from fire_megatron.models import build
 from fire_megatron.models.hf_config import read_hf_config
@@ -33,16 +33,37 @@ def pretend_gpu() -> None:
     )
 
 
+def check_coverage(shards: list[Shard], expert: int) -> None:
+    """Of every stacked tensor this rank holds its share of the experts, each of them once."""
+    by_key: dict[str, list[int]] = {}
+    for shard in shards:
+        assert shard.view.untyped_storage().data_ptr() == shard.parameter.untyped_storage().data_ptr(), shard.key
+        if len(shard.global_shape) == 3:
+            halves = 2 if "linear_fc1" in shard.key else 1
+            by_key.setdefault(f"{shard.key}/{halves}", []).append(shard.offset[0])
+    for name, held in by_key.items():
+        count = next(s.global_shape[0] for s in shards if s.key == name.split("/")[0])
+        assert sorted(held) == sorted([*range(count // expert)] * int(name[-1])), (name, held)
+
+
 def main() -> None:
-    """Arguments: folder with a config.json; tensor-parallel size."""
-    folder, tensor = sys.argv[1], int(sys.argv[2])
-    shape = read_hf_config(folder)
+    """See ``--help``; the model is this one rank's part of it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", help="with a config.json")
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--sequential", action="store_true", help="experts one after the other")
+    args = parser.parse_args()
+    shape, ranks = read_hf_config(args.folder), args.tensor * args.expert
     pretend_gpu()
-    dist.init_process_group("fake", rank=0, world_size=tensor, store=FakeStore())
-    grid = GridFactory(timeout=10.0).grid(Layout(tensor=tensor, num_ranks=tensor))
-    role = RoleConfig(checkpoint=folder, layer_spec="te")
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    grid = GridFactory(timeout=10.0).grid(Layout(tensor=args.tensor, expert=args.expert, num_ranks=ranks))
+    megatron = {"moe_grouped_gemm": False} if args.sequential else {}
+    role = RoleConfig(checkpoint=args.folder, layer_spec="te", megatron=megatron)
     model = build.build_model(shape, role, grid, device=Device("cuda"))
-    found = {shard.key: list(shard.global_shape) for shard in model_shards(model, grid=grid)}
+    shards = model_shards(model, grid=grid)
+    found = {shard.key: list(shard.global_shape) for shard in shards}
+    check_coverage(shards, args.expert)
     wanted = {t.key: list(t.shape) for t in tensor_map(shape)}
     print(json.dumps({"found": found, "wanted": wanted, "layers": sorted({type(m).__name__ for m in model.modules()})}))
 

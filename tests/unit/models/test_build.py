@@ -145,6 +145,12 @@ def test_rotary_frequencies_are_those_of_transformers(name, head_dim, save_confi
         ({"deterministic_mode": 1}, "1 does not fit megatron-core's type of it, bool"),
         ({"init_method": "normal"}, "'normal' does not fit"),
         ({"init_method_std": None}, "None does not fit"),
+        ({"num_moe_experts": 8}, "set by student.checkpoint (the model's own config.json)"),
+        ({"moe_router_topk": 1}, "set by student.checkpoint (the model's own config.json)"),
+        ({"expert_tensor_parallel_size": 1}, "set by student.parallel.tensor"),
+        ({"moe_expert_capacity_factor": 1.0}, "would depend on the tokens beside it"),
+        ({"moe_router_force_load_balancing": True}, "the routing that the checkpoint learned; remove it here"),
+        ({"moe_per_layer_logging": True}, "nothing here reads it"),
     ],
 )
 def test_overrides_that_are_refused(overrides, says):
@@ -246,6 +252,56 @@ def test_layouts_that_do_not_fit_the_model(layout, says, save_config, tmp_path):
     ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
     with pytest.raises(LayoutError, match=says):
         transformer_config(read_hf_config(tmp_path), student(), Layout(num_ranks=ranks, **layout), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("role", "overrides", "says"),
+    [
+        ("student", {"moe_router_load_balancing_type": "sinkhorn"}, "is 'sinkhorn': .*; use aux_loss or none"),
+        ("student", {"moe_token_dispatcher_type": "allgather"}, "is 'allgather': .*; use alltoall or flex"),
+        ("student", {"moe_aux_loss_coeff": [0.1]}, r"is \[0.1\]: give one number of at least 0"),
+        ("student", {"moe_z_loss_coeff": -1.0}, "is -1.0: give one number of at least 0"),
+        ("teachers.math", {"moe_aux_loss_coeff": 0.1}, "teachers.math is not trained, so it has no effect; remove it"),
+    ],
+)
+def test_overrides_of_experts_that_are_refused(role, overrides, says):
+    with pytest.raises(RecipeError, match=f"^{role}.megatron.{next(iter(overrides))}:? {says}"):
+        check_megatron_overrides(role, overrides)
+
+
+def test_overrides_of_experts_that_fit():
+    fitting = {"moe_aux_loss_coeff": 1e-3, "moe_z_loss_coeff": 1e-3, "moe_router_load_balancing_type": "aux_loss"}
+    check_megatron_overrides("student", fitting)
+    check_megatron_overrides("teachers.math", {"moe_grouped_gemm": False, "moe_router_dtype": "fp64"})
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_transformer_config_of_experts(normalised, save_config, tmp_path):
+    save_config("qwen3-moe", norm_topk_prob=normalised)
+    role = student(megatron={"moe_aux_loss_coeff": 0.01})
+    config = transformer_config(read_hf_config(tmp_path), role, Layout(expert=2, num_ranks=2), device=CPU)
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size) == (4, 2, 40)
+    assert config.moe_router_pre_softmax != normalised and config.moe_router_score_function == "softmax"
+    assert config.moe_router_dtype == "fp32" and not config.moe_grouped_gemm and config.moe_aux_loss_coeff == 0.01
+    assert config.moe_expert_capacity_factor is None and config.expert_model_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "megatron", "says"),
+    [
+        ("qwen3-moe", {"expert": 3}, {}, "parallel.expert=3 does not divide the model's 4 experts"),
+        ("qwen3", {"expert": 2}, {}, "parallel.expert=2, but the model has no experts; leave it 1"),
+        ("qwen3", {}, {"moe_aux_loss_coeff": 0.1}, "megatron.moe_aux_loss_coeff: the model has no experts; remove it"),
+        ("qwen3-moe", {}, {"moe_grouped_gemm": True}, "megatron.moe_grouped_gemm is True: .* layer spec is 'local'"),
+        ("qwen3-moe", {}, {"moe_permute_fusion": True}, "megatron.moe_permute_fusion is True: .* remove it, or run on"),
+    ],
+)
+def test_experts_that_cannot_be(family, layout, megatron, says, save_config, tmp_path):
+    save_config(family)
+    ranks = layout.get("expert", 1)
+    with pytest.raises((LayoutError, RecipeError), match=says):
+        role, layout = student(megatron=megatron), Layout(num_ranks=ranks, **layout)
+        transformer_config(read_hf_config(tmp_path), role, layout, device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from models import FAMILIES
 
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ModelShape, read_config_json, read_hf_config
+from fire_megatron.models.hf_config import ExpertShape, ModelShape, read_config_json, read_hf_config
 
 SHAPE = ModelShape(
     family="llama",
@@ -33,6 +33,7 @@ DEPARTURES = {
     "llama3-tied": {"tied": True, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     "qwen2": {"family": "qwen2", "tied": True, "qkv_bias": True},
     "qwen3": {"family": "qwen3", "head_dim": 24, "qk_norm": True},
+    "qwen3-moe": {"family": "qwen3_moe", "head_dim": 24, "qk_norm": True, "experts": ExpertShape(4, 2, 40, True)},
     "mistral": {"family": "mistral"},
     "mistral-window": {"family": "mistral", "sliding_window": 7},
 }
@@ -187,3 +188,32 @@ def test_reading_a_shape_imports_no_torch():
     """A recipe is checked before the seconds that torch takes."""
     code = "import sys, fire_megatron.models.hf_config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_experts_as_they_are_published(save_config, tmp_path):
+    """Qwen3-30B-A3B's config.json counts them under another name than newer transformers writes."""
+    save_config("qwen3-moe")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["num_experts"] = values.pop("num_local_experts")
+    del values["norm_topk_prob"], values["mlp_only_layers"]
+    path.write_text(json.dumps(values))
+    assert read_hf_config(tmp_path).experts == ExpertShape(4, 2, 40, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is supported"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\] is supported"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but num_local_experts is 4; it cannot exceed it"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob is true with num_experts_per_tok 1"),
+        ({"num_local_experts": None}, "num_local_experts is missing; the file is incomplete"),
+    ],
+)
+def test_experts_that_are_refused(changes, says, save_config, tmp_path):
+    save_config("qwen3-moe")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=says):
+        read_hf_config(tmp_path)

@@ -18,11 +18,21 @@ REPOSITORY = HERE.parents[2]
 @pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
 )
-@pytest.mark.parametrize(("family", "tensor"), [("llama3-tied", 2), ("qwen2", 1), ("qwen3", 2)])
-def test_same_tensors_as_the_checkpoint(family, tensor, save_config, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options", "experts"),
+    [
+        ("llama3-tied", ["--tensor=2"], None),
+        ("qwen2", [], None),
+        ("qwen3", ["--tensor=2"], None),
+        ("qwen3-moe", [], "TEGroupedMLP"),
+        ("qwen3-moe", ["--tensor=2", "--expert=2"], "TEGroupedMLP"),
+        ("qwen3-moe", ["--expert=2", "--sequential"], "SequentialMLP"),
+    ],
+)
+def test_same_tensors_as_the_checkpoint(family, options, experts, save_config, tmp_path):
     save_config(family)
     done = subprocess.run(
-        [sys.executable, str(HERE / "te_names.py"), str(tmp_path), str(tensor)],
+        [sys.executable, str(HERE / "te_names.py"), str(tmp_path), *options],
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}"},
         capture_output=True,
         text=True,
@@ -32,4 +42,5 @@ def test_same_tensors_as_the_checkpoint(family, tensor, save_config, tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     assert "TELayerNormColumnParallelLinear" in report["layers"], "these are not Transformer Engine's layers"
     assert "CoreAttention" in report["layers"]
+    assert experts is None or {experts, "Router"} <= {*report["layers"]}
     assert report["found"] == report["wanted"]

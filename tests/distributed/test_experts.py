@@ -4,12 +4,14 @@ replicas that share experts hold unequal numbers of rows."""
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import VOCABULARY
+import torch.distributed as dist
+from models import VOCABULARY, save_megatron
 from roles import (
     Roles,
     Spec,
@@ -22,9 +24,12 @@ from roles import (
     whole_gradients,
     whole_state,
 )
+from tiny_run import make_inputs, read_metrics, tiny_recipe
 
 from fire_megatron.checkpoint.maps import pack, tensor_map
 from fire_megatron.checkpoint.training import load_training_state, save_training_state
+from fire_megatron.config.checks import check_recipe
+from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
@@ -36,9 +41,12 @@ from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
+from fire_megatron.train.trainer import Trainer
 
 SPEC = Spec("qwen3-moe", changes=(("num_hidden_layers", 2),))
 ROWS = 5
+MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/")
+"""Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
 AUXILIARY = {"moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.02}
 
 
@@ -191,6 +199,25 @@ def test_gradients_and_auxiliary_losses_equal_transformers(roles, world_size, mi
         assert_same_gradients(whole_gradients(student, grid), known[batches][1], f"{layout}")
 
 
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+    ids=["full", "moe"],
+)
+def test_recomputed_activations_give_the_same_gradients(roles, world_size, recompute):
+    """A pass that is run again in backward counts no token twice."""
+    folder, layout = roles.checkpoint(SPEC), expert_layouts(world_size)[-1]
+    metrics, gradients = expected_step(folder, tuple(micro_batches(layout, 2)))
+    student, grid = make_student(roles, layout, micro_batch_size=2, megatron={**AUXILIARY, **recompute})
+    made = run_step(student, grid)
+    for key, value in metrics.items():
+        assert made[key] == pytest.approx(value, rel=1e-5), key
+    assert_same_gradients(whole_gradients(student, grid), gradients, f"{layout}")
+
+
 def test_the_auxiliary_losses_are_off_unless_asked_for(roles, world_size):
     folder = roles.checkpoint(SPEC)
     layout = expert_layouts(world_size)[-1]
@@ -261,8 +288,6 @@ def test_scores_of_uneven_rows(roles, world_size, count):
 
 def generate(model, grid, prompts, rows, *, stop_ids=(), batch_size=0):
     """Greedy responses by row, put together from all replicas."""
-    import torch.distributed as dist
-
     config = RolloutConfig(
         prompts_per_step=len(prompts),
         max_new_tokens=9,
@@ -302,6 +327,45 @@ def test_generation_of_uneven_rows(roles, world_size):
         # Fewer rows than replicas, and none at all.
         assert generate(model, grid, prompts, [4], stop_ids=stops) == {4: cut[4]}, layout
         assert generate(model, grid, prompts, []) == {}, layout
+
+
+def test_a_run_does_not_depend_on_the_layout(world, roles, world_size):
+    """Student and a teacher with experts through whole steps: sampling, scoring, training, evaluation, saving."""
+    folder, expected = roles.folder / "run", None
+    if world.is_main:
+        folder.mkdir()
+        make_inputs(folder)
+        for name, seed in (("student", 0), ("math", 1)):
+            shutil.rmtree(folder / name)
+            save_megatron("qwen3-moe", folder / f"{name}-experts", seed=seed, num_hidden_layers=2)
+            (folder / f"{name}-experts").rename(folder / name)
+    dist.barrier()
+    options = expert_layouts(world_size)
+    for number, layout in enumerate((options[0], options[-1])):
+        parallel = {"tensor": layout.tensor, "pipeline": layout.pipeline, "expert": layout.expert}
+        changes = {
+            "student__parallel": parallel,
+            "teachers__math__parallel": {"expert": layout.expert},
+            "student__megatron": AUXILIARY,
+            "run__steps": 2,
+            "rollout__prompts_per_step": 5,
+            "optimizer": {"lr": 2e-4, "eps": 1e-3, "mini_batches": 2},
+            "evaluation": {"prompts": [{"path": str(folder / "code.jsonl")}], "num_prompts": 3, "max_new_tokens": 5},
+        }
+        recipe = recipe_from_dict(tiny_recipe(folder, folder / f"run-{number}", **changes))
+        check_recipe(recipe, world_size=world_size)
+        assert Trainer(recipe, world).train()
+        dist.barrier()
+        lines = [
+            {key: value for key, value in line.items() if not key.startswith(MACHINE)}
+            for line in read_metrics(folder / f"run-{number}")
+        ]
+        assert {"moe/aux_loss", "moe/z_loss", "moe/max_load", "eval/code/reverse_kl"} <= lines[-1].keys()
+        expected = expected or lines
+        for ours, theirs in zip(lines, expected, strict=True):
+            # The balance is that of a micro-batch, and layouts put other rows into one.
+            for key in theirs.keys() - {"moe/aux_loss"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-4), f"{layout}: {key}"
 
 
 def test_resumed_in_another_layout(roles, world_size):

@@ -21,7 +21,7 @@ from fire_megatron.models.hf_config import read_hf_config
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD_GB = 0.02
-CONFIG = {
+DENSE = {
     "model_type": "llama",
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -32,6 +32,15 @@ CONFIG = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+EXPERTS = {
+    **DENSE,
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "num_experts": 30,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512,
+}
+"""The stacked experts of a layer are one tensor of 63 MB."""
 
 PROBE = """
 import json, re, runpy, sys
@@ -53,10 +62,10 @@ print(json.dumps(resident("VmHWM") - before))
 """Runs a tool after its imports and prints by how many bytes its peak resident memory rose meanwhile."""
 
 
-def write_model(folder):
+def write_model(folder, config):
     """Weights of no meaning; returns their bytes."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     shapes = {
         name: shape
         for tensor in tensor_map(read_hf_config(folder))
@@ -68,8 +77,9 @@ def write_model(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux' /proc")
-def test_peak_memory_is_a_part_of_the_model(tmp_path):
-    size = write_model(tmp_path / "hf")
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_peak_memory_is_a_part_of_the_model(config, tmp_path):
+    size = write_model(tmp_path / "hf", config)
     assert size > 190e6
 
     def growth(*arguments):

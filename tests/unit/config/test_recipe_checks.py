@@ -94,6 +94,26 @@ def _experts(values: Values) -> None:
     values["student"]["parallel"] = {"expert": 2}
 
 
+def _experts_of_another_number(values: Values) -> None:
+    set_model(values, "math", num_experts=6, moe_intermediate_size=64)
+    values["teachers"]["math"]["parallel"] = {"expert": 4}
+
+
+def _experts_in_the_newer_spelling(values: Values) -> None:
+    set_model(values, "math", num_local_experts=6, moe_intermediate_size=64)
+    values["teachers"]["math"]["parallel"] = {"expert": 4}
+
+
+def _experts_split_unevenly(values: Values) -> None:
+    set_model(values, "math", num_experts=6, moe_intermediate_size=33)
+    values["teachers"]["math"]["parallel"] = {"tensor": 2}
+
+
+def _experts_without_sequence_parallelism(values: Values) -> None:
+    set_model(values, "student", num_experts=6, moe_intermediate_size=64)
+    values["student"]["parallel"] = {"tensor": 2, "sequence": False}
+
+
 def _positions(values: Values) -> None:
     set_model(values, "math", max_position_embeddings=1039)
 
@@ -164,6 +184,13 @@ def _home_folder(values: Values) -> None:
         (_sequence, "student.parallel.sequence: true needs parallel.tensor above 1"),
         (_stages, "student.parallel.pipeline: 5 stages for a model of 4 layers; lower it"),
         (_experts, "student.parallel.expert: 2, but the model has no experts; leave it 1"),
+        (_experts_of_another_number, "teachers.math.parallel.expert: 4 does not divide the model's 6 experts; choose"),
+        (_experts_in_the_newer_spelling, "teachers.math.parallel.expert: 4 does not divide the model's 6 experts"),
+        (_experts_split_unevenly, "teachers.math.parallel.tensor: 2 does not divide the model's 33 rows of the MLP"),
+        (
+            _experts_without_sequence_parallelism,
+            "student.parallel.sequence: false, but experts train with parallel.tensor 2 only with sequence parallelism",
+        ),
         (_positions, "rollout.max_new_tokens: 16 after prompts of up to 1024 tokens (data.max_prompt_tokens) exceeds"),
         (_evaluation_positions, "evaluation.max_new_tokens: 1025 after prompts"),
         (_te_on_cpu, "teachers.math.layer_spec: te needs CUDA and run.device is cpu; use auto or local"),
@@ -194,6 +221,17 @@ def test_a_whole_world_must_hold_copies_of_every_role(values: Values) -> None:
     assert "does not divide the run's 4; start a multiple of 3 ranks or lower one of them" in message
     assert "student.parallel" in complaint(values, world_size=6)
     check_recipe(recipe_from_dict(values), world_size=12)
+    check_recipe(recipe_from_dict(values), world_size=None)
+
+
+def test_experts_are_spread_over_the_ranks_of_a_stage(values: Values) -> None:
+    set_model(values, "student", num_experts=8, moe_intermediate_size=64)
+    values["student"]["parallel"] = {"tensor": 2, "pipeline": 2, "expert": 4}
+    message = complaint(values, world_size=8)
+    assert (
+        "student.parallel.expert: 4 does not divide the 2 ranks that share the experts of a pipeline stage" in message
+    )
+    check_recipe(recipe_from_dict(values), world_size=16)
     check_recipe(recipe_from_dict(values), world_size=None)
 
 

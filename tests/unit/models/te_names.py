@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.config.schema import RoleConfig
-from fire_megatron.models import build
+from fire_megatron.models import build, experts
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import Device, cpu_seam
@@ -24,7 +24,7 @@ from fire_megatron.platform import Device, cpu_seam
 def pretend_gpu() -> None:
     """Answer as an H100 would, with the CPU as the device."""
     cpu_seam.install()
-    build.compute_device = lambda: torch.device("cpu")
+    build.compute_device = experts.compute_device = lambda: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_capability = lambda *_: (9, 0)

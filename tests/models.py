@@ -55,6 +55,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {
+            "tie_word_embeddings": True,
+            "moe_intermediate_size": 40,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+    ),
     "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7}),
 }

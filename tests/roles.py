@@ -49,7 +49,7 @@ def layouts(
     ]
 
 
-EXPERTS = {"qwen3-moe": (1, 2)}
+EXPERTS = {"qwen3-moe": (1, 2), "qwen3-moe-mixed": (1, 2)}
 """Expert-parallel sizes of the families that have experts."""
 
 

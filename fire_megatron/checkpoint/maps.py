@@ -109,6 +109,14 @@ LAYER_RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 """Rules of one layer, by family."""
 
+
+def _layer_rules(shape: ModelShape, layer: int) -> tuple[Rule, ...]:
+    rules = LAYER_RULES[shape.family]
+    if shape.experts is None or shape.has_experts(layer):
+        return rules
+    return tuple(rule for rule in rules if rule not in _EXPERTS) + _MLP
+
+
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # buffers that old exports carry; computed from the config
 
 
@@ -181,7 +189,7 @@ def tensor_map(shape: ModelShape, *, fused: bool = False) -> list[Tensor]:
             tensor, as transformers has them in memory; published checkpoints hold them one by one.
     """
     tensors = [_concrete(_EMBEDDING, -1, shape, fused)]
-    tensors += [_concrete(rule, i, shape, fused) for i in range(shape.num_layers) for rule in LAYER_RULES[shape.family]]
+    tensors += [_concrete(rule, i, shape, fused) for i in range(shape.num_layers) for rule in _layer_rules(shape, i)]
     tensors.append(_concrete(_FINAL, -1, shape, fused))
     if not shape.tied:
         tensors.append(_concrete(_OUTPUT, -1, shape, fused))
@@ -190,7 +198,8 @@ def tensor_map(shape: ModelShape, *, fused: bool = False) -> list[Tensor]:
 
 def holds_fused_experts(names: Iterable[str], shape: ModelShape) -> bool:
     """Whether a folder with tensors of these Hugging Face names holds the experts of a layer stacked in one tensor."""
-    fused = {name.format(i=0) for rule in LAYER_RULES[shape.family] for name in rule.fused or ()}
+    layers = [i for i in range(shape.num_layers) if shape.has_experts(i)]
+    fused = {name.format(i=i) for i in layers for rule in _layer_rules(shape, i) for name in rule.fused or ()}
     return not fused.isdisjoint(names)
 
 

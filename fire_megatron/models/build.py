@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.config.schema import RoleConfig
@@ -183,8 +184,10 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         LayoutError: the layout does not divide heads, key/value heads or layers.
         RecipeError: TransformerConfig rejects the combination.
     """
-    ffn = shape.experts.ffn if shape.experts else shape.ffn
-    for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", ffn)):
+    layers = range(shape.num_layers)
+    divided = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
+    divided += [("FFN", shape.experts.ffn if experts else shape.ffn) for experts in {*map(shape.has_experts, layers)}]
+    for name, count in divided:
         if count % layout.tensor:
             raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
     dtype, spec = DTYPES[role.precision.dtype], resolve_layer_spec(role.layer_spec, device, role="the role")
@@ -226,7 +229,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "gradient_accumulation_fusion": False,
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
-    settings |= expert_settings(shape, role.megatron, tensor=layout.tensor, expert=layout.expert, spec=spec)
+    settings |= expert_settings(shape, role.megatron, expert=layout.expert, spec=spec)
     for key in ("fp8", "fp4"):
         if role.megatron.get(key) and spec != "te":
             raise RecipeError(
@@ -239,12 +242,12 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         raise RecipeError(f"megatron-core rejects this model configuration: {error}") from error
 
 
-def _layer_spec(config: TransformerConfig, spec: str) -> tuple[ModuleSpec, Any]:
-    """The transformer layer and final norm of a spec, with our core attention and router in both."""
+def _layer_spec(config: TransformerConfig, spec: str, experts: bool) -> tuple[ModuleSpec, Any]:
+    """A transformer layer and the final norm of a spec, with our core attention and router."""
     options = {
         "qk_layernorm": config.qk_layernorm,
-        "num_experts": config.num_moe_experts,
-        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "num_experts": config.num_moe_experts if experts else None,
+        "moe_grouped_gemm": config.moe_grouped_gemm if experts else False,
     }
     if spec == "te":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -257,7 +260,7 @@ def _layer_spec(config: TransformerConfig, spec: str) -> tuple[ModuleSpec, Any]:
     attention.core_attention = CoreAttention
     if config.qk_layernorm and spec != "te":
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if config.num_moe_experts:
+    if experts:
         use_router(layer)
         # A layer of experts has no matrix that its norm could be a part of, as the local spec has it for a dense one.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
@@ -277,11 +280,15 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
         LayoutError, RecipeError: see :func:`transformer_config`.
     """
     config = transformer_config(shape, role, grid.layout, device=device)
-    layer, final_norm = _layer_spec(config, resolve_layer_spec(role.layer_spec, device, role="the role"))
-    local_layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=grid.pp_rank)
+    spec = resolve_layer_spec(role.layer_spec, device, role="the role")
+    first = get_transformer_layer_offset(config, vp_stage=None, pp_rank=grid.pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=None, pp_rank=grid.pp_rank)
+    layers, norms = zip(
+        *(_layer_spec(config, spec, shape.has_experts(i)) for i in range(first, first + count)), strict=True
+    )
     return FireGPT(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * local_layers, layer_norm=final_norm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=list(layers), layer_norm=norms[0]),
         vocab_size=padded_vocab_size(shape.vocab_size, multiple=role.vocab_multiple, tensor=grid.layout.tensor),
         max_sequence_length=shape.max_positions,
         pre_process=grid.is_first_stage,

@@ -96,13 +96,12 @@ def check_expert_overrides(role: str, overrides: Mapping[str, Any]) -> None:
             raise RecipeError(f"{role}.megatron.{key} is {value!r}: give one number of at least 0")
 
 
-def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, tensor: int, expert: int, spec: str) -> dict:
+def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, expert: int, spec: str) -> dict:
     """TransformerConfig's fields for a model's experts; none for a dense model.
 
     Args:
         shape: the architecture.
         overrides: the role's ``megatron:`` mapping.
-        tensor: tensor-parallel ranks, which split each expert.
         expert: expert-parallel ranks, which share the experts out.
         spec: ``local`` or ``te``.
 
@@ -127,6 +126,7 @@ def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, tensor: 
             )
     return {
         "num_moe_experts": shape.experts.count,
+        "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
         "moe_ffn_hidden_size": shape.experts.ffn,
         "moe_router_topk": shape.experts.top_k,
         # A softmax over the chosen logits is the softmax over all of them, divided by its sum over the chosen.

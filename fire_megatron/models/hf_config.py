@@ -29,6 +29,8 @@ class ExpertShape:
     """Width of one expert's gate."""
     normalised: bool
     """Whether the weights of a token's experts are divided by their sum."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers, from 0, that have one MLP of the model's ``ffn`` instead."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ class ModelShape:
     sliding_window: int | None = None
     """Positions a token attends to, itself included; None when that is all of them."""
     experts: ExpertShape | None = None
-    """The experts that stand in for the MLP of every layer; None in a dense model."""
+    """The experts that stand in for the MLP of layers; None in a dense model."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, from 0, is one of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,6 @@ def _qwen_window(config: _Reader) -> None:
 
 def _qwen3_moe_experts(config: _Reader) -> ExpertShape:
     """Newer transformers write ``num_local_experts`` for what Qwen publishes as ``num_experts``."""
-    config.require("decoder_sparse_step", 1)  # dense layers between those with experts
-    config.require("mlp_only_layers", [])
     name = "num_local_experts" if config.values.get("num_experts") is None else "num_experts"
     count, top_k = config.integer(name), config.integer("num_experts_per_tok")
     normalised = config.flag("norm_topk_prob")
@@ -170,7 +174,14 @@ def _qwen3_moe_experts(config: _Reader) -> ExpertShape:
             "norm_topk_prob is true with num_experts_per_tok 1: every weight would be 1 and the router could not "
             "learn, which is not supported"
         )
-    return ExpertShape(count, top_k, config.integer("moe_intermediate_size"), normalised)
+    layers, step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step", otherwise=1)
+    listed = config.values.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < layers for i in listed):
+        raise config.fail(f"mlp_only_layers is {listed!r}; it must be a list of layers, 0 to {layers - 1}")
+    dense = tuple(i for i in range(layers) if i in listed or (i + 1) % step)
+    if len(dense) == layers:
+        raise config.fail("mlp_only_layers and decoder_sparse_step leave no layer with experts; give model_type qwen3")
+    return ExpertShape(count, top_k, config.integer("moe_intermediate_size"), normalised, dense)
 
 
 FAMILIES: Mapping[str, Family] = {

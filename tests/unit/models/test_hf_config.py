@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from models import FAMILIES
 
 from fire_megatron.config.errors import CheckpointError
@@ -34,6 +35,12 @@ DEPARTURES = {
     "qwen2": {"family": "qwen2", "tied": True, "qkv_bias": True},
     "qwen3": {"family": "qwen3", "head_dim": 24, "qk_norm": True},
     "qwen3-moe": {"family": "qwen3_moe", "head_dim": 24, "qk_norm": True, "experts": ExpertShape(4, 2, 40, True)},
+    "qwen3-moe-mixed": {
+        "family": "qwen3_moe",
+        "tied": True,
+        "qk_norm": True,
+        "experts": ExpertShape(6, 2, 40, False, dense_layers=(1,)),
+    },
     "mistral": {"family": "mistral"},
     "mistral-window": {"family": "mistral", "sliding_window": 7},
 }
@@ -72,13 +79,15 @@ def test_the_new_form_comes_before_the_old(write_config):
     assert (shape.rope_theta, shape.rope_scaling) == (7.0, {"rope_type": "linear", "factor": 2.0})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral"])
 def test_keys_left_out_mean_what_they_mean_to_transformers(family, write_config):
     """Sizes that no published config leaves out are not among them."""
     import transformers
 
     optional = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "head_dim", "rope_theta")
     heads = {"num_attention_heads": 32, "hidden_size": 1024}
+    if family == "qwen3_moe":
+        heads["num_experts"] = 8
     folder = write_config(model_type=family, max_position_embeddings=32768, **heads, **dict.fromkeys(optional))
     shape, config = read_hf_config(folder), transformers.AutoConfig.from_pretrained(folder)
     assert shape.kv_heads == config.num_key_value_heads
@@ -86,6 +95,9 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(family, write_config)
     assert shape.tied == config.tie_word_embeddings
     assert shape.head_dim == (getattr(config, "head_dim", None) or 1024 // 32)
     assert shape.rope_theta == config.rope_parameters["rope_theta"]
+    if shape.experts:
+        experts = (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
+        assert shape.experts == ExpertShape(*experts)
     assert shape.sliding_window == config.sliding_window if family == "mistral" else shape.sliding_window is None
 
 
@@ -202,10 +214,31 @@ def test_experts_as_they_are_published(save_config, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "dense"),
+    [
+        ({}, ()),
+        ({"mlp_only_layers": None}, ()),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, (0, 2, 3)),
+    ],
+)
+def test_dense_layers_are_those_of_transformers(changes, dense, save_config, tmp_path):
+    import transformers
+
+    config = save_config("qwen3-moe", **changes)
+    assert read_hf_config(tmp_path).experts.dense_layers == dense
+    with torch.device("meta"):
+        layers = transformers.Qwen3MoeForCausalLM(config).model.layers
+    assert [i for i, layer in enumerate(layers) if not hasattr(layer.mlp, "experts")] == list(dense)
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is supported"),
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\] is supported"),
+        ({"decoder_sparse_step": 5}, "leave no layer with experts"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "leave no layer with experts"),
+        ({"mlp_only_layers": [4]}, r"mlp_only_layers is \[4\]; it must be a list of layers, 0 to 3"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1; it must be a list"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but num_local_experts is 4; it cannot exceed it"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob is true with num_experts_per_tok 1"),
         ({"num_local_experts": None}, "num_local_experts is missing; the file is incomplete"),

@@ -27,6 +27,7 @@ REPOSITORY = HERE.parents[2]
         ("qwen3-moe", [], "TEGroupedMLP"),
         ("qwen3-moe", ["--tensor=2", "--expert=2"], "TEGroupedMLP"),
         ("qwen3-moe", ["--expert=2", "--sequential"], "SequentialMLP"),
+        ("qwen3-moe-mixed", ["--tensor=2"], "TEGroupedMLP"),
     ],
 )
 def test_same_tensors_as_the_checkpoint(family, options, experts, save_config, tmp_path):

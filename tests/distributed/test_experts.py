@@ -44,6 +44,8 @@ from fire_megatron.train.student import Student
 from fire_megatron.train.trainer import Trainer
 
 SPEC = Spec("qwen3-moe", changes=(("num_hidden_layers", 2),))
+MIXED = Spec("qwen3-moe-mixed", changes=(("num_hidden_layers", 2),))
+"""Its second layer is dense, which of two pipeline stages is one without a router."""
 ROWS = 5
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/")
 """Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
@@ -68,13 +70,13 @@ def draw_rows(count=ROWS):
     return prompts, responses
 
 
-def training_rows(mine, count=ROWS):
+def training_rows(mine, count=ROWS, spec=SPEC):
     """This replica's rows, with made-up teacher log-probabilities; the rollout's are the student's own."""
     prompts, responses = draw_rows(count)
     generator = torch.Generator().manual_seed(4)
     teacher = [-4.0 - torch.rand(len(r), generator=generator) for r in responses]
     own = [
-        log_prob_and_entropy(hf_response_logits(reference(SPEC), p, r), r)[0].float()
+        log_prob_and_entropy(hf_response_logits(reference(spec), p, r), r)[0].float()
         for p, r in zip(prompts, responses, strict=True)
     ]
     rollouts = Rollouts(
@@ -104,9 +106,9 @@ def make_student(roles, layout, *, distributed=False, micro_batch_size=1, megatr
     return student, grid
 
 
-def run_step(student, grid, count=ROWS):
+def run_step(student, grid, count=ROWS, spec=SPEC):
     """Accumulate the gradients of one update; returns the reduced metrics."""
-    rows = training_rows(replica_rows(count, grid), count)
+    rows = training_rows(replica_rows(count, grid), count, spec)
     tokens = student.count_tokens(rows, Reducer(grid.pg.dp))
     return reduce_metrics(student.accumulate_gradients(rows, tokens=tokens), group=grid.span)
 
@@ -121,11 +123,12 @@ def micro_batches(layout, size, count=ROWS):
 
 
 def router_logits(model, tokens):
-    """Logits of one row and each layer's router logits [L, E]."""
+    """Logits of one row and router logits [L, E] of each layer that has experts."""
     seen = []
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda module, args, output: seen.append(output[0]))
         for layer in model.model.layers
+        if hasattr(layer.mlp, "gate")
     ]
     try:
         logits = model(tokens[None]).logits[0]
@@ -135,16 +138,17 @@ def router_logits(model, tokens):
     return logits, seen
 
 
-def expected_step(folder, batches, count=ROWS, auxiliary=AUXILIARY):
+def expected_step(folder, batches, count=ROWS, auxiliary=AUXILIARY, spec=SPEC):
     """By transformers' autograd, one row at a time: metrics, and gradients by checkpoint key."""
-    model, rows = SPEC.hf(), training_rows(range(count), count)
+    model, rows = spec.hf(), training_rows(range(count), count, spec)
+    experts = model.config.num_experts
     prompts, responses = draw_rows(count)
     response_tokens = sum(len(r) for r in responses)
     all_tokens = response_tokens + sum(len(p) for p in prompts)
     loss = balance = square = 0.0
-    loads = [torch.zeros(4) for _ in model.model.layers]
+    loads = [torch.zeros(experts) for layer in model.model.layers if hasattr(layer.mlp, "gate")]
     for batch in batches:
-        by_layer = [[] for _ in model.model.layers]
+        by_layer = [[] for _ in loads]
         for row in batch:
             prompt, response = prompts[row], responses[row]
             logits, routed = router_logits(model, torch.cat((prompt, response)))
@@ -158,7 +162,7 @@ def expected_step(folder, batches, count=ROWS, auxiliary=AUXILIARY):
             scores, tokens = values.softmax(-1), len(values)
             chosen = torch.zeros_like(scores).scatter(1, scores.topk(2).indices, 1.0)
             # Switch: E times the sum over experts of its share of the choices and its mean score.
-            aux = 4 * ((chosen.sum(0) / (2 * tokens)) * scores.mean(0)).sum()
+            aux = experts * ((chosen.sum(0) / (2 * tokens)) * scores.mean(0)).sum()
             balance = balance + aux * tokens / all_tokens
             square = square + values.logsumexp(-1).square().sum() / all_tokens
             load += chosen.sum(0)
@@ -185,15 +189,17 @@ def assert_same_gradients(actual, expected, case):
         assert scale > 0 and (gradient - expected[key]).abs().max() <= 3e-5 * scale, f"{case}: {key}"
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_gradients_and_auxiliary_losses_equal_transformers(roles, world_size, micro_batch_size):
-    folder, known = roles.checkpoint(SPEC), {}
+@pytest.mark.parametrize(("spec", "micro_batch_size"), [(SPEC, 1), (SPEC, 2), (MIXED, 2)], ids=["1", "2", "mixed"])
+def test_gradients_and_auxiliary_losses_equal_transformers(roles, world_size, spec, micro_batch_size):
+    folder, known = roles.checkpoint(spec), {}
     for layout in expert_layouts(world_size):
+        if reference(spec).config.num_experts % layout.expert:
+            continue
         batches = tuple(sorted(micro_batches(layout, micro_batch_size)))
         if batches not in known:
-            known[batches] = expected_step(folder, batches)
-        student, grid = make_student(roles, layout, micro_batch_size=micro_batch_size)
-        metrics = run_step(student, grid)
+            known[batches] = expected_step(folder, batches, spec=spec)
+        student, grid = make_student(roles, layout, micro_batch_size=micro_batch_size, source=spec)
+        metrics = run_step(student, grid, spec=spec)
         for key, value in known[batches][0].items():
             assert metrics[key] == pytest.approx(value, rel=1e-5), f"{layout}: {key}"
         assert_same_gradients(whole_gradients(student, grid), known[batches][1], f"{layout}")

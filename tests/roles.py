@@ -17,7 +17,7 @@ from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
-from fire_megatron.config.schema import ParallelConfig, RoleConfig, StudentConfig
+from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
@@ -100,6 +100,7 @@ class Roles:
         sequence: bool | None = None,
         vocab_multiple: int = 128,
         megatron: dict[str, Any] | None = None,
+        dtype: str = "float32",
     ) -> tuple[FireGPT, ModelGrid]:
         """This rank's part of a model (or of a converted checkpoint), loaded."""
         path = self.checkpoint(model) if isinstance(model, Spec) else model
@@ -111,6 +112,7 @@ class Roles:
             ),
             vocab_multiple=vocab_multiple,
             megatron=megatron or {},
+            precision=PrecisionConfig(dtype=dtype),
         )
         return load_role(path, role, grid, self.world), grid
 

@@ -96,13 +96,17 @@ def training_rows(mine, count=ROWS, spec=SPEC):
     )
 
 
-def make_student(roles, layout, *, distributed=False, micro_batch_size=1, megatron=AUXILIARY, source=SPEC):
-    model, grid = roles.build(source, layout, vocab_multiple=4, megatron=megatron)
+def make_student(
+    roles, layout, *, distributed=False, micro_batch_size=1, megatron=AUXILIARY, source=SPEC, dtype="float32"
+):
+    model, grid = roles.build(source, layout, vocab_multiple=4, megatron=megatron, dtype=dtype)
     model.used_vocab_size = VOCABULARY
     settings = OptimizerConfig(
         lr=1e-3, eps=1e-3, weight_decay=0.1, clip_grad=0.5, micro_batch_size=micro_batch_size, distributed=distributed
     )
-    student = Student(model, grid, loss=LossConfig(hooks=()), optimizer=settings, precision=PrecisionConfig())
+    student = Student(
+        model, grid, loss=LossConfig(hooks=()), optimizer=settings, precision=PrecisionConfig(dtype=dtype)
+    )
     return student, grid
 
 
@@ -385,28 +389,29 @@ def test_a_run_does_not_depend_on_the_layout(world, roles, world_size):
                 assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-4), f"{layout}: {key}"
 
 
-def test_resumed_in_another_layout(roles, world_size):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_in_another_layout(roles, world_size, dtype):
     """State saved in one split of the experts is exactly the state loaded in another, and goes on alike."""
     folder = roles.checkpoint(SPEC)
-    checkpoints = Path(share(str(roles.folder / "runs")))
+    checkpoints = Path(share(str(roles.folder / f"runs-{dtype}")))
     *others, first = expert_layouts(world_size)
-    student, grid = make_student(roles, first, distributed=True)
+    student, grid = make_student(roles, first, distributed=True, dtype=dtype)
     run_step(student, grid)
     student.update()
     saved = save_training_state(
         checkpoints, 1, student.model, student.optimizer, rng={}, extra={}, source=folder, keep=1, grid=grid
     )
     middle = whole_state(student, grid)
-    assert any(
-        kind == "exp_avg" and "experts" in key and value.abs().max() > 0 for (kind, key), value in middle[0].items()
-    )
+    kinds = {kind for (kind, key), value in middle[0].items() if "experts" in key and value.abs().max() > 0}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq"} | ({"master"} if dtype == "bfloat16" else set())
     run_step(student, grid)
     student.update()
     end = whole_state(student, grid)
     for number, layout in enumerate(others):
-        student, grid = make_student(roles, layout, distributed=number % 2 == 0, source=saved)
+        student, grid = make_student(roles, layout, distributed=number % 2 == 0, source=saved, dtype=dtype)
         load_training_state(saved, student.model, student.optimizer, grid=grid)
         assert_same_state(whole_state(student, grid), middle, 0)
         run_step(student, grid)
         student.update()
-        assert_same_state(whole_state(student, grid), end, 1e-4)
+        if dtype == "float32":  # the last bits of a bfloat16 pass, which a layout changes, may change a token's experts
+            assert_same_state(whole_state(student, grid), end, 1e-4)

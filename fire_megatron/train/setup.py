@@ -15,7 +15,7 @@ from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
-from fire_megatron.config.spans import parse_span
+from fire_megatron.config.spans import Span, parse_span
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
@@ -248,9 +248,8 @@ def recipe_checkpoint(recipe: Recipe, path: str) -> str:
 
 
 def _loaded(
-    path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, used_vocab_size: int, say: Say
+    path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, used_vocab_size: int
 ) -> FireGPT:
-    say(f"loading {path} from {role.checkpoint}")
     try:
         model = build_model(shape, role, grid, device=world.device)
     except Exception as error:  # megatron-core checks some fields only where it uses them
@@ -297,17 +296,25 @@ def _load_models(
     made: dict[tuple[str, ...], FireGPT] = {}
     problem: UserError | None = None
     for path, role in roles(recipe).items():
+        say(f"loading {path} from {role.checkpoint} on {_place(grids[path].layout)}")
         if not grids[path].is_member:
             continue
         alike = model_key(role) if path != "student" else ("student",)  # whose weights change
         try:
             if alike not in made:
-                made[alike] = _loaded(path, shapes[path], role, grids[path], world, used_vocabulary(shapes), say)
+                made[alike] = _loaded(path, shapes[path], role, grids[path], world, used_vocabulary(shapes))
             models[path] = made[alike]
         except UserError as error:  # the role's other ranks find the same; other roles may still wait for this rank
             problem = problem or error
     on_all_ranks(_reraise, problem)
     return models
+
+
+def _place(layout: Layout) -> str:
+    """``ranks 2-3 (pipeline 2)``."""
+    sizes = {name: getattr(layout, name) for name in ("tensor", "pipeline", "context", "expert", "data")}
+    split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return str(Span(layout.first_rank, layout.num_ranks)) + (f" ({split})" if split else "")
 
 
 def model_key(role: RoleConfig) -> tuple[str, ...]:

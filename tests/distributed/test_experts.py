@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +37,7 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.reducer import Reducer
+from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
@@ -121,8 +121,7 @@ def micro_batches(layout, size, count=ROWS):
     """Rows of each micro-batch: each replica's own, longest first, ``size`` at a time."""
     lengths = [len(p) + len(r) for p, r in zip(*draw_rows(count), strict=True)]
     for replica in range(layout.data):
-        grid = SimpleNamespace(dp_rank=replica, layout=layout)
-        order = sorted(replica_rows(count, grid), key=lambda i: (-lengths[i], i))
+        order = sorted(range(replica, count, layout.data), key=lambda i: (-lengths[i], i))
         yield from (tuple(order[i : i + size]) for i in range(0, len(order), size))
 
 
@@ -362,6 +361,7 @@ def test_a_run_does_not_depend_on_the_layout(world, roles, world_size):
             (folder / f"{name}-experts").rename(folder / name)
     dist.barrier()
     options = expert_layouts(world_size)
+    watch = launch.watch(world, roles="student, teachers", timeout=60.0)
     for number, layout in enumerate((options[0], options[-1])):
         parallel = {"tensor": layout.tensor, "pipeline": layout.pipeline, "expert": layout.expert}
         changes = {
@@ -375,7 +375,7 @@ def test_a_run_does_not_depend_on_the_layout(world, roles, world_size):
         }
         recipe = recipe_from_dict(tiny_recipe(folder, folder / f"run-{number}", **changes))
         check_recipe(recipe, world_size=world_size)
-        assert Trainer(recipe, world).train()
+        assert Trainer(recipe, world, watch).train()
         dist.barrier()
         lines = [
             {key: value for key, value in line.items() if not key.startswith(MACHINE)}
@@ -387,6 +387,7 @@ def test_a_run_does_not_depend_on_the_layout(world, roles, world_size):
             assert ours.keys() == theirs.keys()
             for key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-4), f"{layout}: {key}"
+    watch.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

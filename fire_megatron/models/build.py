@@ -177,6 +177,16 @@ def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
 
 
+def _check_tensor_split(shape: ModelShape, tensor: int) -> None:
+    """Raises LayoutError: tensor parallelism does not divide what it splits."""
+    layers = range(shape.num_layers)
+    divided = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
+    divided += [("FFN", shape.experts.ffn if experts else shape.ffn) for experts in {*map(shape.has_experts, layers)}]
+    for name, count in divided:
+        if count % tensor:
+            raise LayoutError(f"parallel.tensor={tensor} does not divide the model's {count} {name}")
+
+
 def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, device: Device) -> TransformerConfig:
     """megatron-core's config for this model, layout and precision.
 
@@ -184,12 +194,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         LayoutError: the layout does not divide heads, key/value heads or layers.
         RecipeError: TransformerConfig rejects the combination.
     """
-    layers = range(shape.num_layers)
-    divided = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
-    divided += [("FFN", shape.experts.ffn if experts else shape.ffn) for experts in {*map(shape.has_experts, layers)}]
-    for name, count in divided:
-        if count % layout.tensor:
-            raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
+    _check_tensor_split(shape, layout.tensor)
     dtype, spec = DTYPES[role.precision.dtype], resolve_layer_spec(role.layer_spec, device, role="the role")
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {

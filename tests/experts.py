@@ -26,8 +26,8 @@ AUXILIARY = {"moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.02}
 
 
 def expert_layouts(size: int) -> list[Layout]:
-    """Every tensor x pipeline x expert split, by expert size: the last one spreads the experts widest, the one before it
-    splits tensors too."""
+    """Every tensor x pipeline x expert split, by expert size: the last one spreads the experts widest, the one before
+    it splits tensors too."""
     return sorted(layouts(size, pipelines=(1, 2), experts=(1, 2, 4)), key=lambda layout: layout.expert)
 
 

@@ -130,7 +130,7 @@ def write_inputs(folder):
 
 
 def run_layouts(size):
-    """Recipe changes: all roles on all ranks in three layouts; student and teacher with experts on ranks of their own."""
+    """Recipe changes: all roles on all ranks in three layouts; a teacher with experts on ranks of its own."""
     first, *_, split, spread = expert_layouts(size)
     for layout in (first, split, spread):
         parallel = {"tensor": layout.tensor, "pipeline": layout.pipeline, "expert": layout.expert}

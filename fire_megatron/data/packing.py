@@ -31,6 +31,8 @@ class Pack:
     """Indices of the rows in the batch that the pack was cut from."""
     response_lengths: tuple[int, ...]
     """R of each row; N is their sum."""
+    real_lengths: tuple[int, ...]
+    """Tokens of each row, prompt and response, without padding."""
 
     def __post_init__(self) -> None:
         assert self.token_ids.shape == self.position_ids.shape == (1, int(self.cu_seqlens[-1]))
@@ -38,14 +40,11 @@ class Pack:
         assert len(self.rows) == len(self.response_lengths)
 
     @property
-    def real_tokens(self) -> int:
-        """Tokens of the pack that are not padding; the padding comes last."""
-        return int(self.cu_seqlens[len(self.rows)])
-
-    @property
     def padding(self) -> torch.Tensor:
         """[1, T] bool, which tokens are padding, on the pack's device."""
-        return torch.arange(self.token_ids.shape[1], device=self.token_ids.device)[None] >= self.real_tokens
+        sizes = self.cu_seqlens.diff() * self.token_ids.shape[1] // self.cu_seqlens[-1]
+        ends = torch.tensor([*self.real_lengths, 0])[: len(sizes)]  # the last extra row is padding from its start
+        return self.position_ids >= torch.repeat_interleave(ends, sizes).to(self.position_ids.device)
 
 
 def balance(lengths: Sequence[int], bins: int, loads: list[int] | None = None) -> list[list[int]]:
@@ -133,4 +132,5 @@ def pack_rows(
         targets=torch.cat([empty, *(responses[r] for r in rows)]).to(device),
         rows=tuple(rows),
         response_lengths=tuple(len(responses[r]) for r in rows),
+        real_lengths=tuple(len(prompts[r]) + len(responses[r]) for r in rows),
     )

@@ -223,7 +223,7 @@ def begin_update(model: torch.nn.Module, packs: Sequence[Pack], *, group: dist.P
     routers = _routers(model)
     if not routers:
         return
-    tokens = torch.tensor(float(sum(pack.real_tokens for pack in packs)), device=compute_device())
+    tokens = torch.tensor(float(sum(sum(pack.real_lengths) for pack in packs)), device=compute_device())
     if group.size() > 1:
         dist.all_reduce(tokens, group=group)
     for router in routers:

@@ -40,8 +40,16 @@ def test_pack_selects_the_positions_that_predict_the_response():
     # The logits at position i predict token i + 1.
     assert pack.token_ids[0, pack.select + 1].tolist() == pack.targets.tolist()
     assert pack.rows == (1, 0) and pack.response_lengths == (3, 2)
+    assert pack.padding.tolist() == [[False] * 9 + [True] * 3] and pack.real_lengths == (4, 5)
 
 
 def test_pack_of_no_rows_is_padding_that_predicts_nothing():
     pack = pack_rows([], [], [], multiple=2, device=torch.device("cpu"))
     assert pack.token_ids.shape == (1, 2) and pack.select.numel() == 0 and pack.rows == ()
+    assert pack.padding.all() and pack.real_lengths == ()
+
+
+def test_a_pack_that_fits_has_no_padding():
+    rows = [torch.arange(3), torch.arange(1)]
+    pack = pack_rows(rows, rows, [0, 1], multiple=2, device=torch.device("cpu"))
+    assert pack.padding.shape == (1, 8) and not pack.padding.any() and sum(pack.real_lengths) == 8

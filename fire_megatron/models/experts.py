@@ -69,7 +69,7 @@ _ENGINE_ONLY = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion")
 """Fields that turn on Transformer Engine's kernels."""
 _CHOICES: Mapping[str, tuple[Any, str]] = {
     "moe_router_load_balancing_type": (
-        ("aux_loss", "none"),
+        ("aux_loss",),
         "packs hold rows of many lengths and replicas differ in their number of micro-batches, so the balance is taken "
         "within a micro-batch",
     ),
@@ -113,7 +113,7 @@ def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, expert: 
     if shape.experts is None:
         if expert > 1:
             raise LayoutError(f"parallel.expert={expert}, but the model has no experts; leave it 1")
-        if asked and asked != ["moe_token_dispatcher_type"]:
+        if asked:
             raise RecipeError(f"megatron.{asked[0]}: the model has no experts; remove it")
         return {}
     if shape.experts.count % expert:

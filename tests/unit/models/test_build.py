@@ -257,7 +257,7 @@ def test_layouts_that_do_not_fit_the_model(layout, says, save_config, tmp_path):
 @pytest.mark.parametrize(
     ("role", "overrides", "says"),
     [
-        ("student", {"moe_router_load_balancing_type": "sinkhorn"}, "is 'sinkhorn': .*; use aux_loss or none"),
+        ("student", {"moe_router_load_balancing_type": "sinkhorn"}, "is 'sinkhorn': .*; use aux_loss"),
         ("student", {"moe_token_dispatcher_type": "allgather"}, "is 'allgather': .*; use alltoall or flex"),
         ("student", {"moe_aux_loss_coeff": [0.1]}, r"is \[0.1\]: give one number of at least 0"),
         ("student", {"moe_z_loss_coeff": -1.0}, "is -1.0: give one number of at least 0"),
@@ -292,6 +292,7 @@ def test_transformer_config_of_experts(normalised, save_config, tmp_path):
         ("qwen3-moe", {"expert": 3}, {}, "parallel.expert=3 does not divide the model's 4 experts"),
         ("qwen3", {"expert": 2}, {}, "parallel.expert=2, but the model has no experts; leave it 1"),
         ("qwen3", {}, {"moe_aux_loss_coeff": 0.1}, "megatron.moe_aux_loss_coeff: the model has no experts; remove it"),
+        ("qwen3", {}, {"moe_token_dispatcher_type": "alltoall"}, "moe_token_dispatcher_type: the model has no experts"),
         ("qwen3-moe", {}, {"moe_grouped_gemm": True}, "megatron.moe_grouped_gemm is True: .* layer spec is 'local'"),
         ("qwen3-moe", {}, {"moe_permute_fusion": True}, "megatron.moe_permute_fusion is True: .* remove it, or run on"),
     ],

@@ -55,7 +55,9 @@ def span_problems(ranks: Mapping[str, str | None], world_size: int) -> Iterator[
         if span.count < 1:
             text = f"{ranks[key]} ends before it starts; write first-last"
         elif span.first + span.count > world_size:
-            text = f"{ranks[key]} reaches beyond the run's {world_size} ranks (0-{world_size - 1}); start more or lower it"
+            text = (
+                f"{ranks[key]} reaches beyond the run's {world_size} ranks (0-{world_size - 1}); start more or lower it"
+            )
         elif key == "student" and span.first:
             text = (
                 f"{ranks[key]} does not start at rank 0, which writes metrics and checkpoints; give the student the "

@@ -17,12 +17,13 @@ def serve_student(pool: TeacherPool, transfer: Transfer, control: Control, *, id
         pool: with this rank's teachers.
         transfer: of their states.
         control: the student's orders.
-        idle: called about once a second while there is none.
+        idle: called between orders, and about once a second while there is none.
 
     Returns:
         Why the run ends, if not because it is done.
     """
     while True:
+        idle()
         pool.doing("waiting for the student")
         order: dict[str, Any] = control.wait(idle)
         match order["do"]:

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,9 +29,24 @@ def share(value: Any) -> Any:
     return box[0]
 
 
-def layouts(size: int, *, tensors: tuple[int, ...] = (1, 2), pipelines: tuple[int, ...] = (1, 2, 3, 4)) -> list[Layout]:
-    """Every tensor x pipeline split of the world; data parallelism takes the rest."""
-    return [Layout(tensor=t, pipeline=p, num_ranks=size) for t in tensors for p in pipelines if size % (t * p) == 0]
+def layouts(
+    size: int,
+    *,
+    tensors: tuple[int, ...] = (1, 2),
+    pipelines: tuple[int, ...] = (1, 2, 3, 4),
+    contexts: tuple[int, ...] = (1,),
+) -> list[Layout]:
+    """Every tensor x pipeline x context split of the world; data parallelism takes the rest."""
+    return [
+        Layout(tensor=t, pipeline=p, context=c, num_ranks=size)
+        for c, t, p in itertools.product(contexts, tensors, pipelines)
+        if size % (t * p * c) == 0
+    ]
+
+
+def parallel_config(layout: Layout, *, sequence: bool | None = None) -> ParallelConfig:
+    """The recipe's section for a layout."""
+    return ParallelConfig(layout.tensor, layout.pipeline, layout.context, layout.expert, sequence)
 
 
 def load_role(path: str | Path, role: RoleConfig, grid: ModelGrid, world: platform.World) -> FireGPT:
@@ -80,7 +96,7 @@ class Roles:
         grid = self.factory.grid(layout)
         role = StudentConfig(
             checkpoint=str(path),
-            parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=sequence),
+            parallel=parallel_config(layout, sequence=sequence),
             vocab_multiple=vocab_multiple,
         )
         return load_role(path, role, grid, self.world), grid

@@ -17,8 +17,8 @@ from fire_megatron.teachers.router import TeacherRouter
 
 
 def replica_rows(rows: int, grid: ModelGrid) -> list[int]:
-    """The rows of 0..rows-1 that this data-parallel replica samples."""
-    return list(range(grid.dp_rank, rows, grid.layout.data))
+    """The rows of 0..rows-1 that this rank samples; context-parallel ranks sample rows of their own."""
+    return list(range(grid.row_replica, rows, grid.row_replicas))
 
 
 class HeldOut:

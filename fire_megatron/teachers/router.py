@@ -5,6 +5,7 @@ Shapes: B rows of a replica, R_i response tokens of row i, W columns of what a t
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -142,7 +143,7 @@ class TeacherRouter:
 
     def _gather(self, rollouts: Rollouts) -> _Gathered:
         """Every replica's rows, sorted by row id so that all layouts score the same packs."""
-        group, device = self.student_grid.pg.dp, compute_device()
+        group, device = self.student_grid.row_group, compute_device()
         headers = [
             torch.tensor([row, self._targets.index(self.target(prompt).teachers)])
             for row, prompt in zip(rollouts.row_ids, rollouts.prompts, strict=True)
@@ -208,10 +209,11 @@ class TeacherRouter:
         me, columns = dist.get_rank(group), slice_width(teacher.state_width, student.layout.tensor)
         outgoing: dict[int, list[torch.Tensor]] = defaultdict(list)
         incoming: dict[int, list[_Assigned]] = defaultdict(list)
+        places = list(itertools.product(range(student.layout.tensor), range(student.layout.context)))
         for row in assigned:
-            for tensor in range(student.layout.tensor):
+            for tensor, context in places:
                 source = theirs.last_stage_of(kept.holder[row.row_id], tensor % theirs.layout.tensor)
-                destination = student.last_stage_of(row.replica, tensor)
+                destination = student.last_stage_of(row.replica, tensor, context)
                 if source == me:
                     outgoing[destination].append(kept.slices[row.row_id][tensor].flatten())
                 if destination == me:
@@ -230,8 +232,8 @@ class TeacherRouter:
         return states
 
     def _traffic(self, name: str, own: Sequence[_Assigned], received: Mapping[int, torch.Tensor]) -> dict[str, Value]:
-        """Bytes a token that came to this rank; each token counts on one tensor rank."""
-        counts = self.student_grid.tp_rank == 0
+        """Bytes a token that came to this rank; each token counts on one of the ranks that get its states."""
+        counts = self.student_grid.tp_rank == 0 and self.student_grid.cp_rank == 0
         tokens = sum(row.tokens for row in own) if counts else 0
         sent = sum(state.numel() * state.element_size() for state in received.values())
         model = self.teachers[name].model

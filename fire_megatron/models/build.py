@@ -35,6 +35,10 @@ _SET_ELSEWHERE = {
     "pipeline_model_parallel_size": "parallel.pipeline",
     "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
+    **dict.fromkeys(
+        ("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "dynamic_context_parallel"),
+        "parallel.context",
+    ),
     "sequence_parallel": "parallel.sequence",
     "params_dtype": "precision.dtype",
     "pipeline_dtype": "precision.dtype",
@@ -49,6 +53,8 @@ _SET_ELSEWHERE = {
         "checkpoint (the model's own config.json)",
     ),
 }  # fmt: skip
+_COMMUNICATIONS = ("p2p", "all_gather", "a2a")
+"""How Transformer Engine may share keys and values; its fourth way reads groups from the global parallel_state."""
 _RELIED_ON = ("variable_seq_lengths", "calculate_per_token_loss", "perform_initialization")
 """Fields without which the trainer computes something else."""
 _NOT_READ = {
@@ -93,6 +99,8 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"{role}.megatron.{key}: megatron-core's TransformerConfig has no such field{hint}")
+        if key == "cp_comm_type" and value not in (None, *_COMMUNICATIONS):
+            raise RecipeError(f"{role}.megatron.{key}: {value!r} is not one of {', '.join(_COMMUNICATIONS)}; choose one")
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key])) if isinstance(hints[key], type) else hints[key]
             raise RecipeError(f"{role}.megatron.{key}: {value!r} does not fit megatron-core's type of it, {wanted}")
@@ -235,12 +243,15 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
 
 
 def _layer_spec(config: TransformerConfig, spec: str) -> tuple[ModuleSpec, Any]:
-    """The transformer layer and final norm of a spec, with our core attention in both."""
+    """The transformer layer and final norm of a spec, with our core attention in both; in ``te`` it leads to
+    Transformer Engine's where that can take over."""
     if spec == "te":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        layer.submodules.self_attention.submodules.core_attention = CoreAttention
         from megatron.core.extensions.transformer_engine import TENorm
 
+        from fire_megatron.models.te_attention import TEAttention
+
+        layer.submodules.self_attention.submodules.core_attention = TEAttention
         return layer, TENorm
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm

@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import EOS, VOCABULARY, make_hf, save_megatron
-from roles import hf_response_logits, layouts, load_role
+from roles import hf_response_logits, layouts, load_role, parallel_config
 
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
     OptimizerConfig,
-    ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
     StudentConfig,
@@ -43,6 +42,7 @@ from fire_megatron.train.student import Student
 
 ROWS = 9
 PIPELINES = (1, 2, 3)
+CONTEXTS = (1, 2, 4)
 ROUTE = {"math": "math", "code": "code"}
 
 
@@ -102,7 +102,7 @@ def rollouts_of(mine, mixed=False):
 def whole_gradients(student, grid):
     """Every gradient of the whole model by checkpoint key, put together from all ranks."""
     parts = {}
-    if grid.dp_rank == 0:
+    if grid.row_replica == 0:
         for shard in model_shards(student.model, grid=grid):
             if shard.writes:
                 gradient = shard.real(shard.within(shard.parameter.main_grad))
@@ -118,20 +118,20 @@ def whole_gradients(student, grid):
 
 def run_step(
     folder, world, factory, layout, micro_batch_size, loss=None, teacher_layout=None, mixed=False, *,
-    student="student", sequence=None, count=ROWS,
+    student="student", sequence=None, count=ROWS, micro_batch_tokens=0,
 ):  # fmt: skip
     """Score, select, and accumulate gradients; returns metrics and whole gradients, the same on every rank."""
     loss = loss or LossConfig()
     role = StudentConfig(
         checkpoint=str(folder / student),
-        parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=sequence),
+        parallel=parallel_config(layout, sequence=sequence),
         vocab_multiple=4,
     )
     grid = factory.grid(layout)
     model = load_role(folder / student, role, grid, world)
     model.used_vocab_size = VOCABULARY
     theirs = factory.grid(teacher_layout or layout)
-    parallel = ParallelConfig(tensor=theirs.layout.tensor, pipeline=theirs.layout.pipeline)
+    parallel = parallel_config(theirs.layout)
     configs, models, teachers = {}, {}, {}
     for name in ROUTE:
         configs[name] = TeacherConfig(checkpoint=str(folder / name), vocab_multiple=4, parallel=parallel)
@@ -145,7 +145,11 @@ def run_step(
         model,
         grid,
         loss=loss,
-        optimizer=OptimizerConfig(micro_batch_size=micro_batch_size, distributed=False),
+        optimizer=OptimizerConfig(
+            micro_batch_size=1 if micro_batch_tokens else micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            distributed=False,
+        ),
         precision=PrecisionConfig(),
         heads=heads,
     )
@@ -188,16 +192,20 @@ ESTIMATORS = {
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_loss_and_gradients_do_not_depend_on_the_layout(checkpoints, world, factory, estimator):
     loss, mixed, reference = ESTIMATORS[estimator], estimator != "topk", None
-    options = layouts(world.size, pipelines=PIPELINES)
+    options = layouts(world.size, pipelines=PIPELINES, contexts=CONTEXTS)
     for number, layout in enumerate(options):
         # The teachers' layout is another than the student's, each meets each in turn.
         theirs = options[number - 1]
-        for micro_batch_size in (1, 2, 4):
-            step = run_step(checkpoints, world, factory, layout, micro_batch_size, loss, theirs, mixed)
+        # Rows have 4 to 23 tokens: a budget of 30 packs two or three of them, one of 12 leaves the longest alone.
+        sizes = [(1, 0), (2, 0), (4, 0), (1, 12), (1, 30)]
+        for micro_batch_size, budget in sizes if layout.context == 1 else sizes[1::3]:
+            step = run_step(
+                checkpoints, world, factory, layout, micro_batch_size, loss, theirs, mixed, micro_batch_tokens=budget
+            )
             if reference is None:
                 reference = step
                 assert abs(step[0]["loss"]) > 1e-3 and all(g.abs().max() > 0 for g in step[1].values())
-            assert_same_step(step, reference, f"{layout}, teachers {theirs}, micro-batch {micro_batch_size}")
+            assert_same_step(step, reference, f"{layout}, {theirs}, micro-batch {micro_batch_size}, {budget} tokens")
 
 
 VARIANTS = {
@@ -211,7 +219,7 @@ VARIANTS = {
 @pytest.mark.parametrize("estimator", ["sampled", "full", "topk"])
 def test_variants_do_not_depend_on_the_layout(checkpoints, world, factory, estimator, variant):
     loss, options = replace(ESTIMATORS[estimator], hooks=()), VARIANTS[variant]
-    reference, *others = layouts(world.size, pipelines=PIPELINES)
+    reference, *others = layouts(world.size, pipelines=PIPELINES, contexts=CONTEXTS)
     expected = run_step(checkpoints, world, factory, reference, 2, loss, **options)
     for layout in others:
         step = run_step(checkpoints, world, factory, layout, 2, loss, reference, **options)
@@ -238,7 +246,7 @@ def test_output_weights_of_teachers_are_theirs_shared_or_read(checkpoints, world
     shared = []
     for layout in layouts(world.size, pipelines=(1, 2)):
         for theirs in layouts(world.size, pipelines=(1, 2)):
-            parallel = [ParallelConfig(tensor=x.tensor, pipeline=x.pipeline) for x in (layout, theirs)]
+            parallel = [parallel_config(x) for x in (layout, theirs)]
             role = StudentConfig(checkpoint=str(checkpoints / "student"), vocab_multiple=4, parallel=parallel[0])
             student = load_role(checkpoints / "student", role, factory.grid(layout), world)
             own = load_role(checkpoints / "code", replace(config, parallel=parallel[1]), factory.grid(theirs), world)
@@ -301,7 +309,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     grid = factory.grid(layouts(world.size, pipelines=PIPELINES)[-1])
     role = StudentConfig(
         checkpoint=str(checkpoints / "student"),
-        parallel=ParallelConfig(tensor=grid.layout.tensor, pipeline=grid.layout.pipeline),
+        parallel=parallel_config(grid.layout),
     )
     model = load_role(checkpoints / "student", role, grid, world)
     twin = load_role(checkpoints / "student", role, grid, world)

@@ -36,7 +36,7 @@ _SET_ELSEWHERE = {
     "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
     **dict.fromkeys(
-        ("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "dynamic_context_parallel"),
+        ("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
         "parallel.context",
     ),
     "sequence_parallel": "parallel.sequence",
@@ -191,6 +191,11 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
     for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", shape.ffn)):
         if count % layout.tensor:
             raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
+    if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
+        raise RecipeError(
+            f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "
+            "leave it out, or use 'all_gather' or 'a2a'"
+        )
     dtype = DTYPES[role.precision.dtype]
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {

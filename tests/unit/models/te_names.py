@@ -32,6 +32,7 @@ def pretend_gpu() -> None:
     build.compute_device = layers.compute_device = lambda: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
+    torch.cuda.Stream = lambda *_, **__: None
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
         name="H100", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0

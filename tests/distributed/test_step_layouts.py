@@ -156,7 +156,7 @@ def run_step(
     router = TeacherRouter(teachers, ROUTE, student_grid=grid, prompts=rows(mixed)[0], mixture=loss.mixture)
     rollouts = rollouts_of(replica_rows(count, grid), mixed)
     scores = router.score(rollouts, keep_states=True)
-    kept, _ = select(
+    kept, selected = select(
         rollouts,
         scores,
         router.names,
@@ -167,14 +167,17 @@ def run_step(
     part, traffic = router.attach(rebalance(kept, grid=grid), scores.kept)
     tokens = student.count_tokens(part, Reducer(grid.pg.dp))
     metrics = student.accumulate_gradients(part, tokens=tokens)
+    if grid.tp_rank == 0 and grid.is_first_stage:  # each row once, as in the trainer
+        metrics = selected | metrics
     return reduce_metrics(traffic | metrics, group=grid.span), whole_gradients(student, grid)
 
 
 def assert_same_step(step, reference, case):
     (metrics, gradients), (reference_metrics, reference_gradients) = step, reference
-    for key in ("loss", "loss/divergence", "teacher/code+math/divergence"):
-        assert (key in metrics) == (key in reference_metrics), f"{case}: {key}"
-        assert metrics.get(key, 0) == pytest.approx(reference_metrics.get(key, 0), rel=1e-5), f"{case}: {key}"
+    assert metrics.keys() == reference_metrics.keys(), case
+    for key in metrics:
+        if "bytes_per_token" not in key:  # which grow with the ranks that get them
+            assert metrics[key] == pytest.approx(reference_metrics[key], rel=1e-5, abs=1e-7), f"{case}: {key}"
     assert gradients.keys() == reference_gradients.keys(), case
     for key, gradient in gradients.items():
         scale = reference_gradients[key].abs().max()

@@ -154,8 +154,8 @@ def split_by_tokens(rows: Sequence[int], lengths: Sequence[int], budget: int) ->
 
 
 def fill_by_tokens(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put rows into micro-batches of at most ``budget`` tokens by best-fit decreasing, which needs few of them; a longer
-    row goes alone.
+    """Put rows into micro-batches of at most ``budget`` tokens by best-fit decreasing, which needs few of them.
+    A longer row goes alone.
 
     Args:
         rows: indices, in any order.
@@ -215,18 +215,16 @@ def pack_rows(
         tokens.append(torch.zeros(padding, dtype=torch.int64))
         lengths.append(padding)
     starts = [0, *itertools.accumulate(lengths)]
-    select = [
-        torch.arange(start + len(prompts[r]) - 1, start + len(prompts[r]) + len(responses[r]) - 1)
-        for r, start in zip(rows, starts, strict=False)
-    ]
+    sizes, part = [len(responses[r]) for r in rows], None
+    # The token before a response token predicts it, also the last one of the prompt.
+    firsts = [start + len(prompts[r]) - 1 for r, start in zip(rows, starts, strict=False)]
     empty = torch.zeros(0, dtype=torch.int64)
     columns = [
         torch.cat(tokens),
         torch.cat([torch.arange(n) for n in lengths]),
-        torch.cat([empty, *select]),
+        torch.cat([empty, *(torch.arange(size) + first for size, first in zip(sizes, firsts, strict=True))]),
         torch.cat([empty, *(responses[r] for r in rows)]),
     ]
-    sizes, part = [len(responses[r]) for r in rows], None
     if context > 1:
         columns, part = _take_context(columns, starts, sizes, context, context_rank, device)
     token_ids, position_ids, selected, targets = (column.to(device) for column in columns)

@@ -100,7 +100,7 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"{role}.megatron.{key}: megatron-core's TransformerConfig has no such field{hint}")
         if key == "cp_comm_type" and value not in (None, *_COMMUNICATIONS):
-            raise RecipeError(f"{role}.megatron.{key}: {value!r} is not one of {', '.join(_COMMUNICATIONS)}; choose one")
+            raise RecipeError(f"{role}.megatron.{key}: {value!r} is not one of {', '.join(_COMMUNICATIONS)}; take one")
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key])) if isinstance(hints[key], type) else hints[key]
             raise RecipeError(f"{role}.megatron.{key}: {value!r} does not fit megatron-core's type of it, {wanted}")
@@ -181,6 +181,21 @@ def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
 
 
+def _check_engine_settings(shape: ModelShape, role: RoleConfig, layout: Layout, device: Device) -> None:
+    """What a role asks of Transformer Engine that it, or this model, does not have."""
+    for key in ("fp8", "fp4"):
+        if role.megatron.get(key) and resolve_layer_spec(role.layer_spec, device, role="the role") != "te":
+            raise RecipeError(
+                f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
+                "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
+            )
+    if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
+        raise RecipeError(
+            f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "
+            "leave it out, or use 'all_gather' or 'a2a'"
+        )
+
+
 def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, device: Device) -> TransformerConfig:
     """megatron-core's config for this model, layout and precision.
 
@@ -191,11 +206,6 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
     for name, count in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("FFN", shape.ffn)):
         if count % layout.tensor:
             raise LayoutError(f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}")
-    if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
-        raise RecipeError(
-            f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "
-            "leave it out, or use 'all_gather' or 'a2a'"
-        )
     dtype = DTYPES[role.precision.dtype]
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {
@@ -235,12 +245,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "gradient_accumulation_fusion": False,
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
-    for key in ("fp8", "fp4"):
-        if role.megatron.get(key) and resolve_layer_spec(role.layer_spec, device, role="the role") != "te":
-            raise RecipeError(
-                f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
-                "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
-            )
+    _check_engine_settings(shape, role, layout, device)
     try:
         return TransformerConfig(**{**settings, **role.megatron})
     except (ValueError, TypeError, AssertionError) as error:

@@ -103,8 +103,8 @@ class CoreAttention(MegatronModule):
     """Causal attention over packed sequences on ``scaled_dot_product_attention``, with an optional KV cache.
 
     Three inputs, told apart by ``packed_seq_params`` and :attr:`cache`: a pack of sequences (training, scoring),
-    a pack of prompts to be remembered (prefill), one token a row (decode). A pack may be a part of longer rows, of which
-    the context-parallel ranks hold the rest; keys and values are then gathered from all of them.
+    a pack of prompts to be remembered (prefill), one token a row (decode). A pack may be a part of longer rows whose
+    rest is with the other context-parallel ranks; keys and values are then gathered from all of them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the layers are told of a pack: megatron-core's description of row boundaries, and the whole of which it is a part.
+"""What the layers are told of a pack: where its rows begin, and the whole that it may be a part of.
 
 Shapes: T tokens of this rank's part of a pack.
 """

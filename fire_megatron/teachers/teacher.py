@@ -182,9 +182,7 @@ class Teacher:
                 self._keep(states, pack, keep, slices)
         return whole_tokens(scores.t(), pack, group=context).t()
 
-    def _keep(
-        self, states: torch.Tensor, pack: Pack, keep: Keep, slices: dict[int, dict[int, torch.Tensor]]
-    ) -> None:
+    def _keep(self, states: torch.Tensor, pack: Pack, keep: Keep, slices: dict[int, dict[int, torch.Tensor]]) -> None:
         """Add a pack's states [whole N, W] to what is kept, on CPU by row."""
         columns = split_columns(states, keep.slices)
         # Every tensor rank has all of them; each sends its share.

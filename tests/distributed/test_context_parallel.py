@@ -54,9 +54,8 @@ def test_equals_dense_attention(context_grid, heads, window):
     )
     attention = CoreAttention(config, 1, None, "self", pg_collection=context_grid.pg)
     prompts, responses = ([torch.ones(pair[i], dtype=torch.int64) for pair in LENGTHS] for i in (0, 1))
-    pack = pack_rows(
-        prompts, responses, range(len(LENGTHS)), multiple=1, device=torch.device("cpu"), context=ranks, context_rank=rank
-    )
+    options = {"device": torch.device("cpu"), "context": ranks, "context_rank": rank}
+    pack = pack_rows(prompts, responses, range(len(LENGTHS)), multiple=1, **options)
     starts = pack.cu_seqlens.tolist()
     generator = torch.Generator().manual_seed(1)
     draw = [

@@ -135,9 +135,7 @@ def test_context_parts(sizes, ranks, multiple, data):
 
 def test_padding_for_context_is_less_than_two_tokens_a_rank_and_row():
     prompts, responses = make_rows([(3, 5), (4, 5), (1, 0)])
-    pack = pack_rows(
-        prompts, responses, [0, 1, 2], multiple=1, device=torch.device("cpu"), context=2, context_rank=1
-    )
+    pack = pack_rows(prompts, responses, [0, 1, 2], multiple=1, device=torch.device("cpu"), context=2, context_rank=1)
     assert pack.cu_seqlens.tolist() == [0, 8, 20, 24]
     assert pack.token_ids.tolist() == [[3, 4, 5, 6, 12, 13, 14, 15, 16, 17, 0, 0]]
     assert pack.targets.tolist() == [4, 5, 6, 7, 13, 14, 15, 16, 17]

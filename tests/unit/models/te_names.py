@@ -1,7 +1,8 @@
 """Run by test_te_spec.py: the names and shapes of a Transformer Engine model, built where there is no GPU.
 
 Transformer Engine's modules can be built, not run, without a GPU once torch.cuda's questions are answered as on one.
-Prints the names and whole shapes that the model has and that a checkpoint has, and how its attention is called, as JSON.
+Prints, as JSON, the names and whole shapes that the model has and that a checkpoint has, and how its attention is
+called.
 """
 
 import json

@@ -294,7 +294,7 @@ def test_the_loss_is_the_dense_divergence_from_transformers_logits(checkpoints, 
 
 def test_bytes_that_teachers_send(checkpoints, world, factory):
     hidden = {"math": 64, "code": 96}
-    for layout in layouts(world.size, pipelines=PIPELINES):
+    for layout in layouts(world.size, pipelines=PIPELINES, contexts=(1, 2)):
         for estimator, width in {
             "sampled": dict.fromkeys(hidden, 0),
             "full": hidden,
@@ -302,9 +302,10 @@ def test_bytes_that_teachers_send(checkpoints, world, factory):
         }.items():
             metrics, _ = run_step(checkpoints, world, factory, layout, 2, ESTIMATORS[estimator])
             for name in hidden:
-                # A slice for each tensor rank, and log-probability and entropy.
+                # A slice for each tensor rank of each context rank, and log-probability and entropy.
                 tensor = layout.tensor
-                assert metrics[f"teacher/{name}/bytes_per_token"] == 4 * tensor * -(-width[name] // tensor) + 8
+                states = 4 * layout.context * tensor * -(-width[name] // tensor)
+                assert metrics[f"teacher/{name}/bytes_per_token"] == states + 8
                 assert metrics[f"teacher/{name}/bytes_per_token_of_logits"] == 4 * VOCABULARY
 
 

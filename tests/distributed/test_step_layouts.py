@@ -23,6 +23,7 @@ from fire_megatron.config.schema import (
     StudentConfig,
     TeacherConfig,
 )
+from fire_megatron.data.packing import fill_by_tokens
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
@@ -165,6 +166,10 @@ def run_step(
         grid=grid,
     )
     part, traffic = router.attach(rebalance(kept, grid=grid), scores.kept)
+    if micro_batch_tokens:
+        packed = [sorted(pack.rows) for pack in student.packs(part)]
+        expected = fill_by_tokens(range(len(part)), part.rollouts.lengths, micro_batch_tokens) or [[]]
+        assert packed == [sorted(batch) for batch in expected]
     tokens = student.count_tokens(part, Reducer(grid.pg.dp))
     metrics = student.accumulate_gradients(part, tokens=tokens)
     if grid.tp_rank == 0 and grid.is_first_stage:  # each row once, as in the trainer

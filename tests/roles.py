@@ -20,6 +20,18 @@ from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
+from fire_megatron.teachers.pool import TeacherPool
+from fire_megatron.teachers.router import TeacherRouter
+from fire_megatron.teachers.teacher import Teacher
+
+
+def make_router(
+    teachers: dict[str, Teacher], route: dict[str, str], grid: ModelGrid, factory: GridFactory, **options: Any
+) -> TeacherRouter:
+    """A router to teachers that all ranks hold."""
+    infos = {name: teacher.info for name, teacher in teachers.items()}
+    pool = TeacherPool(infos, teachers, student_grid=grid, factory=factory)
+    return TeacherRouter(pool, route, student_grid=grid, **options)
 
 
 def share(value: Any) -> Any:

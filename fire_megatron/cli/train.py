@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import UserError
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from fire_megatron.platform import World
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,11 +44,43 @@ def _check(path: str, recipe: Recipe) -> None:
     print(f"{path}: no problem found for {ranks} ranks (weights were not read)")
 
 
+def _train(recipe: Recipe, world: World) -> int:
+    """Train, with an eye on the other ranks: when one of them fails, all of them leave and say which."""
+    from fire_megatron.platform import launch
+    from fire_megatron.platform.watch import EXIT_CODE
+    from fire_megatron.train.setup import rank_roles
+    from fire_megatron.train.trainer import Trainer
+
+    held = rank_roles(recipe, world)
+    watch = launch.watch(world, roles=held, timeout=recipe.run.collective_timeout)
+    try:
+        Trainer(recipe, world, watch).train()
+    except UserError as error:
+        if not error.everywhere:
+            watch.fail(str(error))
+        raise
+    except Exception as error:  # often the mere consequence of what happened to another rank
+        missing = watch.missing() if world.size > 1 else []
+        if not missing:
+            watch.fail(f"{held} on rank {world.rank} failed: {type(error).__name__}: {error}")
+            raise
+        text = (
+            f"{watch.describe(missing)}: no sign of life since, so the run ends; run again to continue from the last "
+            "checkpoint"
+        )
+        if watch.fail(text) or world.rank == 0:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        return EXIT_CODE
+    finally:
+        watch.close()
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe.
 
-    Exit codes: 0 done or stopped on request with everything saved, 2 a mistake in the input, 130 interrupted twice or
-    before there was anything to save.
+    Exit codes: 0 done or stopped on request with everything saved, 2 a mistake in the input, 3 another rank has died or
+    failed, 130 interrupted twice or before there was anything to save.
     """
     args = _parser().parse_intermixed_args(argv)
     # torch takes seconds to import; mistakes in a recipe should not.
@@ -64,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _check(args.recipe, recipe)
             return 0
         world = launch.start(recipe.run.device, timeout=recipe.run.collective_timeout, threads=recipe.run.threads)
-        from fire_megatron.train.trainer import Trainer
-
-        Trainer(recipe, world).train()
+        return _train(recipe, world)
     except UserError as error:
         if rank == 0 or not error.everywhere:
             where = "" if error.everywhere or launch.launched_world_size() == 1 else f" on rank {rank}"
@@ -77,4 +111,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         launch.stop()
-    return 0

@@ -13,6 +13,7 @@ from fire_megatron.config.errors import Problem, RecipeProblems
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.spans import parse_span, span_problems
 from fire_megatron.config.walk import nearest
 
 
@@ -157,19 +158,48 @@ def _experts(context: Context) -> Iterator[Problem]:
             yield Problem(f"{key}.parallel.expert", f"{role.parallel.expert}, but the model has no experts; leave it 1")
 
 
-def _world(context: Context) -> Iterator[Problem]:
+def _spans(context: Context) -> Iterator[Problem]:
+    """Every role on ranks of the run, every rank with a role, every layout a divisor of its ranks."""
     if context.world_size is None:
         return
+    problems = list(span_problems({key: role.ranks for key, role in context.roles.items()}, context.world_size))
+    yield from problems
+    if problems:
+        return
     for key, role in context.roles.items():
-        layout = role.parallel
+        layout, span = role.parallel, parse_span(role.ranks, context.world_size)
         ranks = layout.tensor * layout.pipeline * layout.context
-        if context.world_size % ranks:
+        if span.count % ranks:
+            whole, verb = (
+                ("the run's", "start") if role.ranks is None else (f"the {role.ranks} of {key}.ranks:", "give")
+            )
             yield Problem(
                 f"{key}.parallel",
                 f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} = {ranks} ranks a "
-                f"copy of the model, which does not divide the run's {context.world_size}; start a multiple of "
-                f"{ranks} ranks or lower one of them",
+                f"copy of the model, which does not divide {whole} {span.count}; {verb} a multiple of {ranks} ranks "
+                "or lower one of them",
             )
+
+
+def _sharing(context: Context) -> Iterator[Problem]:
+    """Settings that act only where roles share ranks, or only where they do not."""
+    size = context.world_size or max(
+        [1, *(parse_span(r.ranks, 1).first + parse_span(r.ranks, 1).count for r in context.roles.values())]
+    )
+    spans = {key: parse_span(role.ranks, size) for key, role in context.roles.items()}
+    for key, role in context.roles.items():
+        if role.offload and not any(spans[key].meets(span) for other, span in spans.items() if other != key):
+            yield Problem(
+                f"{key}.offload",
+                "true, but no other role is on its ranks, so nobody would use the memory; leave it out",
+            )
+    apart = [key for key, span in spans.items() if not span.meets(spans["student"])]
+    if context.recipe.rollout.group_size and not apart:
+        yield Problem(
+            "rollout.group_size",
+            f"{context.recipe.rollout.group_size}, but every teacher shares the student's ranks and scores when all "
+            "answers are there; leave it out, or give a teacher ranks of its own",
+        )
 
 
 def _lengths(context: Context) -> Iterator[Problem]:
@@ -266,7 +296,8 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _pipeline,
     _context,
     _experts,
-    _world,
+    _spans,
+    _sharing,
     _lengths,
     _layer_specs,
     _hook_names,

@@ -14,6 +14,7 @@ from fire_megatron.config.errors import Problem
 from fire_megatron.config.kinds import Count, Fraction, NonNegative, Positive, Seed, Size, Text, Threads
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.section import Match, NonEmpty, Range, Section
+from fire_megatron.config.spans import RANKS
 
 _TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (it becomes a part of metric names)")
 
@@ -45,7 +46,7 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """How one model is laid out over ranks; data parallelism takes the ranks that are left."""
+    """How one model is laid out over its ranks; data parallelism takes those that are left."""
 
     tensor: Size = 1
     """Tensor-parallel ranks; divides the model's heads and key/value heads."""
@@ -74,8 +75,11 @@ class RoleConfig(Section):
 
     checkpoint: Text
     """Folder of a converted checkpoint; `python tools/convert.py hf-to-megatron --hf DIR --out DIR` makes one."""
+    ranks: Annotated[str, RANKS] | None = None
+    """Ranks that hold this role, first to last, such as `8-15`; null is all ranks. Roles on the same ranks take turns,
+    roles on other ranks run at the same time. The student's start at rank 0."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Layout over ranks."""
+    """Layout over these ranks."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats."""
     layer_spec: Literal["auto", "local", "te"] = "auto"
@@ -85,6 +89,10 @@ class RoleConfig(Section):
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig, passed through as they are."""
+    offload: bool = False
+    """Whether the role leaves its device memory to the others on its ranks while it is idle: a teacher's weights wait
+    in (pinned) host memory between scorings, the student's weights, gradients and optimizer state while teachers on its
+    ranks score."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,9 @@ class RolloutConfig(Section):
     """Tokens that end an answer besides those of the tokenizer and the generation config."""
     batch_size: Count = 0
     """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once."""
+    group_size: Count = 0
+    """Answers of a data-parallel replica that go to teachers on other ranks together, as soon as they are finished and
+    while the rest is being sampled; 0 sends a quarter of them at a time."""
 
 
 @dataclass(frozen=True)

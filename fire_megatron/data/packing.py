@@ -115,23 +115,28 @@ def whole_tokens(values: torch.Tensor, pack: Pack, *, group: dist.ProcessGroup) 
     return parts[torch.cat(pack.context.shares).argsort().to(values.device)]
 
 
-def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
+def balance(lengths: Sequence[int], bins: int, loads: list[int] | None = None) -> list[list[int]]:
     """Share rows over ``bins`` replicas so that token loads differ by at most the longest row.
 
     Args:
         lengths: tokens of each row.
         bins: number of replicas.
+        loads: [bins] tokens that each replica has already; these rows' are added to it. Over several calls with the
+            same list the loads differ by at most the longest row of all, since a row always goes where there is least.
 
     Returns:
         Row indices of each replica, ascending. Longest rows first, each to the least loaded replica (Graham's
         LPT rule), with ties broken by index so that every rank computes the same answer.
     """
     shares: list[list[int]] = [[] for _ in range(bins)]
-    loads = [(0, replica) for replica in range(bins)]
+    heap = [(load, replica) for replica, load in enumerate(loads or [0] * bins)]
+    heapq.heapify(heap)
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, replica = heapq.heappop(loads)
+        load, replica = heapq.heappop(heap)
         shares[replica].append(row)
-        heapq.heappush(loads, (load + lengths[row], replica))
+        heapq.heappush(heap, (load + lengths[row], replica))
+    for load, replica in heap if loads is not None else ():
+        loads[replica] = load  # type: ignore[index]
     return [sorted(share) for share in shares]
 
 

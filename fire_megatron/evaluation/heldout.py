@@ -17,7 +17,7 @@ from fire_megatron.teachers.router import TeacherRouter
 
 
 def replica_rows(rows: int, grid: ModelGrid) -> list[int]:
-    """The rows of 0..rows-1 that this rank samples; context-parallel ranks sample rows of their own."""
+    """The rows of 0..rows-1 that this rank's row replica samples."""
     return list(range(grid.row_replica, rows, grid.row_replicas))
 
 
@@ -31,8 +31,12 @@ class HeldOut:
     def measure(self, progress: Progress | None = None) -> dict[str, Value]:
         """``eval/<teacher>/{reverse_kl,mean_length}`` of this replica's rows, to be reduced."""
         mine = replica_rows(len(self.prompts), self.grid)
-        rollouts = self.engine.generate([self.prompts[i] for i in mine], mine, step=0, progress=progress)
-        scores = self.router.score(rollouts)
+        prompts = [self.prompts[i] for i in mine]
+        session = self.router.open(prompts, mine, total=len(self.prompts))
+        rollouts = self.engine.generate(
+            prompts, mine, step=0, progress=progress, finished=session.send, group_size=session.group_size
+        )
+        scores = session.finish(rollouts)
         totals: dict[str, list[float]] = {}
         for teacher, student, scored in zip(scores.teachers, rollouts.log_probs, scores.log_probs, strict=True):
             sums = totals.setdefault(teacher, [0.0, 0.0, 0.0])

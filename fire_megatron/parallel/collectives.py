@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,22 @@ def broadcast_flat(
     values = values.contiguous()
     dist.broadcast(values, src=src, group=group)
     return values
+
+
+@contextlib.contextmanager
+def world_narrowed_to(group: dist.ProcessGroup) -> Iterator[None]:
+    """Within the context, ``all_gather_object`` and ``get_world_size`` without a group mean this one.
+
+    megatron-core's optimizer compares parameter groups over the whole world (``optimizer/__init__.py``), also where the
+    model is on some of its ranks.
+    """
+    gather, size = dist.all_gather_object, dist.get_world_size
+    dist.all_gather_object = lambda objects, value, group=group: gather(objects, value, group=group)
+    dist.get_world_size = lambda group=group: size(group)
+    try:
+        yield
+    finally:
+        dist.all_gather_object, dist.get_world_size = gather, size
 
 
 def raise_on_any(problem: str | None, error: type[UserError], *, group: dist.ProcessGroup) -> None:

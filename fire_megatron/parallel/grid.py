@@ -8,6 +8,7 @@ its global ``parallel_state``.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from megatron.core.tensor_parallel.random import (
 )
 
 from fire_megatron.config.errors import LayoutError
+
+_IDLE = datetime.timedelta(days=30)
+"""A role without work waits for ever: platform/watch.py tells when there is nobody left to wait for."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,34 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
     @property
+    def ranks(self) -> range:
+        """The span."""
+        return range(self.first_rank, self.first_rank + self.num_ranks)
+
+    @property
     def data(self) -> int:
         """Number of data-parallel replicas."""
         return self.num_ranks // self.model_ranks
+
+    @property
+    def row_replicas(self) -> int:
+        """Groups of ranks that hold rows of their own outside of the update (:attr:`ModelGrid.row_group`)."""
+        return self.data * self.context
+
+    @property
+    def row_leaders(self) -> list[int]:
+        """Global rank of the first stage's first tensor rank of each row replica, which speaks for it."""
+        return [self.first_rank + self.tensor * replica for replica in range(self.row_replicas)]
+
+    def last_stage_of(self, replica: int, tensor: int, context: int = 0) -> int:
+        """Global rank of the last stage at a place in the data-parallel, tensor and context dimensions."""
+        per_stage = self.tensor * self.row_replicas
+        return (
+            self.first_rank
+            + per_stage * (self.pipeline - 1)
+            + tensor
+            + self.tensor * (context + self.context * replica)
+        )
 
 
 @dataclass(frozen=True)
@@ -107,14 +136,12 @@ class ModelGrid:
     @property
     def row_replicas(self) -> int:
         """Size of :attr:`row_group`."""
-        return self.layout.data * self.layout.context
+        return self.layout.row_replicas
 
-    def last_stage_of(self, replica: int, tensor: int, context: int = 0) -> int:
-        """Global rank of the last stage at a place in the data-parallel, tensor and context dimensions."""
-        layout = self.layout
-        per_stage = layout.tensor * layout.context * layout.data
-        within = tensor + layout.tensor * (context + layout.context * replica)
-        return layout.first_rank + per_stage * (layout.pipeline - 1) + within
+    @property
+    def leads_rows(self) -> bool:
+        """Whether this rank speaks for its row replica."""
+        return self.is_member and dist.get_rank() in self.layout.row_leaders
 
     @property
     def last_stage_rank(self) -> int:
@@ -170,12 +197,22 @@ class GridFactory:
         self._timeout = datetime.timedelta(seconds=timeout)
         self._grids: dict[Layout, ModelGrid] = {}
         self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        self._cpu_groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
 
     def grid(self, layout: Layout) -> ModelGrid:
         """The grid of this layout. Collective: every rank of the world calls it in the same order."""
         if layout not in self._grids:
             self._grids[layout] = self._build(layout)
         return self._grids[layout]
+
+    def cpu_group(self, ranks: Iterable[int]) -> dist.ProcessGroup | None:
+        """gloo over these ranks, for messages that may be waited for as long as another role works; None on other
+        ranks. Collective: every rank of the world calls it in the same order."""
+        key = tuple(sorted(set(ranks)))
+        if key not in self._cpu_groups:
+            group = dist.new_group(list(key), backend="gloo", timeout=_IDLE)
+            self._cpu_groups[key] = group if dist.get_rank() in key else None
+        return self._cpu_groups[key]
 
     def _group(self, enumeration: list[list[int]]) -> dist.ProcessGroup | None:
         # Dimensions of size 1 make many of the groups coincide; each distinct partition exists once.
@@ -203,7 +240,7 @@ class GridFactory:
         groups["pos_embd"] = self._group([[p[0]] for p in pipelines])
         groups["intra_dp_cp"] = groups["dp_cp"]
         groups["intra_expt_dp"] = groups["expt_dp"]
-        everyone = list(range(layout.first_rank, layout.first_rank + layout.num_ranks))
+        everyone = list(layout.ranks)
         span = self._group([everyone])
         groups["intra_dist_opt"] = span
         groups["inter_dist_opt"] = None

@@ -3,11 +3,15 @@
 from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
 from fire_megatron.platform.device import Device, compute_device, peak_memory_mb, select_device, synchronize
 from fire_megatron.platform.launch import World, start, stop
+from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
+from fire_megatron.platform.watch import Watch
 
 __all__ = [
     "Capability",
     "Device",
+    "Offload",
+    "Watch",
     "World",
     "capability_report",
     "compute_device",

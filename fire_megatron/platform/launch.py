@@ -16,6 +16,7 @@ import torch.distributed as dist
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import cpu_seam
 from fire_megatron.platform.device import Device, select_device
+from fire_megatron.platform.watch import Watch
 
 _store: dist.Store | None = None
 """Where the ranks meet; made once, since each making counts as another arrival."""
@@ -170,6 +171,18 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
         store, patience = _meeting_point(timeout), datetime.timedelta(seconds=timeout)
         dist.init_process_group(chosen.backend, store=store, rank=rank, world_size=size, timeout=patience)
     return World(rank, size, local_rank, local_size, chosen)
+
+
+def watch(world: World, *, roles: str, timeout: float) -> Watch:
+    """This process's signs of life, begun. Args: see :class:`Watch`."""
+    assert _store is not None, "start() comes first"
+    return Watch(_store, rank=world.rank, size=world.size, roles=roles, timeout=timeout).start()
+
+
+def store() -> dist.Store:
+    """A connection of its own to where the ranks meet."""
+    assert _store is not None, "start() comes first"
+    return _store.clone()
 
 
 def stop() -> None:

@@ -28,16 +28,47 @@ from fire_megatron.rollout.sampler import Sampled, sample, uniforms
 
 Progress = Callable[[int], None]
 """Called with the number of tokens sampled since the last call."""
+Finished = Callable[[Sequence[int], Sequence[torch.Tensor]], None]
+"""Called with row ids and responses ([R_i] int64) of a group of rows that are finished."""
 
 
 class Engine(Protocol):
     """What a step needs from a rollout engine."""
 
     def generate(
-        self, prompts: Sequence[Prompt], row_ids: Sequence[int], *, step: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        row_ids: Sequence[int],
+        *,
+        step: int,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
+        group_size: int = 0,
     ) -> Rollouts:
         """Sample one response for each of this replica's rows."""
         ...
+
+
+class FinishedRows:
+    """Collects finished rows and hands them over in groups of one size, the last one smaller."""
+
+    def __init__(self, hand_over: Finished | None, size: int) -> None:
+        """Args: hand_over: None hands nothing over; size: rows of a group, 0 for all at once."""
+        self._hand_over, self._size = hand_over, size
+        self._rows: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, row_id: int, response: Sequence[int]) -> None:
+        """A row has got its last token."""
+        if self._hand_over is not None:
+            self._rows.append((row_id, torch.tensor(response, dtype=torch.int64)))
+            if len(self._rows) == self._size:
+                self.close()
+
+    def close(self) -> None:
+        """Hand over what is left."""
+        if self._rows and self._hand_over is not None:
+            rows, self._rows = self._rows, []
+            self._hand_over([row for row, _ in rows], [response for _, response in rows])
 
 
 @dataclass
@@ -50,6 +81,7 @@ class _Batch:
     log_probs: list[list[float]]
     entropies: list[list[float]]
     finished: list[bool]
+    done: FinishedRows
 
 
 class MegatronEngine:
@@ -66,7 +98,14 @@ class MegatronEngine:
         self._next = pipeline_ranks[(grid.pp_rank + 1) % len(pipeline_ranks)]
 
     def generate(
-        self, prompts: Sequence[Prompt], row_ids: Sequence[int], *, step: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        row_ids: Sequence[int],
+        *,
+        step: int,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
+        group_size: int = 0,
     ) -> Rollouts:
         """Sample one response a row.
 
@@ -75,6 +114,8 @@ class MegatronEngine:
             row_ids: each row's place in the step's global batch; with seed, step and position it fixes the sample.
             step: optimizer step whose weights are sampled.
             progress: told of sampled tokens.
+            finished: is given rows as they are finished, on every rank of the replica alike.
+            group_size: rows given at a time; 0 gives all of them at the end.
 
         Returns:
             The same on every rank of the replica.
@@ -82,11 +123,12 @@ class MegatronEngine:
         was_training = self.model.training
         self.model.eval()
         size = self.config.batch_size or max(len(prompts), 1)
-        batches = []
+        batches, done = [], FinishedRows(finished, group_size)
         with torch.no_grad():
             for start in range(0, len(prompts), size):
                 tokens = [torch.tensor(p.token_ids) for p in prompts[start : start + size]]
-                batches.append(self._generate_batch(tokens, row_ids[start : start + size], step, progress))
+                batches.append(self._generate_batch(tokens, row_ids[start : start + size], step, progress, done))
+        done.close()
         self.model.train(was_training)
         responses = [r for b in batches for r in b.responses]
         log_probs, entropies = self._share_statistics(batches, [len(r) for r in responses])
@@ -101,15 +143,23 @@ class MegatronEngine:
         )
 
     def _generate_batch(
-        self, prompts: Sequence[torch.Tensor], row_ids: Sequence[int], step: int, progress: Progress | None
+        self,
+        prompts: Sequence[torch.Tensor],
+        row_ids: Sequence[int],
+        step: int,
+        progress: Progress | None,
+        done: FinishedRows,
     ) -> _Batch:
         rows = len(prompts)
-        batch = _Batch(prompts, row_ids, *([[] for _ in range(rows)] for _ in range(3)), [False] * rows)
+        batch = _Batch(prompts, row_ids, *([[] for _ in range(rows)] for _ in range(3)), [False] * rows, done)
         cache = KVCache(rows, max(len(p) for p in prompts) + self.config.max_new_tokens)
         with self.model.cached(cache):
             logits = self._prefill(batch, cache)
             with self.model.decoding(rows):
                 self._decode_all(batch, cache, logits, step, progress)
+        for row in range(rows):
+            if not batch.finished[row]:
+                done.add(row_ids[row], batch.responses[row])
         return batch
 
     def _decode_all(
@@ -186,7 +236,9 @@ class MegatronEngine:
             if batch.finished[row]:
                 continue
             batch.responses[row].append(token)
-            batch.finished[row] = token in self.stop_ids
+            if token in self.stop_ids:
+                batch.finished[row] = True
+                batch.done.add(batch.row_ids[row], batch.responses[row])
             if statistics is not None:
                 batch.log_probs[row].append(statistics[0][i])
                 batch.entropies[row].append(statistics[1][i])

@@ -31,7 +31,7 @@ def teacher_heads(
     Args:
         teachers: recipe sections, by name.
         shapes: their architectures, by name.
-        models: this rank's stages of them, by name.
+        models: this rank's stages of those that it holds and that lend their weight, by name.
         student: this rank's stage of the student.
 
     Raises:
@@ -42,8 +42,8 @@ def teacher_heads(
     start, rows = student.vocab_start, student.used_columns
     heads = {}
     for name, config in teachers.items():
-        own = models[name]
-        if own.post_process and own.vocab_start == start and own.used_columns == rows:
+        own = models.get(name)
+        if own is not None and own.post_process and own.vocab_start == start and own.used_columns == rows:
             weight = own.output_weight
         else:
             weight = torch.empty(

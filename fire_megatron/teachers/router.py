@@ -1,77 +1,69 @@
 """The router: each row to the teachers that its labels name, each answer back to its row.
 
-Shapes: B rows of a replica, R_i response tokens of row i, W columns of what a teacher keeps of a token.
+Shapes: B rows of a replica, R_i response tokens of row i.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from fire_megatron.data.packing import split_by_tokens
+from fire_megatron.config.errors import TrainingError
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, Target, TrainingRows
-from fire_megatron.metrics.values import Last, Mean, Value
-from fire_megatron.parallel.collectives import all_gather_rows
-from fire_megatron.parallel.exchange import exchange
+from fire_megatron.metrics.values import Value
+from fire_megatron.parallel.collectives import all_gather_rows, broadcast_flat
+from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device
-from fire_megatron.teachers.states import SCORE_BYTES, slice_width
-from fire_megatron.teachers.teacher import Keep, Teacher
+from fire_megatron.platform import Offload, Watch, compute_device
+from fire_megatron.teachers.pool import TeacherPool
+from fire_megatron.teachers.transfer import Transfer
+from fire_megatron.teachers.wire import Answer, Rows
 
-EXCHANGE_BYTES = 2**28
-"""Of states that travel at a time, over all ranks."""
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """All rows of the step, in the order of their ids."""
-
-    row_ids: list[int]
-    targets: list[tuple[str, ...]]
-    """Teachers of each row."""
-    prompts: list[torch.Tensor]
-    responses: list[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Assigned:
-    """One row and the student's replica that trains on it."""
-
-    row_id: int
-    tokens: int
-    replica: int
+Scored = tuple[torch.Tensor, torch.Tensor]
+"""[R_i] log-probabilities and entropies of a row."""
 
 
 class TeacherRouter:
-    """Scores rollouts with several teachers that live on the student's ranks."""
+    """The student's side: what its ranks do to have rollouts scored."""
 
     def __init__(
         self,
-        teachers: Mapping[str, Teacher],
+        pool: TeacherPool,
         route: Mapping[str, str],
         *,
         student_grid: ModelGrid,
         prompts: Collection[Prompt] = (),
         mixture: str = "distributions",
+        control: Control | None = None,
+        watch: Watch | None = None,
+        timeout: float | None = None,
+        offload: Offload | None = None,
+        group_size: int = 0,
     ) -> None:
-        """Args: teachers: by name; route: label -> teacher name; student_grid: how the rollouts are shared out;
-        prompts: all that may come, to know their mixtures; mixture: what a mixture's weights mix, ``distributions`` or
-        ``log_probs``."""
-        self.teachers = dict(teachers)
-        self.route = dict(route)
-        self.student_grid = student_grid
-        self.mixture = mixture
+        """On ranks of the student.
+
+        Args:
+            pool: where the teachers are.
+            route: label -> teacher name.
+            student_grid: how the rollouts are shared out.
+            prompts: all that may come, to know their mixtures.
+            mixture: what a mixture's weights mix, ``distributions`` or ``log_probs``.
+            control: to the ranks that hold teachers and none of the student; None where there are none.
+            watch: knows what these ranks were doing, for messages.
+            timeout: seconds that an answer may take; None waits for ever.
+            offload: where the student waits while teachers on its ranks score.
+            group_size: rows that a replica sends to teachers on other ranks at a time; 0 is a quarter of them.
+        """
+        self.pool, self.route, self.student_grid = pool, dict(route), student_grid
+        self.mixture, self.control, self.watch, self.timeout = mixture, control, watch, timeout
+        self.offload, self.group_size = offload, group_size
+        self.transfer = Transfer(pool, student_grid, control)
         mixtures = {self.target(prompt).teachers for prompt in prompts if prompt.mixture}
-        self._targets = sorted({(name,) for name in self.teachers} | mixtures)
-        self.seconds: dict[str, float] = {}
-        """Seconds each teacher took in the last call."""
+        self._targets = sorted({(name,) for name in pool.infos} | mixtures)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,50 +77,42 @@ class TeacherRouter:
             weights[self.route[label]] += share
         return Target(tuple(sorted(weights)), tuple(weights[name] for name in sorted(weights)))
 
+    def open(
+        self, prompts: Sequence[Prompt], row_ids: Sequence[int], *, total: int, keep_states: bool = False
+    ) -> Session:
+        """Begin to have this replica's rows scored. Collective over the student's grid, as is everything that is done
+        with the session.
+
+        Args:
+            prompts: of this replica's rows.
+            row_ids: of this replica's rows.
+            total: rows of all replicas, spread evenly over them.
+            keep_states: lets the teachers keep what :meth:`attach` will bring.
+        """
+        most = max(1, -(-total // self.student_grid.row_replicas))
+        size = (self.group_size or -(-most // 4)) if self.pool.remote else most
+        by_row = dict(zip(row_ids, prompts, strict=True))
+        return Session(self, by_row, rounds=-(-most // size), group_size=size, keep=keep_states)
+
     def score(
         self, rollouts: Rollouts, *, keep_states: bool = False, progress: Callable[[str], None] | None = None
     ) -> Scores:
-        """Score this replica's rollouts; every rank of the student's grid calls it with its own.
+        """Have finished rollouts scored in one go; every rank of the student's grid calls it with its own."""
+        by_row = dict(zip(rollouts.row_ids, rollouts.prompts, strict=True))
+        session = Session(self, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
+        session.send(rollouts.row_ids, rollouts.responses)
+        return session.finish(rollouts, progress)
 
-        Each row's tokens go to its own teachers only, whose replicas share the rows by token count, and the result
-        comes back in the order of ``rollouts``. ``keep_states`` lets the teachers keep what :meth:`attach` will bring.
-        ``progress`` is told the name of each teacher that starts.
-        """
-        rows = self._gather(rollouts)
-        results: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
-        kept: dict[str, KeptStates] = {}
-        for name, teacher in sorted(self.teachers.items()):
-            started = time.perf_counter()
-            mine = [i for i, teachers in enumerate(rows.targets) if name in teachers]
-            if mine and progress:
-                progress(name)
-            if mine:
-                ids = [rows.row_ids[i] for i in mine]
-                scored = teacher.score(
-                    [rows.prompts[i] for i in mine],
-                    [rows.responses[i] for i in mine],
-                    keep=Keep(ids, self.student_grid.layout.tensor) if keep_states else None,
-                )
-                pairs = zip(scored.log_probs, scored.entropies, strict=True)
-                results |= {(row, name): pair for row, pair in zip(ids, pairs, strict=True)}
-                if scored.kept is not None:
-                    kept[name] = scored.kept
-            self.seconds[name] = time.perf_counter() - started
-        targets = [self.target(prompt) for prompt in rollouts.prompts]
-        combined = [
-            self._combined(target, [results[row, name] for name in target.teachers])
-            for row, target in zip(rollouts.row_ids, targets, strict=True)
-        ]
-        return Scores(
-            targets=tuple(targets),
-            log_probs=tuple(log_probs for log_probs, _ in combined),
-            entropies=tuple(entropies for _, entropies in combined),
-            kept=kept,
-        )
+    def attach(self, rows: TrainingRows, kept: Mapping[str, KeptStates]) -> tuple[TrainingRows, dict[str, Value]]:
+        """Bring what the teachers kept of these rows: :meth:`Transfer.attach`."""
+        return self.transfer.attach(rows, kept)
 
-    def _combined(
-        self, target: Target, scored: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def announce(self, **order: object) -> None:
+        """Tell the ranks that hold teachers and none of the student what to do."""
+        if self.control is not None and dist.get_rank() == self.pool.student.first_rank:
+            self.control.announce(**order)
+
+    def combined(self, target: Target, scored: Sequence[Scored]) -> Scored:
         """Log-probabilities and entropies of a row's target. A mixture's entropy is taken to be the mean entropy of its
         teachers. A product of distributions is left unnormalised, so its log-probability is too low at each position by
         how much the teachers disagree there: neither can be told from the scores of single tokens."""
@@ -141,104 +125,158 @@ class TeacherRouter:
             mixed = torch.logsumexp(log_probs + weights.log(), 0)
         return mixed, (entropies * weights).sum(0)
 
-    def _gather(self, rollouts: Rollouts) -> _Gathered:
-        """Every replica's rows, sorted by row id so that all layouts score the same packs."""
-        group, device = self.student_grid.row_group, compute_device()
-        headers = [
-            torch.tensor([row, self._targets.index(self.target(prompt).teachers)])
-            for row, prompt in zip(rollouts.row_ids, rollouts.prompts, strict=True)
-        ]
-        columns = [
-            all_gather_rows(column, dtype=torch.int64, device=device, group=group)
-            for column in (headers, rollouts.prompt_tokens, rollouts.responses)
-        ]
-        order = sorted(range(len(columns[0])), key=lambda i: int(columns[0][i][0]))
-        headers, prompts, responses = ([column[i] for i in order] for column in columns)
-        targets = [self._targets[int(h[1])] for h in headers]
-        return _Gathered([int(h[0]) for h in headers], targets, prompts, responses)
 
-    def attach(self, rows: TrainingRows, kept: Mapping[str, KeptStates]) -> tuple[TrainingRows, dict[str, Value]]:
-        """Bring what the teachers kept of these rows to the ranks that train on them: the student's last stage.
+class Session:
+    """The scoring of one step's rows of this replica.
 
-        Each message goes straight from the teacher's replica that scored a row to the student's that trains on it. The
-        student's tensor ranks receive a slice of the columns each, so that nothing is sent twice, and put them together
-        when they need them. Collective over the student's grid: one small ragged gather, and exchanges of at most
-        :data:`EXCHANGE_BYTES` of states.
+    Teachers on ranks of their own score groups of rows as they come. Those on the student's ranks score when all rows
+    are there, on each rank in the order of their names.
+    """
+
+    def __init__(
+        self, router: TeacherRouter, prompts: Mapping[int, Prompt], *, rounds: int, group_size: int, keep: bool
+    ) -> None:
+        """Args: prompts: of this replica's rows, by id; rounds: groups that each replica sends; group_size: rows of a
+        group; keep: whether teachers keep states of the rows."""
+        self.router, self.pool, self.keep = router, router.pool, keep
+        self.group_size = group_size
+        self._prompts, self._rounds, self._round = dict(prompts), rounds, 0
+        self._teachers = {row: router.target(prompt).teachers for row, prompt in prompts.items()}
+        self._requests: dict[str, list[dict[int, int]]] = defaultdict(list)
+        self._held: dict[int, torch.Tensor] = {}
+        self.seconds: dict[str, float] = {}
+        """That each teacher took, as its span's first rank measured it."""
+        self.pool.begin()
+        if self.pool.reaching:
+            router.announce(do="sample", rounds=rounds, keep=keep)
+
+    def send(self, row_ids: Sequence[int], responses: Sequence[torch.Tensor]) -> None:
+        """A group of finished rows: off to the teachers on other ranks. Does not wait."""
+        assert self._round < self._rounds, f"more than the {self._rounds} groups that were announced"
+        self._round += 1
+        group = dict(zip(row_ids, responses, strict=True))
+        self._held |= group
+        for name in self.pool.remote:
+            self._request(name, group)
+
+    def _request(self, name: str, responses: Mapping[int, torch.Tensor]) -> None:
+        mine = {row: response for row, response in responses.items() if name in self._teachers[row]}
+        self._requests[name].append({row: len(response) for row, response in mine.items()})
+        if self.router.student_grid.leads_rows:
+            prompts = [torch.tensor(self._prompts[row].token_ids, dtype=torch.int64) for row in mine]
+            rows = Rows(list(mine), prompts, list(mine.values()))
+            self.pool.mail.send(rows.pack(), to=self.pool.door(name), tag=self.pool.tag(name))
+
+    def seal(self) -> None:
+        """No more rows come: replicas with fewer of them send empty groups in place of the rest."""
+        while self._round < self._rounds:
+            self.send([], [])
+
+    def drain(self) -> None:
+        """Give the session up: wait for what has been sent, so that all ranks are free."""
+        self.seal()
+        self._answers(self.pool.remote)
+
+    def finish(self, rollouts: Rollouts, progress: Callable[[str], None] | None = None) -> Scores:
+        """Wait for all scores.
 
         Args:
-            rows: this replica's share of the rows to train on.
-            kept: from :meth:`score`, of all rows.
+            rollouts: this replica's, all of whose rows have been sent.
+            progress: is told the name of each teacher on this rank that starts.
 
         Returns:
-            The rows with their states on the last stage (without, elsewhere), and ``teacher/<name>/bytes_per_token``:
-            what is sent of a response token, scores included; on the last stage, to be reduced.
+            Scores in the order of the rollouts, on every rank of the replica.
+
+        Raises:
+            TrainingError: a teacher on other ranks did not answer within the timeout.
         """
-        last_stage, assigned = self.student_grid.is_last_stage, self._assigned(rows)
-        places = {row: place for place, row in enumerate(rows.rollouts.row_ids)}
-        states: list[dict[str, torch.Tensor]] = [{} for _ in places]
-        metrics: dict[str, Value] = {}
-        for name in sorted(assigned):
-            teacher, received = self.teachers[name], {}
-            if name in kept:
-                row_bytes = [row.tokens * teacher.state_bytes for row in assigned[name]]
-                for part in split_by_tokens(range(len(row_bytes)), row_bytes, EXCHANGE_BYTES):
-                    received |= self._exchange(teacher, kept[name], [assigned[name][i] for i in part])
-            for row_id, state in received.items():
-                states[places[row_id]][name] = state
-            own = [row for row in assigned[name] if row.replica == self.student_grid.dp_rank]
-            if last_stage and own:
-                metrics |= self._traffic(name, own, received)
-        return replace(rows, states=tuple(states)) if last_stage and kept else rows, metrics
-
-    def _assigned(self, rows: TrainingRows) -> dict[str, list[_Assigned]]:
-        """Teacher -> the rows that learn from it and where, over all replicas of the student, on every rank."""
-        headers = [
-            torch.tensor([row, len(response), self._targets.index(target.teachers), self.student_grid.dp_rank])
-            for row, response, target in zip(rows.rollouts.row_ids, rows.rollouts.responses, rows.targets, strict=True)
+        self.seal()
+        if self.pool.shared:
+            self._score_here(progress)
+        scored: dict[tuple[int, str], Scored] = {}
+        holders: list[torch.Tensor] = []
+        tags = {name: self.pool.tag(name) for name in self.pool.infos}
+        for name, lengths, answer in self._shared_out(self._answers((*self.pool.remote, *self.pool.shared))):
+            pairs = zip(answer.log_probs, answer.entropies, strict=True)
+            scored |= {(row, name): pair for row, pair in zip(lengths, pairs, strict=True)}
+            holders += [torch.tensor([tags[name], *pair]) for pair in zip(lengths, answer.holders, strict=True)]
+            self.seconds[name] = self.seconds.get(name, 0.0) + answer.seconds
+        targets = [self.router.target(prompt) for prompt in rollouts.prompts]
+        combined = [
+            self.router.combined(target, [scored[row, name] for name in target.teachers])
+            for row, target in zip(rollouts.row_ids, targets, strict=True)
         ]
-        gathered = all_gather_rows(headers, dtype=torch.int64, device=compute_device(), group=self.student_grid.pg.dp)
-        assigned: dict[str, list[_Assigned]] = defaultdict(list)
-        for row, tokens, target, replica in (header.tolist() for header in gathered):
-            for name in self._targets[target]:
-                assigned[name].append(_Assigned(row, tokens, replica))
-        return assigned
-
-    def _exchange(self, teacher: Teacher, kept: KeptStates, assigned: Sequence[_Assigned]) -> dict[int, torch.Tensor]:
-        """Row id -> [R_i, c] on CPU, of this rank's rows if it is on the student's last stage."""
-        student, theirs, group = self.student_grid, teacher.grid, dist.group.WORLD
-        me, columns = dist.get_rank(group), slice_width(teacher.state_width, student.layout.tensor)
-        outgoing: dict[int, list[torch.Tensor]] = defaultdict(list)
-        incoming: dict[int, list[_Assigned]] = defaultdict(list)
-        places = list(itertools.product(range(student.layout.tensor), range(student.layout.context)))
-        for row in assigned:
-            for tensor, context in places:
-                source = theirs.last_stage_of(kept.holder[row.row_id], tensor % theirs.layout.tensor)
-                destination = student.last_stage_of(row.replica, tensor, context)
-                if source == me:
-                    outgoing[destination].append(kept.slices[row.row_id][tensor].flatten())
-                if destination == me:
-                    incoming[source].append(row)
-        received = exchange(
-            {rank: torch.cat(parts) for rank, parts in outgoing.items()},
-            {rank: columns * sum(row.tokens for row in rows) for rank, rows in incoming.items()},
-            dtype=teacher.state_dtype,
-            device=compute_device(),
-            group=group,
+        return Scores(
+            targets=tuple(targets),
+            log_probs=tuple(log_probs for log_probs, _ in combined),
+            entropies=tuple(entropies for _, entropies in combined),
+            kept=self._kept(holders) if self.keep else {},
         )
-        states = {}
-        for rank, rows in incoming.items():
-            pieces = received[rank].view(-1, columns).split([row.tokens for row in rows])
-            states |= {row.row_id: piece for row, piece in zip(rows, pieces, strict=True)}
-        return states
 
-    def _traffic(self, name: str, own: Sequence[_Assigned], received: Mapping[int, torch.Tensor]) -> dict[str, Value]:
-        """Bytes a token that came to this rank; each token counts on one of the ranks that get its states."""
-        counts = self.student_grid.tp_rank == 0 and self.student_grid.cp_rank == 0
-        tokens = sum(row.tokens for row in own) if counts else 0
-        sent = sum(state.numel() * state.element_size() for state in received.values())
-        model = self.teachers[name].model
-        logits = model.used_vocab_size * torch.empty(0, dtype=model.config.params_dtype).element_size()
-        return {
-            f"teacher/{name}/bytes_per_token": Mean(float(sent + SCORE_BYTES * tokens), float(tokens)),
-            f"teacher/{name}/bytes_per_token_of_logits": Last(float(logits)),
-        }
+    def _score_here(self, progress: Callable[[str], None] | None) -> None:
+        """Teachers on the student's ranks, in the order of their names."""
+        for name in self.pool.shared:
+            self._request(name, self._held)
+        if set(self.pool.shared) & set(self.pool.reaching):
+            self.router.announce(do="score", keep=self.keep)
+        if self.router.offload:
+            self.router.offload.leave()
+        self.pool.serve_all(self.pool.shared, keep=self.keep, progress=progress)
+        if self.router.offload:
+            self.router.offload.come_back()
+
+    def _answers(self, names: Sequence[str]) -> torch.Tensor | None:
+        """All answers of these teachers, one after the other, on the replica's leader."""
+        if not self.router.student_grid.leads_rows:
+            return None
+        answers = [
+            self._receive(name) for name in names for lengths in self._requests[name] if lengths
+        ]  # a request without rows is not answered
+        return torch.cat([torch.zeros(0), *answers])
+
+    def _receive(self, name: str) -> torch.Tensor:
+        self.pool.doing(f"waiting for the scores of {name}")
+        try:
+            return self.pool.mail.receive(
+                source=self.pool.door(name), tag=self.pool.tag(name), timeout=self.router.timeout
+            )
+        except TimeoutError:
+            ranks = self.pool.infos[name].layout.ranks
+            doing = self.router.watch.describe(ranks) if self.router.watch else f"it is on ranks {list(ranks)}"
+            raise TrainingError(
+                f"teachers.{name} did not answer within run.collective_timeout ({self.router.timeout:g} s), so the run "
+                f"ends: {doing}; run again to continue from the last checkpoint, with a longer run.collective_timeout "
+                "if it was only slow"
+            ) from None
+
+    def _shared_out(self, flat: torch.Tensor | None) -> list[tuple[str, dict[int, int], Answer]]:
+        """(teacher, length of each row, answer) of every request, on every rank of the replica."""
+        names = (*self.pool.remote, *self.pool.shared)
+        requests = [(name, lengths) for name in names for lengths in self._requests[name] if lengths]
+        sizes = [Answer.size(list(lengths.values())) for _, lengths in requests]
+        grid, device = self.router.student_grid, compute_device()
+        everywhere = broadcast_flat(
+            None if flat is None else flat.to(device),
+            numel=sum(sizes),
+            dtype=torch.float32,
+            device=device,
+            src=grid.layout.row_leaders[grid.row_replica],
+            group=grid.pg.mp,
+        ).cpu()
+        return [
+            (name, lengths, Answer.unpack(part, list(lengths.values())))
+            for (name, lengths), part in zip(requests, everywhere.split(sizes), strict=True)
+        ]
+
+    def _kept(self, holders: Sequence[torch.Tensor]) -> dict[str, KeptStates]:
+        """Where every row's states are, of all replicas' rows: a row may be trained on by another replica."""
+        names = [name for name, info in self.pool.infos.items() if info.state_kind.name != "none"]
+        if not names:
+            return {}
+        group = self.router.student_grid.row_group
+        gathered = all_gather_rows(holders, dtype=torch.int64, device=compute_device(), group=group)
+        tables: dict[str, dict[int, int]] = {name: {} for name in names}
+        for tag, row, holder in (entry.tolist() for entry in gathered):
+            tables[list(self.pool.infos)[tag]][row] = holder
+        own = {name: kept.slices for name, kept in self.pool.kept.items()}
+        return {name: KeptStates(table, own.get(name, {})) for name, table in tables.items() if table}

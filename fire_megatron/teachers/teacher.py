@@ -6,7 +6,7 @@ Shapes: N response tokens of a micro-batch, R_i response tokens of row i, W colu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from fire_megatron.losses.vocab_parallel import score_log_prob_and_entropy
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import all_gather_flat, broadcast_flat
-from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device
+from fire_megatron.parallel.grid import Layout, ModelGrid
+from fire_megatron.platform import Offload, compute_device
 from fire_megatron.teachers.states import StateKind, pack_topk, split_columns
 
 
@@ -45,8 +45,46 @@ class Scored(NamedTuple):
     kept: KeptStates | None
 
 
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What every rank of the run knows of a teacher."""
+
+    name: str
+    layout: Layout
+    hidden: int
+    """Hidden size."""
+    dtype: torch.dtype
+    """Of its hidden states."""
+    used_vocab_size: int
+    """Entries that its softmax runs over."""
+    state_kind: StateKind = field(default_factory=StateKind)
+    """What is kept of the tokens for the student."""
+    offload: bool = False
+    """Whether its weights wait on the host between scorings."""
+
+    @property
+    def state_width(self) -> int:
+        """W."""
+        return {"none": 0, "hidden": self.hidden, "topk": 2 * self.state_kind.k + 1}[self.state_kind.name]
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of a state."""
+        return self.dtype if self.state_kind.name == "hidden" else torch.int32
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a token's state."""
+        return self.state_width * self.state_dtype.itemsize
+
+    @property
+    def logit_bytes(self) -> int:
+        """That a token's logits would take."""
+        return self.used_vocab_size * self.dtype.itemsize
+
+
 class Teacher:
-    """Scores rows with exact log-probabilities and full-distribution entropies."""
+    """This rank's part of a teacher, which scores rows with exact log-probabilities and full-distribution entropies."""
 
     def __init__(
         self,
@@ -56,30 +94,23 @@ class Teacher:
         *,
         micro_batch_tokens: int,
         state_kind: StateKind | None = None,
+        offload: Offload | None = None,
     ) -> None:
         """Args: model: this rank's stage, weights loaded; micro_batch_tokens: tokens of a scoring micro-batch;
-        state_kind: what is kept of the tokens for the student, nothing by default."""
-        self.name, self.grid = name, grid
+        state_kind: what is kept of the tokens for the student, nothing by default; offload: where the weights wait
+        between scorings."""
+        self.grid, self.offload = grid, offload
         self.model = model.eval().requires_grad_(False)
         self.micro_batch_tokens = micro_batch_tokens
-        self.state_kind = state_kind or StateKind()
-
-    @property
-    def state_width(self) -> int:
-        """W."""
-        return {"none": 0, "hidden": self.model.config.hidden_size, "topk": 2 * self.state_kind.k + 1}[
-            self.state_kind.name
-        ]
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """Of a state."""
-        return self.model.config.params_dtype if self.state_kind.name == "hidden" else torch.int32
-
-    @property
-    def state_bytes(self) -> int:
-        """Of a token's state."""
-        return self.state_width * torch.empty(0, dtype=self.state_dtype).element_size()
+        self.info = TeacherInfo(
+            name,
+            grid.layout,
+            model.config.hidden_size,
+            model.config.params_dtype,
+            model.used_vocab_size,
+            state_kind or StateKind(),
+            offload is not None,
+        )
 
     @cached_property
     def _output_layer(self) -> OutputLayer:
@@ -91,6 +122,7 @@ class Teacher:
         responses: Sequence[torch.Tensor],
         *,
         keep: Keep | None = None,
+        loads: list[int] | None = None,
     ) -> Scored:
         """Score rows; every rank of the teacher's grid passes the same rows and gets the same answer.
 
@@ -100,10 +132,11 @@ class Teacher:
             prompts: [P_i] int64 token ids of each row.
             responses: [R_i] int64 token ids of each row.
             keep: None keeps nothing.
+            loads: tokens that each replica has had before, of rows that count with these; these are added to them.
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        shares = balance(lengths, self.grid.layout.data)
-        keep = None if self.state_kind.name == "none" else keep
+        shares = balance(lengths, self.grid.layout.data, loads)
+        keep = None if self.info.state_kind.name == "none" else keep
         slices: dict[int, dict[int, torch.Tensor]] = {}
         mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep, slices)
         gathered = all_gather_flat(mine, group=self.grid.pg.dp)
@@ -167,7 +200,7 @@ class Teacher:
     ) -> torch.Tensor:
         """[N, H] of this context rank's tokens -> [2, whole N] float32 of the rows, on all context ranks."""
         shard = {"group": self.grid.pg.tp, "vocab_start": self.model.vocab_start}
-        kind, context, tops = self.state_kind, self.grid.pg.cp, []
+        kind, context, tops = self.info.state_kind, self.grid.pg.cp, []
 
         def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
             if keep is not None and kind.name == "topk":

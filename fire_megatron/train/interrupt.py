@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -18,7 +19,9 @@ class StopRequest:
     collective, so the ranks vote at fixed points of the step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
+        """Args: on_signal: called at each signal."""
+        self._on_signal = on_signal
         self.signal_name: str | None = None
         self._previous: dict[int, object] = {}
 
@@ -34,6 +37,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._on_signal()
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
+from fire_megatron.config.spans import Span, parse_span
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
@@ -22,17 +23,26 @@ from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook, build_hooks
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.build import build_model, check_megatron_overrides, resolve_layer_spec, transformer_config
+from fire_megatron.models.build import (
+    DTYPES,
+    build_model,
+    check_megatron_overrides,
+    resolve_layer_spec,
+    transformer_config,
+)
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.collectives import raise_on_any
+from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Device, World
+from fire_megatron.platform import Device, Offload, Watch, World, launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
+from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.states import StateKind
-from fire_megatron.teachers.teacher import Teacher
+from fire_megatron.teachers.teacher import Teacher, TeacherInfo
+from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.student import Student
 
 Say = Callable[[str], None]
@@ -53,11 +63,10 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run ready to step."""
+class StudentRun:
+    """What the ranks of the student step with."""
 
     recipe: Recipe
-    world: World
     grid: ModelGrid
     inputs: Inputs
     student: Student
@@ -68,16 +77,38 @@ class Run:
     held_out: HeldOut | None
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run ready to begin, on any of its ranks."""
+
+    grid: ModelGrid
+    """The student's."""
+    inputs: Inputs
+    pool: TeacherPool
+    transfer: Transfer
+    control: Control | None
+    """Between the student and ranks without it; None where all ranks hold the student."""
+    student: StudentRun | None
+    """None on ranks that hold none of it."""
+
+
 def role_layout(role: RoleConfig, num_ranks: int) -> Layout:
-    """A role's layout over all ranks of the world."""
-    parallel = role.parallel
+    """A role's layout over its ranks in a world of so many."""
+    parallel, span = role.parallel, parse_span(role.ranks, num_ranks)
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
         expert=parallel.expert,
-        num_ranks=num_ranks,
+        first_rank=span.first,
+        num_ranks=span.count,
     )
+
+
+def rank_roles(recipe: Recipe, world: World) -> str:
+    """The roles that this rank holds, for people: ``student and teachers.math``."""
+    held = [path for path, role in roles(recipe).items() if world.rank in parse_span(role.ranks, world.size).ranks]
+    return " and ".join(held)
 
 
 def on_all_ranks(action: Callable[..., T], *args: object, **kwargs: object) -> T:
@@ -217,9 +248,8 @@ def recipe_checkpoint(recipe: Recipe, path: str) -> str:
 
 
 def _loaded(
-    path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, used_vocab_size: int, say: Say
+    path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, used_vocab_size: int
 ) -> FireGPT:
-    say(f"loading {path} from {role.checkpoint}")
     try:
         model = build_model(shape, role, grid, device=world.device)
     except Exception as error:  # megatron-core checks some fields only where it uses them
@@ -254,7 +284,91 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes))
 
 
-def prepare(recipe: Recipe, world: World, say: Say) -> Run:
+def _load_models(
+    recipe: Recipe, shapes: Mapping[str, ModelShape], grids: Mapping[str, ModelGrid], world: World, say: Say
+) -> dict[str, FireGPT]:
+    """This rank's parts of the roles that it holds; teachers alike in all that makes a model share one.
+
+    Raises:
+        UserError: on every rank, if any cannot load one of its own.
+    """
+    models: dict[str, FireGPT] = {}
+    made: dict[tuple[str, ...], FireGPT] = {}
+    problem: UserError | None = None
+    for path, role in roles(recipe).items():
+        say(f"loading {path} from {role.checkpoint} on {_place(grids[path].layout)}")
+        if not grids[path].is_member:
+            continue
+        alike = model_key(role) if path != "student" else ("student",)  # whose weights change
+        try:
+            if alike not in made:
+                made[alike] = _loaded(path, shapes[path], role, grids[path], world, used_vocabulary(shapes))
+            models[path] = made[alike]
+        except UserError as error:  # the role's other ranks find the same; other roles may still wait for this rank
+            problem = problem or error
+    on_all_ranks(_reraise, problem)
+    return models
+
+
+def _place(layout: Layout) -> str:
+    """``ranks 2-3 (pipeline 2)``."""
+    sizes = {name: getattr(layout, name) for name in ("tensor", "pipeline", "context", "expert", "data")}
+    split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return str(Span(layout.first_rank, layout.num_ranks)) + (f" ({split})" if split else "")
+
+
+def model_key(role: RoleConfig) -> tuple[str, ...]:
+    """What two teachers have in common that share one model."""
+    alike = replace(role, checkpoint=str(Path(role.checkpoint).resolve()))
+    return tuple(repr(getattr(alike, field.name)) for field in fields(RoleConfig))
+
+
+def _reraise(problem: UserError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+def _pool(
+    recipe: Recipe,
+    shapes: Mapping[str, ModelShape],
+    grids: Mapping[str, ModelGrid],
+    models: Mapping[str, FireGPT],
+    factory: GridFactory,
+    watch: Watch,
+) -> TeacherPool:
+    """The teachers; those whose weights wait on the host are sent there."""
+    infos, teachers = {}, {}
+    offloads: dict[int, Offload] = {}
+    for name, config in recipe.teachers.items():
+        path, kind = f"teachers.{name}", StateKind.of(recipe.loss)
+        infos[name] = TeacherInfo(
+            name,
+            grids[path].layout,
+            shapes[path].hidden,
+            DTYPES[config.precision.dtype],
+            used_vocabulary(shapes),
+            kind,
+            config.offload,
+        )
+        if path not in models:
+            continue
+        model = models[path]
+        if config.offload:
+            offloads.setdefault(id(model), Offload(model.parameters, constant=True))
+        teachers[name] = Teacher(
+            name,
+            model,
+            grids[path],
+            micro_batch_tokens=config.micro_batch_tokens,
+            state_kind=kind,
+            offload=offloads.get(id(model)),
+        )
+    for offload in offloads.values():
+        offload.leave()
+    return TeacherPool(infos, teachers, student_grid=grids["student"], factory=factory, doing=watch.doing)
+
+
+def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     """Build a run. Collective: every rank of the world calls it alike, and all of them raise if one does.
 
     Raises:
@@ -266,51 +380,62 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Run:
         say(note)
     grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
     grid = grids["student"]
-    used = used_vocabulary(shapes)
-    models = {
-        path: _loaded(path, shapes[path], role, grids[path], world, used, say) for path, role in roles(recipe).items()
-    }
-    teachers = {
-        name: Teacher(
-            name,
-            models[f"teachers.{name}"],
-            grids[f"teachers.{name}"],
-            micro_batch_tokens=config.micro_batch_tokens,
-            state_kind=StateKind.of(recipe.loss),
-        )
-        for name, config in recipe.teachers.items()
-    }
+    models = _load_models(recipe, shapes, grids, world, say)
+    heads = on_all_ranks(_heads, recipe, shapes, models)
+    pool = _pool(recipe, shapes, grids, models, factory, watch)
+    control = Control(launch.store()) if grid.layout.num_ranks < world.size else None
+    student = None
+    if grid.is_member:
+        student = _student_run(recipe, grid, inputs, hooks, models["student"], heads, pool, control, watch)
+    return Run(grid, inputs, pool, Transfer(pool, grid, control), control, student)
+
+
+def _student_run(
+    recipe: Recipe,
+    grid: ModelGrid,
+    inputs: Inputs,
+    hooks: list[Hook],
+    model: FireGPT,
+    heads: dict[str, OutputLayer],
+    pool: TeacherPool,
+    control: Control | None,
+    watch: Watch,
+) -> StudentRun:
     student = Student(
-        models["student"],
-        grid,
-        loss=recipe.loss,
-        optimizer=recipe.optimizer,
-        precision=recipe.student.precision,
-        heads=on_all_ranks(_heads, recipe, shapes, models),
+        model, grid, loss=recipe.loss, optimizer=recipe.optimizer, precision=recipe.student.precision, heads=heads
     )
     router = TeacherRouter(
-        teachers,
+        pool,
         inputs.route,
         student_grid=grid,
         prompts=[*inputs.prompts, *inputs.held_out],
         mixture=recipe.loss.mixture,
+        control=control,
+        watch=watch,
+        timeout=recipe.run.collective_timeout,
+        offload=Offload(student.memory, constant=False) if recipe.student.offload else None,
+        group_size=recipe.rollout.group_size,
     )
-    engine = MegatronEngine(models["student"], grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed)
+    engine = MegatronEngine(model, grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed)
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )
-    return Run(
-        recipe, world, grid, inputs, student, engine, router, hooks, order,
-        _held_out(recipe, inputs, models["student"], router, grid),
-    )  # fmt: skip
+    held_out = _held_out(recipe, inputs, model, router, grid)
+    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out)
 
 
-def _heads(recipe: Recipe, shapes: dict[str, ModelShape], models: dict[str, FireGPT]) -> dict[str, OutputLayer]:
+def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], models: Mapping[str, FireGPT]) -> dict[str, OutputLayer]:
     """The teachers' output weights, where the loss forms their logits."""
-    if recipe.loss.estimator != "full":
+    if recipe.loss.estimator != "full" or "student" not in models:
         return {}
-    by_name = ({name: values[f"teachers.{name}"] for name in recipe.teachers} for values in (shapes, models))
-    return teacher_heads(recipe.teachers, *by_name, models["student"])
+    named = {name: shapes[f"teachers.{name}"] for name in recipe.teachers}
+    # A teacher whose weights are away while the student learns cannot lend them.
+    lent = {
+        name: models[f"teachers.{name}"]
+        for name, config in recipe.teachers.items()
+        if f"teachers.{name}" in models and not config.offload
+    }
+    return teacher_heads(recipe.teachers, named, lent, models["student"])
 
 
 def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid) -> HeldOut | None:

@@ -5,7 +5,7 @@ Shapes: N response tokens of a micro-batch, H hidden size, R_i response tokens o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -23,7 +23,7 @@ from fire_megatron.metrics.values import Last, Value, merge
 from fire_megatron.models.build import DTYPES
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
-from fire_megatron.parallel.collectives import broadcast_flat
+from fire_megatron.parallel.collectives import broadcast_flat, world_narrowed_to
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import compute_device
@@ -35,24 +35,21 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """megatron-core's AdamW over this rank's parameters; biases and norms are not decayed."""
     dtype = DTYPES[precision.dtype]
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.betas[0],
-            adam_beta2=config.betas[1],
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            params_dtype=dtype,
-            bf16=dtype is torch.bfloat16,
-            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
-        ),
-        [model],
-        use_gloo_process_groups=False,
-        pg_collection=grid.pg,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
     )
+    with world_narrowed_to(grid.span):
+        optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=grid.pg)
     for group in optimizer.param_groups:
         if "fused" in group:  # torch's Adam, where there is neither Transformer Engine nor apex
             group["fused"] = True  # one pass over memory instead of ten
@@ -98,6 +95,17 @@ class Student:
         # The token count is dropped on purpose: dividing is the loss's business (losses/reduction.py).
         kwargs.pop("pg_collection", None)
         finalize_model_grads(model, None, pg_collection=self.grid.pg, **kwargs)
+
+    def memory(self) -> Iterator[torch.Tensor]:
+        """Everything of the student that stays on the device from step to step: weights, gradients, optimizer state."""
+        yield from self.model.parameters()
+        for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers):
+            yield from (data for data in (buffer.param_data, buffer.grad_data) if data is not None)
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for group in part.optimizer.param_groups if part.optimizer is not None else ():
+                for parameter in group["params"]:
+                    yield parameter
+                    yield from (x for x in part.optimizer.state.get(parameter, {}).values() if torch.is_tensor(x))
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next update."""

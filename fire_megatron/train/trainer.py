@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.training import find_latest, load_training_state, save_training_state
-from fire_megatron.config.errors import CheckpointError, RecipeError, TrainingError
+from fire_megatron.config.errors import CheckpointError, RecipeError, TrainingError, UserError
 from fire_megatron.config.load import load_recipe, save_recipe
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
@@ -24,6 +24,7 @@ from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import (
+    Watch,
     World,
     capability_report,
     get_rng_state,
@@ -33,10 +34,11 @@ from fire_megatron.platform import (
     synchronize,
 )
 from fire_megatron.rollout.engine import Progress
+from fire_megatron.teachers.service import serve_student
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
-from fire_megatron.train.setup import Run, on_all_ranks, prepare
+from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare
 
 
 class _Stopped(Exception):
@@ -46,26 +48,32 @@ class _Stopped(Exception):
 class Trainer:
     """Runs a recipe from its first or last saved step to its end."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, watch: Watch) -> None:
         """Build or resume the run. Collective over the world.
 
         Raises:
             UserError: see :func:`fire_megatron.train.setup.prepare`; also a run folder that may not be continued.
         """
-        self.recipe, self.world = recipe, world
+        self.recipe, self.world, self.watch = recipe, world, watch
         self.folder = Path(recipe.run.dir)
         self.checkpoints = Path(recipe.checkpoint.dir or self.folder / "checkpoints")
         latest = on_all_ranks(self._resume_point)
         seed_everything(recipe.run.seed, device=world.device)
-        self.run: Run = prepare(recipe, world, self._say)
+        self.prepared: Run = prepare(recipe, world, watch, self._say)
         self.step = 0
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
         if latest is not None:
-            self._resume(latest)
+            on_all_ranks(self._resume, latest)
         self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
-        self.stop = StopRequest()
+        self.stop = StopRequest(watch.hurry)
         self._clock: dict[str, float] = {}
+
+    @property
+    def run(self) -> StudentRun:
+        """What the ranks of the student step with."""
+        assert self.prepared.student is not None, "a rank without the student has nothing to step with"
+        return self.prepared.student
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -113,6 +121,8 @@ class Trainer:
         save_recipe(self.recipe, self.folder / f"recipe_from_{self.step:06d}.yaml" if first.exists() else first)
 
     def _resume(self, checkpoint: Path) -> None:
+        if self.prepared.student is None:
+            return  # teachers do not change
         run = self.run
         try:
             state = load_training_state(checkpoint, run.student.model, run.student.optimizer, grid=run.grid)
@@ -147,17 +157,19 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the last completed step. Collective."""
         run = self.run
-        save_training_state(
-            self.checkpoints,
-            self.step,
-            run.student.model,
-            run.student.optimizer,
-            rng=get_rng_state(device=self.world.device),
-            extra={"order": self._order, "first_eval": self.first_eval},
-            source=Path(self.recipe.student.checkpoint),
-            keep=self.recipe.checkpoint.keep,
-            grid=run.grid,
-        )
+        self.watch.doing("saving")
+        with self.watch.unbroken():
+            save_training_state(
+                self.checkpoints,
+                self.step,
+                run.student.model,
+                run.student.optimizer,
+                rng=get_rng_state(device=self.world.device),
+                extra={"order": self._order, "first_eval": self.first_eval},
+                source=Path(self.recipe.student.checkpoint),
+                keep=self.recipe.checkpoint.keep,
+                grid=run.grid,
+            )
         self._saved = self.step
         self.logger.message(f"saved checkpoint of step {self.step} to {self.checkpoints}")
 
@@ -167,7 +179,25 @@ class Trainer:
         """Run to the end, or until asked to stop. Returns whether the recipe's last step is done."""
         self._say(capability_report(self.world.device))
         self._saved = self.step
+        # Given back only at an end in good order: a launcher that sees one rank fail signals the others, which shall
+        # live long enough to say which it was.
         self.stop.install()
+        if self.prepared.student is None:
+            done = self._serve()
+        else:
+            try:
+                done = self._train()
+            except UserError as error:
+                self.run.router.announce(do="stop", error=str(error))
+                raise
+            finally:
+                self.logger.close()
+            self.run.router.announce(do="stop", error=None)
+        self.stop.restore()
+        return done
+
+    def _train(self) -> bool:
+        """The loop, on the student's ranks."""
         evaluation = self.recipe.evaluation
         try:
             if self.step == 0 and self.run.held_out and evaluation.at_start:
@@ -185,10 +215,24 @@ class Trainer:
                 self.save()
             self.logger.message(f"stopped by {self.stop.signal_name} after step {self.step}; run again to continue")
             return False
-        finally:
-            self.stop.restore()
-            self.logger.close()
         self._print_table()
+        return True
+
+    def _serve(self) -> bool:
+        """On ranks that hold teachers only."""
+        prepared = self.prepared
+        assert prepared.control is not None
+        control = prepared.control
+
+        def idle() -> None:
+            if self.stop.signal_name:
+                control.ask_to_stop(self.stop.signal_name)
+
+        problem = serve_student(prepared.pool, prepared.transfer, control, idle=idle)
+        if problem is not None:
+            error = TrainingError(problem)
+            error.everywhere = True
+            raise error
         return True
 
     def _one_step(self) -> None:
@@ -200,7 +244,6 @@ class Trainer:
         due = bool(evaluation.every) and self.step % evaluation.every == 0
         seconds = time.perf_counter() - started
         metrics |= {f"time/{phase}": Max(spent) for phase, spent in self._clock.items()}
-        metrics |= {f"time/teacher/{name}": Max(spent) for name, spent in self.run.router.seconds.items()}
         metrics["time/step"] = Max(seconds)
         metrics["memory/peak_mb"] = Max(peak_memory_mb(self.world.device))
         reduced = reduce_metrics(metrics, group=self.run.grid.span)
@@ -231,11 +274,7 @@ class Trainer:
     def training_step(self, step: int) -> dict[str, Value]:
         """One step of distillation; returns metrics to be reduced over the student's span."""
         run, recipe = self.run, self.recipe
-        with self._timed("rollout"):
-            rollouts = self._sample(step)
-        self._check_stop()
-        with self._timed("teacher"):
-            scores = run.router.score(rollouts, keep_states=True, progress=lambda name: self._show(f"teacher {name}"))
+        rollouts, scores, seconds = self._sample_and_score(step)
         self._check_stop()
         with self._timed("update"):
             self._show("update")
@@ -251,7 +290,8 @@ class Trainer:
         self.logger.samples(step + 1, self._samples(rollouts, scores))
         # Every rank of a replica holds the same rollouts; one of them counts.
         counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
-        return (rollout_metrics(rollouts) | selected if counts else {}) | updated
+        spent: dict[str, Value] = {f"time/teacher/{name}": Max(value) for name, value in seconds.items()}
+        return (rollout_metrics(rollouts) | selected if counts else {}) | spent | updated
 
     def _samples(self, rollouts: Rollouts, scores: Scores) -> Iterator[dict[str, Any]]:
         """This replica's answers as lines of ``samples.jsonl``."""
@@ -266,12 +306,25 @@ class Trainer:
                 "reverse_kl": float((rollouts.log_probs[i] - scores.log_probs[i]).sum()),
             }
 
-    def _sample(self, step: int) -> Rollouts:
+    def _sample_and_score(self, step: int) -> tuple[Rollouts, Scores, dict[str, float]]:
+        """Rollouts of this replica and what the teachers say of them, some of whom score while it samples; and the
+        seconds that each teacher took."""
         run, repeats = self.run, self.recipe.rollout.samples_per_prompt
         prompts = [run.inputs.prompts[i] for i in run.order.batch(step) for _ in range(repeats)]
         mine = replica_rows(len(prompts), run.grid)
         progress = self._progress("rollout", len(mine) * self.recipe.rollout.max_new_tokens)
-        return run.engine.generate([prompts[i] for i in mine], mine, step=step, progress=progress)
+        own = [prompts[i] for i in mine]
+        with self._timed("rollout"):
+            session = run.router.open(own, mine, total=len(prompts), keep_states=True)
+            rollouts = run.engine.generate(
+                own, mine, step=step, progress=progress, finished=session.send, group_size=session.group_size
+            )
+        if self._asked_to_stop():
+            session.drain()
+            raise _Stopped
+        with self._timed("teacher_exposed"):
+            scores = session.finish(rollouts, progress=lambda name: self._show(f"teacher {name}"))
+        return rollouts, scores, session.seconds
 
     def _show(self, doing: str) -> None:
         self.logger.progress(f"step {self.step + 1}: {doing}")
@@ -309,6 +362,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         assert self.run.held_out is not None
+        self.watch.doing("evaluation")
         most = len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
         measured = self.run.held_out.measure(self._progress("evaluation", most))
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
@@ -320,12 +374,21 @@ class Trainer:
             table = format_table(self.first_eval, self.last_eval, targets)
             print(f"\nReverse KL (nats a token) of the student's samples on held-out prompts\n{table}", flush=True)
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank of the run was. Collective over the student's ranks."""
+        control = self.prepared.control
+        if control is not None and self.world.is_main and self.stop.signal_name is None:
+            passed_on = control.asked_to_stop()
+            self.stop.signal_name = passed_on and f"{passed_on} to a rank without the student"
+        return self.stop.agreed(group=self.run.grid.span)
+
     def _check_stop(self) -> None:
-        if self.stop.agreed(group=dist.group.WORLD):
+        if self._asked_to_stop():
             raise _Stopped
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self.watch.doing(phase)
         started = time.perf_counter()
         yield
         synchronize(self.world.device)

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import VOCABULARY
-from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference, share
+from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, make_router, reference, share
 
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.parallel.collectives import all_gather_stacked
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.teacher import Teacher
 
 pytestmark = pytest.mark.world_size(2)  # teachers of 2 tensor ranks and of 2 stages
@@ -110,7 +109,7 @@ class Watch:
 
         def score(teacher, prompts, responses, **options):
             rows = zip(prompts, responses, strict=True)
-            self.asked[teacher.name].update((*p.tolist(), *r.tolist()) for p, r in rows)
+            self.asked[teacher.info.name].update((*p.tolist(), *r.tolist()) for p, r in rows)
             return real(teacher, prompts, responses, **options)
 
         monkeypatch.setattr(Teacher, "score", score)
@@ -160,7 +159,8 @@ def test_scores_equal_each_rows_own_teacher(roles, teachers, world_size):
     for layout in layouts(world_size, contexts=(1, 2)):
         grid = roles.factory.grid(layout)
         mine = deal(ROWS, grid.row_replicas, seed=1)[grid.row_replica]
-        scores = TeacherRouter(teachers, ROUTE, student_grid=grid).score(rollouts_of(rows, mine))
+        router = make_router(teachers, ROUTE, grid, roles.factory)
+        scores = router.score(rollouts_of(rows, mine))
         assert_equals_transformers(gathered(scores, mine), rows)
 
 
@@ -174,14 +174,15 @@ def test_each_row_is_computed_once_by_its_own_teacher(roles, teachers, world_siz
         mine = deal(ROWS, grid.row_replicas, seed=2)[grid.row_replica]
         with monkeypatch.context() as patch:
             watch = Watch(teachers, patch)
-            TeacherRouter(teachers, ROUTE, student_grid=grid).score(rollouts_of(rows, mine))
+            router = make_router(teachers, ROUTE, grid, roles.factory)
+            router.score(rollouts_of(rows, mine))
             assert watch.close() == expected, layout
             assert watch.asked == expected, layout
 
 
 def test_order_and_sharing_out_change_nothing(roles, teachers, world_size):
     rows, grid = make_rows(), roles.factory.grid(Layout(num_ranks=world_size))
-    router, first = TeacherRouter(teachers, ROUTE, student_grid=grid), None
+    router, first = make_router(teachers, ROUTE, grid, roles.factory), None
     for seed in range(4):  # seed 0: one replica holds every row
         mine = deal(ROWS, world_size, seed)[grid.row_replica]
         whole = gathered(router.score(rollouts_of(rows, mine)), mine)
@@ -198,13 +199,12 @@ def test_a_teacher_without_rows(roles, teachers, world_size, monkeypatch, absent
     for layout in (layouts(world_size)[0], layouts(world_size)[-1]):
         grid = roles.factory.grid(layout)
         mine = deal(len(rows), grid.row_replicas, seed=3)[grid.row_replica]
-        router = TeacherRouter(teachers, ROUTE, student_grid=grid)
+        router = make_router(teachers, ROUTE, grid, roles.factory)
         with monkeypatch.context() as patch:
             watch = Watch(teachers, patch)
             scores = router.score(rollouts_of(rows, mine))
             assert not watch.close()[absent] and not watch.asked[absent]
         assert_equals_transformers(gathered(scores, mine), rows)
-        assert router.seconds.keys() == teachers.keys()
 
 
 def test_fewer_rows_than_replicas(roles, teachers, world_size):
@@ -212,6 +212,7 @@ def test_fewer_rows_than_replicas(roles, teachers, world_size):
     rows = [row for row in make_rows() if ROUTE[row[0]] == "code"][:1]
     grid = roles.factory.grid(Layout(num_ranks=world_size))
     mine = [0] if grid.row_replica == world_size - 1 else []
-    scores = TeacherRouter(teachers, ROUTE, student_grid=grid).score(rollouts_of(rows, mine))
+    router = make_router(teachers, ROUTE, grid, roles.factory)
+    scores = router.score(rollouts_of(rows, mine))
     assert len(scores) == len(mine)
     assert_equals_transformers(gathered(scores, mine), rows)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import EOS, VOCABULARY, make_hf, save_megatron
-from roles import hf_response_logits, layouts, load_role, parallel_config
+from roles import hf_response_logits, layouts, load_role, make_router, parallel_config
 
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.loss import LossConfig
@@ -35,7 +35,6 @@ from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
-from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.select import rebalance, select
@@ -154,7 +153,7 @@ def run_step(
         precision=PrecisionConfig(),
         heads=heads,
     )
-    router = TeacherRouter(teachers, ROUTE, student_grid=grid, prompts=rows(mixed)[0], mixture=loss.mixture)
+    router = make_router(teachers, ROUTE, grid, factory, prompts=rows(mixed)[0], mixture=loss.mixture)
     rollouts = rollouts_of(replica_rows(count, grid), mixed)
     scores = router.score(rollouts, keep_states=True)
     kept, selected = select(
@@ -323,7 +322,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     model = load_role(checkpoints / "student", role, grid, world)
     twin = load_role(checkpoints / "student", role, grid, world)
     teacher = Teacher("twin", twin, grid, micro_batch_tokens=24)
-    router = TeacherRouter({"twin": teacher}, {"math": "twin", "code": "twin"}, student_grid=grid)
+    router = make_router({"twin": teacher}, {"math": "twin", "code": "twin"}, grid, factory)
     engine = MegatronEngine(model, grid, RolloutConfig(prompts_per_step=ROWS, max_new_tokens=9), stop_ids=[EOS], seed=5)
     prompts, _ = rows()
     mine = replica_rows(ROWS, grid)

@@ -1,0 +1,59 @@
+"""Orders from the student to ranks that hold none of it, by the store where the ranks meet.
+
+A rank that waits for an order holds no collective open, so that it may wait as long as the student works.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+_KEPT = 100
+"""Orders that stay readable; no rank is ever that far behind, since each step waits for all teachers' answers."""
+_numbers = itertools.count()
+
+
+class Control:
+    """A numbered list of orders that one rank writes and others read."""
+
+    def __init__(self, store: dist.Store) -> None:
+        """Args: store: a connection of its own. Every rank of the world makes its own Control alike."""
+        self._store = store
+        self._prefix = f"fire/control/{next(_numbers)}"
+        self._next = 0
+
+    def announce(self, **order: Any) -> None:
+        """Write the next order: names and plain values."""
+        self._store.set(f"{self._prefix}/{self._next}", json.dumps(order))
+        if self._next >= _KEPT:
+            self._store.delete_key(f"{self._prefix}/{self._next - _KEPT}")
+        self._next += 1
+
+    def wait(self, idle: Callable[[], None]) -> dict[str, Any]:
+        """Wait for the next order. ``idle`` is called about once a second meanwhile."""
+        key = f"{self._prefix}/{self._next}"
+        while not self._arrived(key):
+            idle()
+        self._next += 1
+        return json.loads(self._store.get(key))
+
+    def _arrived(self, key: str) -> bool:
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=1))
+        except dist.DistStoreError:
+            return False
+        return True
+
+    def ask_to_stop(self, signal_name: str) -> None:
+        """Pass a signal on to the rank that gives the orders."""
+        self._store.set(f"{self._prefix}/stop", signal_name)
+
+    def asked_to_stop(self) -> str | None:
+        """The signal that another rank has passed on."""
+        key = f"{self._prefix}/stop"
+        return self._store.get(key).decode() if self._store.check([key]) else None

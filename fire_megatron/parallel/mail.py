@@ -1,0 +1,73 @@
+"""Messages on CPU between a few ranks: sent without waiting, received when the receiver gets to them."""
+
+from __future__ import annotations
+
+import datetime
+from collections import defaultdict, deque
+
+import torch
+import torch.distributed as dist
+
+_DTYPES = (torch.int32, torch.float32, torch.int64, torch.uint8)
+
+
+class Mail:
+    """1-D tensors from rank to rank, whatever the receiver is at.
+
+    Messages of one sender, receiver and tag arrive in the order in which they were sent. On GPUs they do not touch the
+    devices: a send that waits for its receiver must not hold a stream up.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Args: group: gloo, of the ranks that write to each other; None on other ranks, which may not use it."""
+        self._group = group
+        self._own: dict[int, deque[torch.Tensor]] = defaultdict(deque)
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self.bytes_sent = 0
+        """Bytes of all messages so far to other ranks."""
+
+    def send(self, values: torch.Tensor, *, to: int, tag: int) -> None:
+        """Send a tensor on CPU to a global rank, which may be this one. Does not wait; the tensor must not change."""
+        if to == dist.get_rank():
+            self._own[tag].append(values)
+            return
+        header = torch.tensor([values.numel(), _DTYPES.index(values.dtype)])
+        for part in (header, values) if values.numel() else (header,):
+            self._sent.append((dist.isend(part, dst=to, group=self._group, tag=tag), part))
+            self.bytes_sent += part.numel() * part.element_size()
+
+    def receive(self, *, source: int, tag: int, timeout: float | None = None) -> torch.Tensor:
+        """The next message of a global rank.
+
+        Args:
+            source: who sends.
+            tag: as sent.
+            timeout: seconds; None waits as long as the group does.
+
+        Raises:
+            TimeoutError: it did not come in time. The group is of no use afterwards.
+        """
+        if source == dist.get_rank():
+            return self._own[tag].popleft()
+        header = torch.zeros(2, dtype=torch.int64)
+        self._wait(header, source, tag, timeout)
+        numel, dtype = header.tolist()
+        values = torch.empty(numel, dtype=_DTYPES[dtype])
+        if numel:
+            self._wait(values, source, tag, timeout)
+        return values
+
+    def _wait(self, buffer: torch.Tensor, source: int, tag: int, timeout: float | None) -> None:
+        work = dist.irecv(buffer, src=source, group=self._group, tag=tag)
+        try:
+            work.wait(datetime.timedelta(seconds=timeout)) if timeout else work.wait()
+        except RuntimeError as error:
+            if "imed out" in str(error):
+                raise TimeoutError(str(error)) from error
+            raise
+
+    def flush(self) -> None:
+        """Wait until everything sent has arrived. Only when the receivers are known to have received."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()

@@ -1,0 +1,149 @@
+"""Signs of life: every process of a run shows them, and all of them leave when one fails.
+
+A rank that waits for another cannot tell a slow one from a dead one, and its own collective may be far from its timeout
+or have none (teachers wait for work as long as the student samples). So each process counts up a number in the store
+from a thread of its own; rank 0 looks at all of them, the others at rank 0 and at the verdict that anyone may post.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import torch.distributed as dist
+
+EXIT_CODE = 3
+"""Of a process that leaves because another one has failed."""
+_BEAT, _VERDICT = "fire/beat", "fire/verdict"
+_DONE = -1
+_HURRIED = 8.0
+"""Seconds without a sign of life that are enough once the launcher has begun to stop the processes."""
+
+
+class Watch:
+    """This process's signs of life and its eye on the others."""
+
+    def __init__(self, store: dist.Store, *, rank: int, size: int, roles: str, timeout: float) -> None:
+        """Args: store: where the ranks meet; roles: of this rank, for messages; timeout: seconds within which a run
+        ends after one of its processes died."""
+        self._store, self._rank, self._size = store.clone(), rank, size
+        self._roles, self._timeout = roles, timeout
+        self._interval = min(1.0, timeout / 20)
+        self._doing, self._since = "starting", time.monotonic()
+        self._count = 0
+        self._told = False
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._hurry = threading.Event()
+        self._end = threading.Event()
+        self._busy = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
+
+    def start(self) -> Watch:
+        """Begin to show signs of life, and to look for those of the others once all of them have begun."""
+        if self._size > 1:
+            self._beat()
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Leave in peace: a process that is done is not missed."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
+                self._write("done", _DONE)
+
+    def doing(self, what: str) -> None:
+        """Say what this process is at, for the message of somebody who waits for it in vain."""
+        self._doing, self._since = what, time.monotonic()
+
+    def hurry(self) -> None:
+        """The launcher is stopping the processes, perhaps because one died: find out which before it kills all."""
+        self._hurry.set()
+
+    @contextlib.contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Let this process finish something, such as a checkpoint, before it leaves on account of another."""
+        with self._busy:
+            yield
+
+    def fail(self, text: str) -> bool:
+        """Tell all others why the run ends; the first to do so is heard. Returns whether this one was."""
+        with contextlib.suppress(RuntimeError):
+            return self._store.compare_set(_VERDICT, "", text).decode() == text
+        return False
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """What some ranks said last that they were doing: ``rank 3 (teachers.math): scoring for 61 s``."""
+        parts = []
+        for rank in ranks:
+            try:
+                beat = json.loads(self._store.get(f"{_BEAT}/{rank}"))
+                parts.append(f"rank {rank} ({beat['roles']}): {beat['doing']} for {beat['seconds']:.0f} s")
+            except (RuntimeError, ValueError):
+                parts.append(f"rank {rank}: nothing is known of it")
+        return ", ".join(parts)
+
+    def missing(self) -> list[int]:
+        """Ranks that have shown no sign of life over the last seconds. Takes a few of them."""
+        with contextlib.suppress(RuntimeError):
+            before = self._counts(range(self._size))
+            time.sleep(max(4 * self._interval, 2.0))
+            after = self._counts(range(self._size))
+            return [r for r, count in after.items() if count == before.get(r) != _DONE and r != self._rank]
+        return [0] if self._rank else []
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._end.wait(self._interval):
+            try:
+                self._beat()
+                verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else self._judge()
+            except RuntimeError:
+                verdict, self._told = "rank 0 has died: the store that it held does not answer", True
+            if verdict and not self._end.is_set():
+                self._leave(verdict)
+
+    def _beat(self) -> None:
+        self._count += 1
+        self._write(self._doing, self._count)
+
+    def _write(self, doing: str, count: int) -> None:
+        beat = {"count": count, "roles": self._roles, "doing": doing, "seconds": time.monotonic() - self._since}
+        self._store.set(f"{_BEAT}/{self._rank}", json.dumps(beat))
+
+    def _counts(self, ranks: Sequence[int]) -> dict[int, int]:
+        """Beats of these ranks so far; nothing before all of them have begun, since reading would wait for them."""
+        keys = [f"{_BEAT}/{rank}" for rank in ranks]
+        if not self._store.check(keys):
+            return {}
+        return {r: json.loads(value)["count"] for r, value in zip(ranks, self._store.multi_get(keys), strict=True)}
+
+    def _judge(self) -> str | None:
+        """A verdict, when one of the ranks that this one watches has been silent for too long."""
+        now, patience = time.monotonic(), _HURRIED if self._hurry.is_set() else self._timeout / 2
+        for rank, count in self._counts(range(self._size) if self._rank == 0 else range(1)).items():
+            last, when = self._seen.get(rank, (None, now))
+            self._seen[rank] = (count, when if count == last else now)
+            silent = now - self._seen[rank][1]
+            if rank != self._rank and count != _DONE and silent > patience:
+                text = (
+                    f"no sign of life for {silent:.0f} s; the last was of {self.describe([rank])}. It has died or "
+                    "hangs, so the run ends; run again to continue from the last checkpoint"
+                )
+                self._told = self.fail(text)
+                return text
+        return None
+
+    def _leave(self, verdict: str) -> None:
+        self._busy.acquire(timeout=self._timeout)
+        if self._rank == 0 or self._told:  # one that knows is enough, and rank 0's is the log that people read
+            print(f"error: {verdict}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_CODE)

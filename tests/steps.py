@@ -1,0 +1,76 @@
+"""One step's batch, made up alike on every rank, and what a step leaves, for the tests that compare layouts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import VOCABULARY, save_megatron
+
+from fire_megatron.checkpoint.shards import model_shards
+from fire_megatron.data.records import Prompt
+from fire_megatron.data.rollouts import Rollouts
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.train.student import Student
+
+ROWS = 9
+ROUTE = {"math": "math", "code": "code"}
+
+
+def write_checkpoints(folder: Path) -> None:
+    """A student and two teachers of other depth and width; the code teacher's vocabulary has unused entries at the end,
+    as models of one family do."""
+    save_megatron("qwen3", folder / "student", num_hidden_layers=3)
+    save_megatron("qwen2", folder / "tied", num_hidden_layers=3, vocab_size=340)
+    save_megatron("qwen3", folder / "math", seed=1, num_hidden_layers=5)
+    save_megatron("llama", folder / "code", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320)
+
+
+def rows(mixed: bool = False) -> tuple[list[Prompt], list[torch.Tensor]]:
+    """Prompts and fixed responses of the global batch; one response is a single token. With ``mixed``, some rows learn
+    from both teachers, with different weights."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(n: int) -> torch.Tensor:
+        return torch.randint(6, VOCABULARY, (n,), generator=generator)
+
+    prompts = [Prompt(i, ("math", "code")[i % 2], tuple(draw(3 + i).tolist()), "") for i in range(ROWS)]
+    for i, share in {2: 0.25, 5: 0.5, 7: 0.9}.items() if mixed else ():
+        prompts[i] = replace(prompts[i], label="code+math", mixture=(("code", share), ("math", 1 - share)))
+    return prompts, [draw(1 + (5 * i) % 13) for i in range(ROWS)]
+
+
+def rollouts_of(mine: Sequence[int], mixed: bool = False) -> Rollouts:
+    """This replica's rows, with made-up rollout statistics."""
+    prompts, responses = rows(mixed)
+    generator = torch.Generator().manual_seed(4)
+    noise = [torch.rand(len(r), generator=generator) for r in responses]
+    return Rollouts(
+        row_ids=tuple(mine),
+        prompts=tuple(prompts[i] for i in mine),
+        responses=tuple(responses[i] for i in mine),
+        log_probs=tuple(-3.0 - noise[i] for i in mine),
+        entropies=tuple(1.0 + noise[i] for i in mine),
+        truncated=tuple(False for _ in mine),
+        weight_version=0,
+    )
+
+
+def whole_gradients(student: Student, grid: ModelGrid) -> dict[str, torch.Tensor]:
+    """Every gradient of the whole model by checkpoint key, put together from all ranks of the student."""
+    parts = {}
+    for shard in model_shards(student.model, grid=grid) if grid.dp_rank == 0 else ():
+        if shard.writes:
+            gradient = shard.real(shard.within(shard.parameter.main_grad))
+            parts[shard.key, shard.offset] = (shard.global_shape, gradient.clone())
+    gathered: list = [None] * grid.span.size()
+    dist.all_gather_object(gathered, parts, group=grid.span)
+    whole: dict[str, torch.Tensor] = {}
+    for (key, offset), (shape, gradient) in itertools.chain(*(part.items() for part in gathered)):
+        target = whole.setdefault(key, torch.zeros(shape))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, gradient.shape, strict=True))] = gradient
+    return whole

@@ -52,7 +52,7 @@ def _train(recipe: Recipe, world: World) -> int:
     from fire_megatron.train.trainer import Trainer
 
     held = rank_roles(recipe, world)
-    watch = launch.watch(world, roles=held, timeout=recipe.run.collective_timeout)
+    watch = launch.watch(world, roles=held, timeout=recipe.run.collective_timeout).start()
     try:
         Trainer(recipe, world, watch).train()
     except UserError as error:

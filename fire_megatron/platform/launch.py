@@ -174,9 +174,9 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
 
 
 def watch(world: World, *, roles: str, timeout: float) -> Watch:
-    """This process's signs of life, begun. Args: see :class:`Watch`."""
+    """This process's signs of life, not begun. Args: see :class:`Watch`."""
     assert _store is not None, "start() comes first"
-    return Watch(_store, rank=world.rank, size=world.size, roles=roles, timeout=timeout).start()
+    return Watch(_store, rank=world.rank, size=world.size, roles=roles, timeout=timeout)
 
 
 def store() -> dist.Store:

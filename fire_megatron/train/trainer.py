@@ -28,6 +28,7 @@ from fire_megatron.platform import (
     World,
     capability_report,
     get_rng_state,
+    launch,
     peak_memory_mb,
     seed_everything,
     set_rng_state,
@@ -38,7 +39,7 @@ from fire_megatron.teachers.service import serve_student
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
-from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare
+from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare, rank_roles
 
 
 class _Stopped(Exception):
@@ -48,25 +49,32 @@ class _Stopped(Exception):
 class Trainer:
     """Runs a recipe from its first or last saved step to its end."""
 
-    def __init__(self, recipe: Recipe, world: World, watch: Watch) -> None:
+    def __init__(self, recipe: Recipe, world: World, watch: Watch | None = None) -> None:
         """Build or resume the run. Collective over the world.
+
+        Args:
+            recipe: as loaded and checked by config/.
+            world: this process's place.
+            watch: its signs of life; without one it shows none.
 
         Raises:
             UserError: see :func:`fire_megatron.train.setup.prepare`; also a run folder that may not be continued.
         """
-        self.recipe, self.world, self.watch = recipe, world, watch
+        self.recipe, self.world = recipe, world
+        timeout = recipe.run.collective_timeout
+        self.watch = watch or launch.watch(world, roles=rank_roles(recipe, world), timeout=timeout)
         self.folder = Path(recipe.run.dir)
         self.checkpoints = Path(recipe.checkpoint.dir or self.folder / "checkpoints")
         latest = on_all_ranks(self._resume_point)
         seed_everything(recipe.run.seed, device=world.device)
-        self.prepared: Run = prepare(recipe, world, watch, self._say)
+        self.prepared: Run = prepare(recipe, world, self.watch, self._say)
         self.step = 0
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
         if latest is not None:
             on_all_ranks(self._resume, latest)
         self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
-        self.stop = StopRequest(watch.hurry)
+        self.stop = StopRequest(self.watch.hurry)
         self._clock: dict[str, float] = {}
 
     @property

@@ -49,20 +49,25 @@ def layouts(
     *,
     tensors: tuple[int, ...] = (1, 2),
     pipelines: tuple[int, ...] = (1, 2, 3, 4),
+    contexts: tuple[int, ...] = (1,),
     experts: tuple[int, ...] = (1,),
 ) -> list[Layout]:
-    """Every tensor x pipeline split of the world; data parallelism takes the rest, which expert parallelism splits."""
+    """Every tensor x pipeline x context split of the world; data parallelism takes the rest. Expert parallelism splits
+    what is left for context and data."""
     return [
-        Layout(tensor=t, pipeline=p, expert=e, num_ranks=size)
-        for t in tensors
-        for p in pipelines
-        for e in experts
-        if size % (t * p * e) == 0
+        Layout(tensor=t, pipeline=p, context=c, expert=e, num_ranks=size)
+        for c, t, p, e in itertools.product(contexts, tensors, pipelines, experts)
+        if size % (t * p * c) == 0 and size % (t * p * e) == 0
     ]
 
 
 EXPERTS = {"qwen3-moe": (1, 2), "qwen3-moe-mixed": (1, 2)}
 """Expert-parallel sizes of the families that have experts."""
+
+
+def parallel_config(layout: Layout, *, sequence: bool | None = None) -> ParallelConfig:
+    """The recipe's section for a layout."""
+    return ParallelConfig(layout.tensor, layout.pipeline, layout.context, layout.expert, sequence)
 
 
 def load_role(path: str | Path, role: RoleConfig, grid: ModelGrid, world: platform.World) -> FireGPT:
@@ -119,9 +124,7 @@ class Roles:
         grid = self.factory.grid(layout)
         role = StudentConfig(
             checkpoint=str(path),
-            parallel=ParallelConfig(
-                tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert, sequence=sequence
-            ),
+            parallel=parallel_config(layout, sequence=sequence),
             vocab_multiple=vocab_multiple,
             megatron=megatron or {},
             precision=PrecisionConfig(dtype=dtype),

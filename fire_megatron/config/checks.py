@@ -132,9 +132,29 @@ def _pipeline(context: Context) -> Iterator[Problem]:
 
 
 def _context(context: Context) -> Iterator[Problem]:
+    """How context ranks share keys and values is Transformer Engine's to choose; ranks and heads are other checks'."""
     for key, role in context.roles.items():
-        if role.parallel.context > 1:
-            yield Problem(f"{key}.parallel.context", f"{role.parallel.context}: not supported yet; leave it 1")
+        chosen = role.megatron.get("cp_comm_type")
+        if chosen is None:
+            continue
+        if role.parallel.context == 1:
+            yield Problem(
+                f"{key}.megatron.cp_comm_type",
+                f"{chosen!r} has no effect, since {key}.parallel.context is 1; leave it out",
+            )
+        elif role.layer_spec == "local":
+            yield Problem(
+                f"{key}.megatron.cp_comm_type",
+                f"{chosen!r} is read by Transformer Engine's layers and {key}.layer_spec is local; leave it out",
+            )
+        heads = context.number(key, "num_key_value_heads")
+        ranks = role.parallel.tensor * role.parallel.context
+        if chosen == "a2a" and heads is not None and heads % ranks:
+            yield Problem(
+                f"{key}.megatron.cp_comm_type",
+                f"'a2a' shares out the model's {heads} key/value heads over tensor {role.parallel.tensor} x context "
+                f"{role.parallel.context} = {ranks} ranks, which does not divide them; use 'p2p' or 'all_gather'",
+            )
 
 
 def _experts(context: Context) -> Iterator[Problem]:
@@ -247,6 +267,17 @@ def _hook_names(context: Context) -> Iterator[Problem]:
             )
 
 
+def _micro_batches(context: Context) -> Iterator[Problem]:
+    tokens = context.recipe.optimizer.micro_batch_tokens
+    for i, hook in enumerate(context.recipe.loss.hooks):
+        if tokens and hook.options.get("scope") == "microbatch":
+            yield Problem(
+                f"loss.hooks.{i}.scope",
+                f"'microbatch' takes its statistics over micro-batches of optimizer.micro_batch_size answers, and "
+                f"optimizer.micro_batch_tokens is {tokens}; use 'global', or set micro_batch_size instead",
+            )
+
+
 def _counts(context: Context) -> Iterator[Problem]:
     recipe = context.recipe
     answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
@@ -298,6 +329,7 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _lengths,
     _layer_specs,
     _hook_names,
+    _micro_batches,
     _counts,
     _writable,
     _home,

@@ -53,7 +53,8 @@ class ParallelConfig(Section):
     pipeline: Size = 1
     """Pipeline stages; at most the model's layers."""
     context: Size = 1
-    """Context-parallel ranks, which share each sequence; more than 1 is not supported yet."""
+    """Context-parallel ranks, which share each sequence in training and scoring: long answers then take a part of the
+    memory on each. In sampling they work on rows of their own."""
     expert: Size = 1
     """Ranks that share out the experts of each layer, for mixture-of-experts models; divides the number of experts,
     and the ranks that are left for `context` and data parallelism."""
@@ -197,6 +198,9 @@ class OptimizerConfig(Section):
     micro_batch_size: Size = 1
     """Answers in one forward and backward pass. It changes memory and speed, not the result (except
     through a hook with `scope: microbatch`)."""
+    micro_batch_tokens: Count = 0
+    """Tokens of prompts and answers in one forward and backward pass, which then holds as many answers as fit; a longer
+    one goes alone. 0 packs `micro_batch_size` answers instead. It changes memory and speed, not the result."""
     mini_batches: Size = 1
     """Optimizer updates made from each step's answers."""
     distributed: bool = True
@@ -205,6 +209,12 @@ class OptimizerConfig(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.min_lr > self.lr:
             yield Problem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
+        if self.micro_batch_tokens and self.micro_batch_size != 1:
+            yield Problem(
+                "micro_batch_size",
+                f"{self.micro_batch_size} has no effect, since micro_batch_tokens is {self.micro_batch_tokens}; leave "
+                "out one of them",
+            )
 
 
 @dataclass(frozen=True)

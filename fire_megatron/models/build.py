@@ -38,6 +38,10 @@ _SET_ELSEWHERE = {
     "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.tensor",
+    **dict.fromkeys(
+        ("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+        "parallel.context",
+    ),
     "sequence_parallel": "parallel.sequence",
     "params_dtype": "precision.dtype",
     "pipeline_dtype": "precision.dtype",
@@ -52,6 +56,8 @@ _SET_ELSEWHERE = {
         "checkpoint (the model's own config.json)",
     ),
 }  # fmt: skip
+_COMMUNICATIONS = ("p2p", "all_gather", "a2a")
+"""How Transformer Engine may share keys and values; its fourth way reads groups from the global parallel_state."""
 _RELIED_ON = ("variable_seq_lengths", "calculate_per_token_loss", "perform_initialization")
 """Fields without which the trainer computes something else."""
 _NOT_READ = {
@@ -97,6 +103,8 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"{role}.megatron.{key}: megatron-core's TransformerConfig has no such field{hint}")
+        if key == "cp_comm_type" and value not in (None, *_COMMUNICATIONS):
+            raise RecipeError(f"{role}.megatron.{key}: {value!r} is not one of {', '.join(_COMMUNICATIONS)}; take one")
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key])) if isinstance(hints[key], type) else hints[key]
             raise RecipeError(f"{role}.megatron.{key}: {value!r} does not fit megatron-core's type of it, {wanted}")
@@ -187,6 +195,21 @@ def _check_tensor_split(shape: ModelShape, tensor: int) -> None:
             raise LayoutError(f"parallel.tensor={tensor} does not divide the model's {count} {name}")
 
 
+def _check_engine_settings(shape: ModelShape, role: RoleConfig, layout: Layout, spec: str) -> None:
+    """What a role asks of Transformer Engine that it, or this model, does not have."""
+    for key in ("fp8", "fp4"):
+        if role.megatron.get(key) and spec != "te":
+            raise RecipeError(
+                f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
+                "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
+            )
+    if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
+        raise RecipeError(
+            f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "
+            "leave it out, or use 'all_gather' or 'a2a'"
+        )
+
+
 def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, device: Device) -> TransformerConfig:
     """megatron-core's config for this model, layout and precision.
 
@@ -235,12 +258,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
     settings |= expert_settings(shape, role.megatron, expert=layout.expert, spec=spec)
-    for key in ("fp8", "fp4"):
-        if role.megatron.get(key) and spec != "te":
-            raise RecipeError(
-                f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
-                "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
-            )
+    _check_engine_settings(shape, role, layout, spec)
     try:
         return TransformerConfig(**{**settings, **role.megatron})
     except (ValueError, TypeError, AssertionError) as error:
@@ -248,7 +266,8 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
 
 
 def _layer_spec(config: TransformerConfig, spec: str, experts: bool) -> tuple[ModuleSpec, Any]:
-    """A transformer layer and the final norm of a spec, with our core attention and router."""
+    """A transformer layer and the final norm of a spec, with our router and our core attention in both; in ``te`` it
+    leads to Transformer Engine's where that can take over."""
     options = {
         "qk_layernorm": config.qk_layernorm,
         "num_experts": config.num_moe_experts if experts else None,
@@ -257,12 +276,16 @@ def _layer_spec(config: TransformerConfig, spec: str, experts: bool) -> tuple[Mo
     if spec == "te":
         from megatron.core.extensions.transformer_engine import TENorm
 
+        from fire_megatron.models.te_attention import TEAttention
+
         layer, norm = get_gpt_layer_with_transformer_engine_spec(**options), TENorm
+        core_attention: type[CoreAttention] = TEAttention
     else:
         layer, norm = get_gpt_layer_local_spec(**options), RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        core_attention = CoreAttention
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
+    attention.core_attention = core_attention
     if config.qk_layernorm and spec != "te":
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if experts:

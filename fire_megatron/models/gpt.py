@@ -6,12 +6,12 @@ Shapes: T tokens of a pack, B rows, H hidden size, N selected positions, V local
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -20,13 +20,25 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.models.layers import CoreAttention, KVCache
+from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
 
 _SPLIT_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
+
+
+class _Alone:
+    """A group of this rank alone, for code that asks its group for nothing but size and rank."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
 
 
 class FireGPT(GPTModel):
@@ -49,6 +61,7 @@ class FireGPT(GPTModel):
         """Entries that a softmax runs over; fewer where models of a run differ in unused entries at the end."""
         self.rotary_pos_emb.inv_freq = inv_freq
         self._mark_tensor_parallel_weights()
+        self._leave_context_to_the_core_attention()
         if self.post_process and self.config.sequence_parallel:
             # forward() gathers the sequence itself, selects positions, and lets that gather's backward
             # reduce-scatter; the output layer must then neither gather again nor all-reduce.
@@ -65,6 +78,15 @@ class FireGPT(GPTModel):
                 if isinstance(module, kind) and weight is not None:
                     set_defaults_if_not_set_tensor_model_parallel_attributes(weight)
                     weight.tensor_model_parallel, weight.partition_dim = True, dimension
+
+    def _leave_context_to_the_core_attention(self) -> None:
+        """Hide the context-parallel ranks from megatron-core's attention, which would cut the rotary angles to this
+        rank's tokens (``apply_rotary_pos_emb``): ours are of these tokens already, and in generation each rank has rows
+        of its own. The core attention has its group from construction."""
+        for module in self.modules() if self.pg_collection.cp.size() > 1 else ():
+            if isinstance(module, Attention):
+                module.pg_collection = copy.copy(module.pg_collection)
+                module.pg_collection.cp = _Alone()
 
     @property
     def vocab_start(self) -> int:
@@ -88,7 +110,7 @@ class FireGPT(GPTModel):
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         *,
-        packed: PackedSeqParams | None = None,
+        packed: PackParams | None = None,
         select: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
         project: bool = True,

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from fire_megatron.models.packed import PackParams, row_chunks
+from fire_megatron.parallel.collectives import gather_with_gradient
 from fire_megatron.platform import compute_device
 
 
@@ -102,7 +103,8 @@ class CoreAttention(MegatronModule):
     """Causal attention over packed sequences on ``scaled_dot_product_attention``, with an optional KV cache.
 
     Three inputs, told apart by ``packed_seq_params`` and :attr:`cache`: a pack of sequences (training, scoring),
-    a pack of prompts to be remembered (prefill), one token a row (decode).
+    a pack of prompts to be remembered (prefill), one token a row (decode). A pack may be a part of longer rows whose
+    rest is with the other context-parallel ranks; keys and values are then gathered from all of them.
     """
 
     def __init__(
@@ -117,10 +119,11 @@ class CoreAttention(MegatronModule):
         pg_collection: Any = None,
         **_: Any,
     ) -> None:
-        """Signature of megatron-core's core attentions. Context parallelism and dropout are not supported here."""
+        """Signature of megatron-core's core attentions. Dropout is not supported here."""
         super().__init__(config=config)
-        assert config.context_parallel_size == 1 and not (attention_dropout or config.attention_dropout)
+        assert not (attention_dropout or config.attention_dropout)
         self.layer_number = layer_number
+        self.context_group = pg_collection.cp
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it before the global state
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         window = config.window_size
@@ -135,25 +138,43 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackParams | None = None,
     ) -> torch.Tensor:
         """Packs: query [T, Q, D], key and value [T, G, D] -> [T, Q, D]. Decode: [1, B, Q, D] -> [1, B, Q * D]."""
         if packed_seq_params is None:
             return self._decode(query, key, value)
+        if packed_seq_params.context_ranks > 1:
+            return self._attend_in_parts(query, key, value, packed_seq_params)
         offsets: list[int] = packed_seq_params.cu_seqlens_q.tolist()
         if self.cache is not None:
             self.cache.write_prompts(self.layer_number, key, value, offsets)
         rows = [self._attend(query[s:e], key[s:e], value[s:e]) for s, e in zip(offsets, offsets[1:], strict=False)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
+    def _attend_in_parts(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackParams
+    ) -> torch.Tensor:
+        """Each of this rank's chunks against its row up to the chunk's end, the rest of which other ranks hold."""
+        both = gather_with_gradient(torch.cat((key, value), -1), group=self.context_group)[params.order]
+        keys, values = both.split((key.shape[-1], value.shape[-1]), -1)
+        chunks = []
+        for own, row, position in row_chunks(params):
+            skipped = 0 if self.window is None else max(0, position + 1 - self.window)  # out of the window's reach
+            seen = slice(row.start + skipped, row.stop)
+            chunks.append(self._attend(query[own], keys[seen], values[seen]))
+        return torch.cat(chunks)
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal attention within one sequence: [S, Q, D], [S, G, D] -> [S, Q, D]."""
-        length, grouped = query.shape[0], query.shape[1] != key.shape[1]
+        """Causal attention within one sequence, of whose S tokens the queries are the last: [n, Q, D], [S, G, D] ->
+        [n, Q, D]."""
+        length, grouped = key.shape[0], query.shape[1] != key.shape[1]
         mask = None
-        if self.window is not None and length > self.window:
+        if len(query) < length or (self.window is not None and length > self.window):
             positions = torch.arange(length, device=query.device)
-            distance = positions[:, None] - positions
-            mask = (distance >= 0) & (distance < self.window)
+            distance = positions[length - len(query) :, None] - positions
+            mask = distance >= 0
+            if self.window is not None:
+                mask &= distance < self.window
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped

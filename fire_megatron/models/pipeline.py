@@ -7,29 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from fire_megatron.data.packing import Pack, pack_rows
+from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform import compute_device
 
 LastStage = Callable[[torch.Tensor, Pack], Any]
 """(final hidden states [N, H], pack) -> result; in training a triple (loss, token count, report)."""
-
-
-def packed_seq_params(pack: Pack) -> PackedSeqParams:
-    """megatron-core's description of the row boundaries of a pack."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=pack.cu_seqlens,
-        cu_seqlens_kv=pack.cu_seqlens,
-        max_seqlen_q=pack.max_seqlen,
-        max_seqlen_kv=pack.max_seqlen,
-    )
 
 
 def _finish(last_stage: LastStage, pack: Pack, output: torch.Tensor, non_loss_data: bool = False) -> Any:
@@ -53,7 +42,10 @@ def _forward_step(last_stage: LastStage, packs: Any, model: torch.nn.Module) -> 
 def padding_pack(model: torch.nn.Module, grid: ModelGrid) -> Pack:
     """A micro-batch without rows, for a replica that has none left while others wait for it."""
     multiple = grid.layout.tensor if get_model_config(model).sequence_parallel else 1
-    return pack_rows((), (), (), multiple=multiple, device=compute_device())
+    return pack_rows(
+        (), (), (),
+        multiple=multiple, device=compute_device(), context=grid.layout.context, context_rank=grid.cp_rank,
+    )  # fmt: skip
 
 
 def _in_lockstep(packs: Sequence[Pack], model: torch.nn.Module, grid: ModelGrid) -> Sequence[Pack]:

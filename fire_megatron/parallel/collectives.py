@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from fire_megatron.config.errors import UserError
 from fire_megatron.platform import compute_device
@@ -57,6 +58,31 @@ def all_gather_stacked(values: torch.Tensor, *, group: dist.ProcessGroup | None)
     shards = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, values.contiguous(), group=group)
     return torch.stack(shards)
+
+
+def gather_with_gradient(values: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, ...], of one shape on all ranks -> [ranks * n, ...] in rank order, differentiable.
+
+    One all-gather; in backward one reduce-scatter, which sums over the ranks what each of them says of this rank's
+    values.
+    """
+    return values if group.size() == 1 else _Gather.apply(values, group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        gathered = values.new_empty(group.size() * len(values), *values.shape[1:])
+        dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        return own, None
 
 
 def broadcast_flat(

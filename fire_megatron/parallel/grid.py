@@ -108,6 +108,11 @@ class ModelGrid:
         return self.pg.dp.rank()
 
     @property
+    def cp_rank(self) -> int:
+        """Place among the ranks that share each sequence."""
+        return self.pg.cp.rank()
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank embeds tokens."""
         return self.pp_rank == 0

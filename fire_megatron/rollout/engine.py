@@ -20,7 +20,7 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.layers import KVCache
-from fire_megatron.models.pipeline import packed_seq_params
+from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.collectives import broadcast_flat, largest
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform import compute_device

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fire_megatron.data.packing import Pack, balance, pack_rows, split_by_tokens
+from fire_megatron.data.packing import Pack, balance, pack_rows, split_by_tokens, whole_tokens
 from fire_megatron.data.rollouts import KeptStates
 from fire_megatron.losses.fused import OutputLayer, map_chunks
 from fire_megatron.losses.topk import top_k
@@ -169,7 +169,15 @@ class Teacher:
             return torch.zeros(0, device=compute_device())
         multiple = self.grid.layout.tensor if self.model.config.sequence_parallel else 1
         packs = [
-            pack_rows(prompts, responses, rows, multiple=multiple, device=compute_device())
+            pack_rows(
+                prompts,
+                responses,
+                rows,
+                multiple=multiple,
+                device=compute_device(),
+                context=self.grid.layout.context,
+                context_rank=self.grid.cp_rank,
+            )
             for rows in split_by_tokens(share, lengths, self.micro_batch_tokens) or [[]]
         ]
 
@@ -191,9 +199,9 @@ class Teacher:
     def _last_stage(
         self, hidden: torch.Tensor, pack: Pack, keep: Keep | None, slices: dict[int, dict[int, torch.Tensor]]
     ) -> torch.Tensor:
-        """[N, H] -> [2, N] float32."""
+        """[N, H] of this context rank's tokens -> [2, whole N] float32 of the rows, on all context ranks."""
         shard = {"group": self.grid.pg.tp, "vocab_start": self.model.vocab_start}
-        kind, tops = self.info.state_kind, []
+        kind, context, tops = self.info.state_kind, self.grid.pg.cp, []
 
         def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
             if keep is not None and kind.name == "topk":
@@ -203,10 +211,16 @@ class Teacher:
         scores = map_chunks(hidden, self._output_layer, score)
         self._output_layer.release()
         if keep is not None:
-            columns = split_columns(hidden if kind.name == "hidden" else torch.cat(tops), keep.slices)
-            # Every tensor rank has all of them; each sends its share.
-            for slice_ in range(self.grid.tp_rank, keep.slices, self.grid.layout.tensor):
-                states = columns[slice_].cpu().contiguous().split(list(pack.response_lengths))
-                for row, state in zip(pack.rows, states, strict=True):
-                    slices.setdefault(keep.row_ids[row], {})[slice_] = state
-        return scores
+            states = whole_tokens(hidden if kind.name == "hidden" else torch.cat(tops), pack, group=context)
+            if self.grid.cp_rank == 0:  # the one that last_stage_of() names
+                self._keep(states, pack, keep, slices)
+        return whole_tokens(scores.t(), pack, group=context).t()
+
+    def _keep(self, states: torch.Tensor, pack: Pack, keep: Keep, slices: dict[int, dict[int, torch.Tensor]]) -> None:
+        """Add a pack's states [whole N, W] to what is kept, on CPU by row."""
+        columns = split_columns(states, keep.slices)
+        # Every tensor rank has all of them; each sends its share.
+        for slice_ in range(self.grid.tp_rank, keep.slices, self.grid.layout.tensor):
+            rows = columns[slice_].cpu().contiguous().split(list(pack.response_lengths))
+            for row, state in zip(pack.rows, rows, strict=True):
+                slices.setdefault(keep.row_ids[row], {})[slice_] = state

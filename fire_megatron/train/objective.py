@@ -1,6 +1,7 @@
 """From the rows of a micro-batch to its loss, by the recipe's estimator.
 
-Shapes: N response tokens of a micro-batch, H hidden size, R_i response tokens of row i, W columns of a teacher's state.
+Shapes: N response tokens of a micro-batch that are this context rank's, H hidden size, R_i response tokens of row i,
+W columns of a teacher's state.
 """
 
 from __future__ import annotations
@@ -41,7 +42,20 @@ class _Run:
 
     teachers: tuple[str, ...]
     rows: tuple[int, ...]
-    tokens: int
+    lengths: tuple[int, ...]
+    """Response tokens of each row that are this context rank's."""
+    places: torch.Tensor | None
+    """[N of the run] where these stand among all of the rows' response tokens, laid end to end; None when they are all
+    of them."""
+
+    @property
+    def tokens(self) -> int:
+        """This context rank's response tokens."""
+        return sum(self.lengths)
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """[all of the rows' response tokens, ...] -> [N of the run, ...]."""
+        return values if self.places is None else values[self.places]
 
 
 @dataclass(frozen=True)
@@ -58,14 +72,23 @@ class MicroBatch:
 
     def column(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """[N] float32 in the pack's order, of [R_i] for every row."""
-        return torch.cat([torch.zeros(0), *(values[row] for row in self.pack.rows)]).to(compute_device())
+        column = torch.cat([torch.zeros(0), *(values[row] for row in self.pack.rows)])
+        if self.pack.context is not None:
+            column = column[self.pack.context.places]
+        return column.to(compute_device())
 
     def runs(self) -> list[_Run]:
         """The pack's rows by teacher, in order."""
-        runs = []
-        for teachers, group in itertools.groupby(self.pack.rows, lambda row: self.rows.targets[row].teachers):
-            rows = tuple(group)
-            runs.append(_Run(teachers, rows, sum(len(self.rows.rollouts.responses[row]) for row in rows)))
+        runs, context = [], self.pack.context
+        numbers = range(len(self.pack.rows))
+        whole = part = 0
+        for teachers, group in itertools.groupby(numbers, lambda i: self.rows.targets[self.pack.rows[i]].teachers):
+            mine = list(group)
+            lengths = tuple(self.pack.local_lengths[i] for i in mine)
+            places = None if context is None else context.places[part : part + sum(lengths)] - whole
+            runs.append(_Run(teachers, tuple(self.pack.rows[i] for i in mine), lengths, places))
+            whole += sum(self.pack.response_lengths[i] for i in mine)
+            part += sum(lengths)
         return runs
 
 
@@ -159,7 +182,8 @@ class Objective:
     def _segment(self, run: _Run, rows: TrainingRows) -> Segment:
         heads = [self.heads[name] for name in run.teachers]
         weights = [
-            torch.tensor(rows.targets[row].weights).expand(len(rows.rollouts.responses[row]), -1) for row in run.rows
+            torch.tensor(rows.targets[row].weights).expand(length, -1)
+            for row, length in zip(run.rows, run.lengths, strict=True)
         ]
         return Segment(
             layers=heads,
@@ -183,5 +207,5 @@ class Objective:
     def _states(self, name: str, run: _Run, rows: TrainingRows, width: int) -> torch.Tensor:
         """[N of the run, W] what a teacher sent of these rows, put together from the tensor ranks' slices."""
         assert rows.states is not None
-        own = torch.cat([rows.states[row][name] for row in run.rows]).to(compute_device())
+        own = run.take(torch.cat([rows.states[row][name] for row in run.rows])).to(compute_device())
         return all_gather_stacked(own, group=self.group).movedim(0, 1).flatten(1)[:, :width]

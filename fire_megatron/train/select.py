@@ -62,7 +62,7 @@ def select(
         The kept rows, in their order, and metrics (which count every row once: on one rank of each replica).
     """
     batch = fire_batch(rollouts, scores, teacher_names)
-    selection = apply_hooks(batch, hooks, reducer=Reducer(grid.pg.dp), micro_batch_size=micro_batch_size)
+    selection = apply_hooks(batch, hooks, reducer=Reducer(grid.row_group), micro_batch_size=micro_batch_size)
     kept = selection.keep_B.nonzero().flatten().tolist()
     weights = selection.weight_BR.cpu()
     rows = TrainingRows(
@@ -104,11 +104,12 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, Value]:
 def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
     """Share the kept rows of all replicas evenly by tokens, so that dropped rows cost no replica anything.
 
-    Each row's tensors travel in a few ragged gathers over the data-parallel group. The share depends only on the
-    set of kept rows, not on where they were sampled. What the teachers keep of the rows is brought afterwards
+    Each row's tensors travel in a few ragged gathers over the ranks that hold different rows. The share depends only on
+    the set of kept rows, not on where they were sampled. The context-parallel ranks of a replica get the same rows,
+    which they compute together. What the teachers keep of the rows is brought afterwards
     (:meth:`fire_megatron.teachers.router.TeacherRouter.attach`), straight to where it is needed.
     """
-    group, device = grid.pg.dp, compute_device()
+    group, device = grid.row_group, compute_device()
     if group.size() == 1:
         return rows
     assert rows.states is None
@@ -128,7 +129,7 @@ def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
     values = all_gather_rows(floats, dtype=torch.float32, device=device, group=group)
     order = sorted(range(len(headers)), key=lambda i: headers[i][0])
     lengths = [len(headers[i][1].token_ids) + len(responses[i]) for i in order]
-    mine = [order[i] for i in balance(lengths, group.size())[group.rank()]]
+    mine = [order[i] for i in balance(lengths, grid.layout.data)[grid.dp_rank]]
     columns = [values[i].split(len(responses[i])) for i in mine]
     return TrainingRows(
         rollouts=Rollouts(

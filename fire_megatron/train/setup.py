@@ -133,7 +133,15 @@ def _load_plugins(recipe: Recipe) -> list[Hook]:
                 f"run.plugins: cannot import {module!r} ({type(error).__name__}: {error}); correct the name, or put "
                 "its folder on PYTHONPATH"
             ) from error
-    return build_hooks(recipe.loss.hooks)
+    hooks, tokens = build_hooks(recipe.loss.hooks), recipe.optimizer.micro_batch_tokens
+    for i, hook in enumerate(hooks if tokens else ()):
+        if getattr(hook, "scope", "global") == "microbatch":
+            raise RecipeError(
+                f"loss.hooks.{i} ({recipe.loss.hooks[i].name}): its scope is 'microbatch', micro-batches of "
+                f"optimizer.micro_batch_size answers, and optimizer.micro_batch_tokens is {tokens}; set "
+                "micro_batch_size instead"
+            )
+    return hooks
 
 
 def _stop_ids(tokenizer: Tokenizer, recipe: Recipe) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from megatron.core.utils import get_model_config
 
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig
-from fire_megatron.data.packing import Pack, pack_rows, split_by_rows
+from fire_megatron.data.packing import Pack, fill_by_tokens, pack_rows, split_by_rows, whole_tokens
 from fire_megatron.data.rollouts import TrainingRows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.losses.reduction import global_token_count
@@ -58,8 +58,8 @@ def build_optimizer(
 
 
 class Student:
-    """Trains a model whose weights are loaded. Gradients are summed over micro-batches and data-parallel ranks;
-    the loss function has already divided by the global token count."""
+    """Trains a model whose weights are loaded. Gradients are summed over micro-batches and data- and
+    context-parallel ranks; the loss function has already divided by the global token count."""
 
     def __init__(
         self,
@@ -115,9 +115,13 @@ class Student:
 
     def packs(self, rows: TrainingRows) -> list[Pack]:
         """Micro-batches of this replica's rows, longest rows first, in each of them by teacher; padding alone when it
-        has none."""
-        lengths = rows.rollouts.lengths
-        order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+        has none. Under context parallelism, this rank's part of them."""
+        lengths, budget = rows.rollouts.lengths, self.settings.micro_batch_tokens
+        if budget:
+            batches = fill_by_tokens(range(len(rows)), lengths, budget)
+        else:
+            order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+            batches = split_by_rows(order, self.settings.micro_batch_size)
         multiple = self.grid.layout.tensor if self.model.config.sequence_parallel else 1
         return [
             pack_rows(
@@ -126,16 +130,22 @@ class Student:
                 sorted(batch, key=lambda row: rows.targets[row].teachers),  # stable
                 multiple=multiple,
                 device=compute_device(),
+                context=self.grid.layout.context,
+                context_rank=self.grid.cp_rank,
             )
-            for batch in split_by_rows(order, self.settings.micro_batch_size) or [[]]
+            for batch in batches or [[]]
         ]
 
     def log_probs(self, rows: TrainingRows) -> list[torch.Tensor]:
         """The trainer's log-probabilities of the responses under the present weights: [R_i] float32 each."""
         packs = self.packs(rows)
+
+        def last_stage(hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
+            return whole_tokens(self.objective.log_probs(hidden, pack), pack, group=self.grid.pg.cp)
+
         self.ddp.eval()
         with torch.no_grad():
-            results = run_pipeline(self.ddp, packs, self.objective.log_probs, grid=self.grid, forward_only=True)
+            results = run_pipeline(self.ddp, packs, last_stage, grid=self.grid, forward_only=True)
         self.ddp.train()
         sizes = [n for pack in packs for n in pack.response_lengths]
         flat = broadcast_flat(
@@ -160,8 +170,8 @@ class Student:
             old: [R_i] log-probabilities at the time of the rollouts; None when the weights have not moved since.
 
         Returns:
-            Metrics of the loss from the last pipeline stage's first tensor rank alone, so that none counts twice, and
-            each rank's part of what the routers of experts report.
+            Metrics of the loss from the last pipeline stage's first tensor rank alone, about the tokens that are its
+            context rank's, so that none counts twice; and each rank's part of what the routers of experts report.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

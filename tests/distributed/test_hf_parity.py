@@ -8,7 +8,7 @@ import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
 from roles import EXPERTS, Roles, Spec, hf_logits, layouts, reference, share
 
-from fire_megatron.data.packing import pack_rows
+from fire_megatron.data.packing import pack_rows, whole_tokens
 from fire_megatron.models.pipeline import run_pipeline
 
 LENGTHS = (1, 40, 3, 8, 17)
@@ -34,13 +34,18 @@ def megatron_logits(model, grid, rows):
     prompts, responses = [r[:1] for r in rows], [torch.cat((r[1:], r[:1])) for r in rows]
     multiple = grid.layout.tensor if model.config.sequence_parallel else 1
     device = next(model.parameters()).device
+    context = {"context": grid.layout.context, "context_rank": grid.cp_rank}
     packs = [
-        pack_rows(prompts, responses, part, multiple=multiple, device=device)
+        pack_rows(prompts, responses, part, multiple=multiple, device=device, **context)
         for part in (range(3), range(3, len(rows)))
     ]
     model.eval()
+
+    def last_stage(hidden, pack):
+        return whole_tokens(model.logits(hidden), pack, group=grid.pg.cp)
+
     with torch.no_grad():
-        outputs = run_pipeline(model, packs, lambda hidden, pack: model.logits(hidden), grid=grid, forward_only=True)
+        outputs = run_pipeline(model, packs, last_stage, grid=grid, forward_only=True)
     if not outputs:
         return []
     local = torch.cat(outputs)
@@ -68,7 +73,7 @@ def largest_difference(model, grid, rows, hf):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(roles, world_size, family):
     spec, rows = Spec(family), draw_rows()
-    for layout in layouts(world_size, experts=EXPERTS.get(family, (1,))):
+    for layout in layouts(world_size, contexts=(1, 2, 4), experts=EXPERTS.get(family, (1,))):
         model, grid = roles.build(spec, layout)
         assert largest_difference(model, grid, rows, reference(spec)) < TOLERANCE, layout
 
@@ -77,7 +82,7 @@ def test_logits_equal_transformers(roles, world_size, family):
 @pytest.mark.parametrize("family", ["llama3-tied", "qwen3"])
 def test_without_sequence_parallelism(roles, world_size, family):
     spec = Spec(family)
-    for layout in layouts(world_size, tensors=(2,)):
+    for layout in layouts(world_size, tensors=(2,), contexts=(1, 2)):
         model, grid = roles.build(spec, layout, sequence=False)
         assert not model.config.sequence_parallel
         assert largest_difference(model, grid, draw_rows(), reference(spec)) < TOLERANCE, layout
@@ -103,8 +108,9 @@ def test_a_shard_of_padding_alone(roles, world_size):
 def test_the_reference_tells_models_apart(roles, world_size, family):
     # Guards the tolerance: another seed, and a window off by one, are far outside it.
     other = Spec(family, seed=9) if family == "llama" else Spec(family, changes=(("sliding_window", 6),))
-    model, grid = roles.build(Spec(family), layouts(world_size)[0])
-    assert largest_difference(model, grid, draw_rows(), reference(other)) > 100 * TOLERANCE
+    for layout in (layouts(world_size)[0], *layouts(world_size, contexts=(2,))[:1]):
+        model, grid = roles.build(Spec(family), layout)
+        assert largest_difference(model, grid, draw_rows(), reference(other)) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3-tied"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def shared(world, tmp_path_factory):
 
 def settings(layout, *, distributed=True, dtype="float32", **changes):
     """Recipe changes of a case."""
-    tensor, pipeline = layout
+    tensor, pipeline, context = layout
     return {
-        "student__parallel": {"tensor": tensor, "pipeline": pipeline},
+        "student__parallel": {"tensor": tensor, "pipeline": pipeline, "context": context},
         "student__precision": {"dtype": dtype},
         "optimizer": {
             "lr": 2e-4,
@@ -106,8 +107,9 @@ def copy_run(world, source, target):
 
 
 def layouts(size):
-    """Every split of the world into tensor x pipeline; data parallelism takes the rest."""
-    return [(t, p) for t in (1, 2) for p in (1, 2) if size % (t * p) == 0]
+    """Splits of the world into tensor x pipeline x context; data parallelism takes the rest."""
+    shapes = [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
+    return [shape for shape in shapes if size % math.prod(shape) == 0]
 
 
 @pytest.mark.parametrize("distributed", [True, False])
@@ -120,7 +122,7 @@ def test_resumed_equals_uninterrupted(world, shared, distributed):
     assert middle[1] == {2 * STOP} and all(moment.abs().max() > 0 for moment in moments), "nothing to be restored"
     for layout in (first, *others):
         same = layout == first
-        folder = f"{name}-resumed-{layout[0]}-{layout[1]}"
+        folder = f"{name}-resumed-{layout}"
         copy_run(world, shared / f"{name}-stopped", shared / folder)
         # What is resumed elsewhere may also share out the optimizer's state otherwise.
         resumed = trainer(world, shared, folder, settings(layout, distributed=distributed or not same))

@@ -1,5 +1,6 @@
 """Each row is scored once, by its own teacher, and its scores come back to it: whatever the layouts and the order."""
 
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy
 
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
+from fire_megatron.parallel.collectives import all_gather_stacked
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.teachers.teacher import Teacher
 
@@ -35,9 +37,13 @@ def roles(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(roles, world_size):
-    """Three teachers in three layouts: data, tensor and pipeline parallel; at 4 ranks two of these at a time."""
-    shapes = {"math": Layout(pipeline=2, num_ranks=world_size), "code": Layout(num_ranks=world_size)}
-    shapes["chat"] = Layout(tensor=2, pipeline=2 if world_size % 4 == 0 else 1, num_ranks=world_size)
+    """Three teachers in three layouts: context (at 4 ranks and pipeline), data and tensor (and pipeline) parallel."""
+    stages = 2 if world_size % 4 == 0 else 1
+    shapes = {
+        "math": Layout(context=2, pipeline=stages, num_ranks=world_size),
+        "code": Layout(num_ranks=world_size),
+        "chat": Layout(tensor=2, pipeline=stages, num_ranks=world_size),
+    }
     built = {}
     for name, layout in shapes.items():
         model, grid = roles.build(SPECS[name], layout)
@@ -116,10 +122,14 @@ class Watch:
         """A hook that counts the sequences of each pack, once a replica."""
 
         def hook(model, args, kwargs):
-            ends = kwargs["packed"].cu_seqlens_q.tolist()
-            sequences = [tuple(args[0][0, s:e].tolist()) for s, e in zip(ends, ends[1:], strict=False)]
-            if grid.is_first_stage and grid.tp_rank == 0:
-                self.computed[name].update(s for s in sequences if any(s))  # padding is all zeros
+            packed, tokens = kwargs["packed"], args[0][0]
+            if packed.order is not None:
+                tokens = all_gather_stacked(tokens, group=grid.pg.cp).flatten()[packed.order]
+            assert len(tokens) == grid.layout.context * args[0].shape[1]  # each context rank has its part
+            rows = [tokens[s:e].tolist() for s, e in itertools.pairwise(packed.whole.tolist())]
+            if grid.is_first_stage and grid.tp_rank == grid.cp_rank == 0:
+                # No token of a row is 0, which padding is.
+                self.computed[name].update(tuple(filter(None, row)) for row in rows if any(row))
 
         return hook
 
@@ -146,9 +156,9 @@ def assert_equals_transformers(whole, rows):
 
 def test_scores_equal_each_rows_own_teacher(roles, teachers, world_size):
     rows = make_rows()
-    for layout in layouts(world_size):
+    for layout in layouts(world_size, contexts=(1, 2)):
         grid = roles.factory.grid(layout)
-        mine = deal(ROWS, layout.data, seed=1)[grid.dp_rank]
+        mine = deal(ROWS, grid.row_replicas, seed=1)[grid.row_replica]
         router = make_router(teachers, ROUTE, grid, roles.factory)
         scores = router.score(rollouts_of(rows, mine))
         assert_equals_transformers(gathered(scores, mine), rows)
@@ -159,9 +169,9 @@ def test_each_row_is_computed_once_by_its_own_teacher(roles, teachers, world_siz
     expected = {name: Counter() for name in SPECS}
     for label, prompt, response in rows:
         expected[ROUTE[label]][(*prompt.tolist(), *response.tolist())] += 1
-    for layout in layouts(world_size):
+    for layout in layouts(world_size, contexts=(1, 2)):
         grid = roles.factory.grid(layout)
-        mine = deal(ROWS, layout.data, seed=2)[grid.dp_rank]
+        mine = deal(ROWS, grid.row_replicas, seed=2)[grid.row_replica]
         with monkeypatch.context() as patch:
             watch = Watch(teachers, patch)
             router = make_router(teachers, ROUTE, grid, roles.factory)
@@ -174,7 +184,7 @@ def test_order_and_sharing_out_change_nothing(roles, teachers, world_size):
     rows, grid = make_rows(), roles.factory.grid(Layout(num_ranks=world_size))
     router, first = make_router(teachers, ROUTE, grid, roles.factory), None
     for seed in range(4):  # seed 0: one replica holds every row
-        mine = deal(ROWS, world_size, seed)[grid.dp_rank]
+        mine = deal(ROWS, world_size, seed)[grid.row_replica]
         whole = gathered(router.score(rollouts_of(rows, mine)), mine)
         first = first or whole
         assert sorted(whole) == list(range(ROWS))
@@ -188,7 +198,7 @@ def test_a_teacher_without_rows(roles, teachers, world_size, monkeypatch, absent
     rows = [row for row in make_rows() if ROUTE[row[0]] != absent]
     for layout in (layouts(world_size)[0], layouts(world_size)[-1]):
         grid = roles.factory.grid(layout)
-        mine = deal(len(rows), layout.data, seed=3)[grid.dp_rank]
+        mine = deal(len(rows), grid.row_replicas, seed=3)[grid.row_replica]
         router = make_router(teachers, ROUTE, grid, roles.factory)
         with monkeypatch.context() as patch:
             watch = Watch(teachers, patch)
@@ -201,7 +211,7 @@ def test_fewer_rows_than_replicas(roles, teachers, world_size):
     # One row, of a teacher with a replica on every rank: the other replicas have nothing to compute.
     rows = [row for row in make_rows() if ROUTE[row[0]] == "code"][:1]
     grid = roles.factory.grid(Layout(num_ranks=world_size))
-    mine = [0] if grid.dp_rank == world_size - 1 else []
+    mine = [0] if grid.row_replica == world_size - 1 else []
     router = make_router(teachers, ROUTE, grid, roles.factory)
     scores = router.score(rollouts_of(rows, mine))
     assert len(scores) == len(mine)

@@ -42,10 +42,16 @@ def at(first, ranks, **sizes):
     return Layout(first_rank=first, num_ranks=ranks, **sizes)
 
 
-STUDENTS = {"TP2": at(0, 2, tensor=2), "PP2": at(0, 2, pipeline=2), "TP1 DP2": at(0, 2)}
+STUDENTS = {
+    "TP2": at(0, 2, tensor=2),
+    "PP2": at(0, 2, pipeline=2),
+    "TP1 DP2": at(0, 2),
+    "CP2": at(0, 2, context=2),
+}
 TEACHERS = {
     "colocated TP2": {"math": at(0, 2, tensor=2), "code": at(0, 2, tensor=2)},
     "PP2 on its own span": {"math": at(2, 2, pipeline=2), "code": at(2, 2, pipeline=2)},
+    "CP2 on its own span": {"math": at(2, 2, context=2), "code": at(2, 2)},
     "one rank each": {"math": at(2, 1), "code": at(3, 1)},
     "one rank each of the student's": {"math": at(1, 1), "code": at(0, 1)},
     "spans that overlap": {"math": at(1, 2, tensor=2), "code": at(0, 4, pipeline=2)},
@@ -158,7 +164,7 @@ class Cast:
 
 
 def _parallel(layout):
-    return ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline)
+    return ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +225,7 @@ ROUTER_LAYOUTS = (
     (at(0, 3), {"math": at(3, 1), "code": at(0, 4)}),
     (at(0, 2, tensor=2), {"math": at(2, 2), "code": at(0, 4, tensor=2)}),
     (at(0, 4), {"math": at(0, 4), "code": at(0, 2)}),
+    (at(0, 2, context=2), {"math": at(1, 2, context=2), "code": at(0, 4, context=2)}),
 )
 
 

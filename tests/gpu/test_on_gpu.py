@@ -66,6 +66,25 @@ def test_bfloat16_trains(inputs, layer_spec):
         assert line["memory/peak_mb"] > 0
 
 
+@needs_te
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fused_attention_of_packs_equals_ours(ranks):
+    """Also with each row on two GPUs, where there are two."""
+    import torch
+
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).with_name("te_attention.py"))],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.parametrize(
     "loss", [{"estimator": "full"}, {"estimator": "topk", "top_k": 16}], ids=lambda x: x["estimator"]
 )

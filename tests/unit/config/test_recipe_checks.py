@@ -30,6 +30,10 @@ def test_a_correct_recipe_passes(values: Values, world_size: int | None) -> None
 def test_a_correct_recipe_passes_at_a_larger_layout(values: Values) -> None:
     values["student"]["parallel"] = {"tensor": 4, "pipeline": 4, "sequence": True}
     values["teachers"]["math"]["parallel"] = {"tensor": 2, "pipeline": 8}
+    values["teachers"]["code"] |= {
+        "parallel": {"context": 2, "tensor": 2}, "megatron": {"cp_comm_type": "a2a"}, "layer_spec": "te"
+    }  # fmt: skip
+    values["optimizer"] = {"micro_batch_tokens": 4096}
     values["evaluation"] = {"every": 2, "prompts": [{"path": values["data"]["train"][0]["path"], "label": "sql"}]}
     values["checkpoint"] = {"dir": values["run"]["dir"] + "/a/b"}
     check_recipe(recipe_from_dict(values), world_size=64)
@@ -151,8 +155,23 @@ def _checkpoint_dir_is_a_file(values: Values) -> None:
     values["checkpoint"] = {"dir": values["data"]["train"][0]["path"]}
 
 
-def _context_parallel(values: Values) -> None:
-    values["student"]["parallel"] = {"context": 2}
+def _communication_without_context(values: Values) -> None:
+    values["student"]["megatron"] = {"cp_comm_type": "all_gather"}
+
+
+def _communication_of_local_layers(values: Values) -> None:
+    values["student"] |= {
+        "megatron": {"cp_comm_type": "all_gather"}, "parallel": {"context": 2}, "layer_spec": "local"
+    }  # fmt: skip
+
+
+def _communication_by_heads(values: Values) -> None:
+    values["teachers"]["code"] |= {"megatron": {"cp_comm_type": "a2a"}, "parallel": {"context": 4, "tensor": 2}}
+
+
+def _hook_scope_without_rows(values: Values) -> None:
+    values["optimizer"] = {"micro_batch_tokens": 100}
+    values["loss"] = {"hooks": [{"name": "filter"}, {"name": "reweight", "scope": "microbatch"}]}
 
 
 def _home_folder(values: Values) -> None:
@@ -203,7 +222,21 @@ def _home_folder(values: Values) -> None:
         (_system_prompt, "data.system_prompt: needs a chat template and data.chat_template is off; use auto or on"),
         (_run_dir_below_a_file, "prompts.jsonl is a file; choose another folder"),
         (_checkpoint_dir_is_a_file, "checkpoint.dir: "),
-        (_context_parallel, "student.parallel.context: 2: not supported yet; leave it 1"),
+        (
+            _communication_without_context,
+            "student.megatron.cp_comm_type: 'all_gather' has no effect, since student.parallel.context is 1; leave it",
+        ),
+        (_communication_of_local_layers, "'all_gather' is read by Transformer Engine's layers and student.layer_spec"),
+        (
+            _communication_by_heads,
+            "teachers.code.megatron.cp_comm_type: 'a2a' shares out the model's 4 key/value heads over tensor 2 x "
+            "context 4 = 8 ranks, which does not divide them; use 'p2p' or 'all_gather'",
+        ),
+        (
+            _hook_scope_without_rows,
+            "loss.hooks.1.scope: 'microbatch' takes its statistics over micro-batches of optimizer.micro_batch_size "
+            "answers, and optimizer.micro_batch_tokens is 100; use 'global', or set micro_batch_size instead",
+        ),
         (_home_folder, f"run.dir: ~/runs/a: ~ is not replaced here; write {os.path.expanduser('~/runs/a')}"),
     ],
 )
@@ -215,6 +248,9 @@ def test_one_mistake_is_one_problem(values: Values, spoil: Callable[[Values], No
 
 def test_a_whole_world_must_hold_copies_of_every_role(values: Values) -> None:
     values["student"]["parallel"] = {"tensor": 2, "pipeline": 2}
+    values["teachers"]["math"]["parallel"] = {"context": 3}
+    assert "tensor 1 x pipeline 1 x context 3 = 3 ranks a copy of the model" in complaint(values, world_size=4)
+    values["teachers"]["math"]["parallel"] = {"context": 2}
     values["teachers"]["code"]["parallel"] = {"tensor": 1, "pipeline": 3}
     message = complaint(values, world_size=4)
     assert "teachers.code.parallel: tensor 1 x pipeline 3 x context 1 = 3 ranks a copy of the model" in message

@@ -120,6 +120,12 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ("loss.hooks", [{"name": "reweight", "alpha": -1}], "loss.hooks.0.alpha: -1.0 is not allowed"),
         ("optimizer.lr", 0, "optimizer.lr: 0.0 is not allowed; it must be above 0"),
         ("optimizer.min_lr", 1, "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr"),
+        (
+            "optimizer",
+            {"micro_batch_size": 2, "micro_batch_tokens": 64},
+            "optimizer.micro_batch_size: 2 has no effect, since micro_batch_tokens is 64; leave out one of them",
+        ),
+        ("optimizer.micro_batch_tokens", -1, "optimizer.micro_batch_tokens: -1 is not allowed"),
         ("optimizer.betas", [0.9, 1], "optimizer.betas.1: 1.0 is not allowed; it must be at least 0 and below 1"),
         ("checkpoint.keep", 0, "checkpoint.keep: 0 is not allowed; it must be at least 1"),
     ],

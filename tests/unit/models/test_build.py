@@ -315,6 +315,21 @@ def test_sequence_parallelism(tensor, asked, used, save_config, tmp_path):
     assert transformer_config(read_hf_config(tmp_path), role, layout, device=CPU).sequence_parallel == used
 
 
+def test_a_ring_of_context_ranks_knows_no_window(save_config, tmp_path):
+    save_config("mistral-window")
+    shape, layout = read_hf_config(tmp_path), Layout(context=2, num_ranks=2)
+    with pytest.raises(RecipeError, match="megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is 7"):
+        transformer_config(shape, student(megatron={"cp_comm_type": "p2p"}), layout, device=CPU)
+    config = transformer_config(shape, student(megatron={"cp_comm_type": "all_gather"}), layout, device=CPU)
+    assert (config.context_parallel_size, config.cp_comm_type) == (2, "all_gather")
+
+
+def test_communication_over_hierarchical_groups_is_refused():
+    with pytest.raises(RecipeError, match="student.megatron.cp_comm_type: 'a2a\\+p2p' is not one of p2p, all_gather"):
+        check_megatron_overrides("student", {"cp_comm_type": "a2a+p2p"})
+    check_megatron_overrides("student", {"cp_comm_type": "a2a"})
+
+
 def test_a_combination_that_megatron_rejects(save_config, tmp_path):
     save_config("llama")
     role = student(megatron={"recompute_granularity": "full"})

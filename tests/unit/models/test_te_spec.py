@@ -15,25 +15,29 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
 )
-@pytest.mark.parametrize(
-    ("family", "options", "experts"),
-    [
-        ("llama3-tied", ["--tensor=2"], None),
-        ("qwen2", [], None),
-        ("qwen3", ["--tensor=2"], None),
-        ("qwen3-moe", [], "TEGroupedMLP"),
-        ("qwen3-moe", ["--tensor=2", "--expert=2"], "TEGroupedMLP"),
-        ("qwen3-moe", ["--expert=2", "--sequential"], "SequentialMLP"),
-        ("qwen3-moe-mixed", ["--tensor=2"], "TEGroupedMLP"),
-    ],
-)
-def test_same_tensors_as_the_checkpoint(family, options, experts, save_config, tmp_path):
+
+CASES = [
+    ("llama3-tied", 2, 1, [], None),
+    ("qwen2", 1, 2, [], None),
+    ("mistral-window", 1, 2, [], None),
+    ("qwen3", 2, 2, [], None),
+    ("qwen3-moe", 1, 1, [], "TEGroupedMLP"),
+    ("qwen3-moe", 2, 1, ["--expert=2"], "TEGroupedMLP"),
+    ("qwen3-moe", 1, 2, ["--expert=2"], "TEGroupedMLP"),
+    ("qwen3-moe", 1, 1, ["--expert=2", "--sequential"], "SequentialMLP"),
+    ("qwen3-moe-mixed", 2, 1, [], "TEGroupedMLP"),
+]
+
+
+@pytest.mark.parametrize(("family", "tensor", "context", "options", "experts"), CASES)
+def test_same_tensors_as_the_checkpoint(family, tensor, context, options, experts, save_config, tmp_path):
     save_config(family)
+    layout = [f"--tensor={tensor}", f"--context={context}"]
     done = subprocess.run(
-        [sys.executable, str(HERE / "te_names.py"), str(tmp_path), *options],
+        [sys.executable, str(HERE / "te_names.py"), str(tmp_path), *layout, *options],
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}"},
         capture_output=True,
         text=True,
@@ -42,6 +46,38 @@ def test_same_tensors_as_the_checkpoint(family, options, experts, save_config, t
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert "TELayerNormColumnParallelLinear" in report["layers"], "these are not Transformer Engine's layers"
-    assert "CoreAttention" in report["layers"]
     assert experts is None or {experts, "Router"} <= {*report["layers"]}
     assert report["found"] == report["wanted"]
+    window = family == "mistral-window"
+    # Rows of 14 and 6 tokens, padded to multiples of 4 where two ranks share them; the kernel is told of whole rows.
+    boundaries = [0, 14, 20] if context == 1 else [0, 16, 24]
+    assert report["attention"] == {
+        "class": "TEAttention",
+        "context_ranks": None if context == 1 else [0, tensor],
+        "communication": "all_gather" if window else "p2p",
+        "window": [6, 0] if window else [-1, 0],
+        "mask": "padding_causal",
+        "boundaries": boundaries,
+        "one_tensor": True,
+        "longest": boundaries[1],
+        "out": [boundaries[-1] // context, 32],
+        "seen_by_megatron": 1,
+    }
+
+
+def test_chunks_are_those_that_transformer_engine_expects():
+    """Its own function that cuts packs for context ranks, on a CPU, gives the tokens that ours gives."""
+    code = """
+import itertools, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformer_engine.pytorch.attention.dot_product_attention.context_parallel import get_batch_on_this_cp_rank
+from fire_megatron.data.packing import zigzag
+dist.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
+starts = [0, 12, 42, 48]
+tokens, labels, positions = (torch.arange(48) + 100 * i for i in range(3))
+theirs = get_batch_on_this_cp_rank(torch.tensor(starts), tokens[None], labels[None], positions[None], dist.group.WORLD)
+ours = zigzag(starts, 3, 1)
+assert len(ours) == 16 and torch.equal(theirs[0].flatten(), tokens[ours]), (theirs, ours)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,6 @@ from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.parallel.reducer import Reducer
@@ -26,9 +25,10 @@ AUXILIARY = {"moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.02}
 
 
 def expert_layouts(size: int) -> list[Layout]:
-    """Every tensor x pipeline x expert split, by expert size: the last one spreads the experts widest, the one before
-    it splits tensors too."""
-    return sorted(layouts(size, pipelines=(1, 2), experts=(1, 2, 4)), key=lambda layout: layout.expert)
+    """Every tensor x pipeline x context x expert split, by expert size: the last spreads the experts widest, the one
+    before it splits tensors too."""
+    every = layouts(size, pipelines=(1, 2), contexts=(2, 1), experts=(1, 2, 4))
+    return sorted(every, key=lambda layout: layout.expert)
 
 
 def draw_rows(count: int = ROWS) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -89,6 +89,7 @@ def make_student(
 
 def run_step(student: Student, grid: ModelGrid, count: int = ROWS, spec: Spec = SPEC) -> dict[str, float]:
     """Accumulate the gradients of one update; returns the reduced metrics."""
-    rows = training_rows(replica_rows(count, grid), count, spec)
+    # An update's rows are the same on all context ranks of a replica.
+    rows = training_rows(range(grid.dp_rank, count, grid.layout.data), count, spec)
     tokens = student.count_tokens(rows, Reducer(grid.pg.dp))
     return reduce_metrics(student.accumulate_gradients(rows, tokens=tokens), group=grid.span)

@@ -20,7 +20,6 @@ from roles import (
 )
 
 from fire_megatron.checkpoint.maps import pack, tensor_map
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.models.hf_config import read_hf_config
 
 
@@ -179,7 +178,7 @@ def test_replicas_without_rows(roles, world_size):
     expected = log_prob_and_entropy(hf_response_logits(reference(SPEC), prompts[0], responses[0]), responses[0])[0]
     for layout in expert_layouts(world_size):
         student, grid = make_student(roles, layout)
-        mine = replica_rows(1, grid)
+        mine = range(grid.dp_rank, 1, grid.layout.data)
         log_probs = student.log_probs(training_rows(mine, 1))
         assert len(log_probs) == len(mine)
         for ours in log_probs:

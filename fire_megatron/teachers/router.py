@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fire_megatron.config.errors import TrainingError
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, Target, TrainingRows
-from fire_megatron.metrics.values import Value
+from fire_megatron.metrics.values import Max, Sum, Value
 from fire_megatron.parallel.collectives import all_gather_rows, broadcast_flat
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import ModelGrid
@@ -146,6 +146,7 @@ class Session:
         self._held: dict[int, torch.Tensor] = {}
         self.seconds: dict[str, float] = {}
         """That each teacher took, as its span's first rank measured it."""
+        self._bytes = self.pool.mail.bytes
         self.pool.begin()
         if self.pool.reaching:
             router.announce(do="sample", rounds=rounds, keep=keep)
@@ -212,6 +213,13 @@ class Session:
             entropies=tuple(entropies for _, entropies in combined),
             kept=self._kept(holders) if self.keep else {},
         )
+
+    def metrics(self) -> dict[str, Value]:
+        """``router/bytes``, of requests and answers between this rank and teachers on other ranks, and
+        ``time/teacher/<name>``; after :meth:`finish`, to be reduced over the student's ranks."""
+        spent: dict[str, Value] = {f"time/teacher/{name}": Max(seconds) for name, seconds in self.seconds.items()}
+        sent = self.pool.mail.bytes - self._bytes if self.router.student_grid.leads_rows else 0
+        return spent | {"router/bytes": Sum(float(sent))}
 
     def _score_here(self, progress: Callable[[str], None] | None) -> None:
         """Teachers on the student's ranks, in the order of their names."""

@@ -282,7 +282,7 @@ class Trainer:
     def training_step(self, step: int) -> dict[str, Value]:
         """One step of distillation; returns metrics to be reduced over the student's span."""
         run, recipe = self.run, self.recipe
-        rollouts, scores, seconds = self._sample_and_score(step)
+        rollouts, scores, routed = self._sample_and_score(step)
         self._check_stop()
         with self._timed("update"):
             self._show("update")
@@ -298,8 +298,7 @@ class Trainer:
         self.logger.samples(step + 1, self._samples(rollouts, scores))
         # Every rank of a replica holds the same rollouts; one of them counts.
         counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
-        spent: dict[str, Value] = {f"time/teacher/{name}": Max(value) for name, value in seconds.items()}
-        return (rollout_metrics(rollouts) | selected if counts else {}) | spent | updated
+        return (rollout_metrics(rollouts) | selected if counts else {}) | routed | updated
 
     def _samples(self, rollouts: Rollouts, scores: Scores) -> Iterator[dict[str, Any]]:
         """This replica's answers as lines of ``samples.jsonl``."""
@@ -314,9 +313,9 @@ class Trainer:
                 "reverse_kl": float((rollouts.log_probs[i] - scores.log_probs[i]).sum()),
             }
 
-    def _sample_and_score(self, step: int) -> tuple[Rollouts, Scores, dict[str, float]]:
-        """Rollouts of this replica and what the teachers say of them, some of whom score while it samples; and the
-        seconds that each teacher took."""
+    def _sample_and_score(self, step: int) -> tuple[Rollouts, Scores, dict[str, Value]]:
+        """Rollouts of this replica and what the teachers say of them, some of whom score while it samples; and what
+        that took."""
         run, repeats = self.run, self.recipe.rollout.samples_per_prompt
         prompts = [run.inputs.prompts[i] for i in run.order.batch(step) for _ in range(repeats)]
         mine = replica_rows(len(prompts), run.grid)
@@ -332,7 +331,7 @@ class Trainer:
             raise _Stopped
         with self._timed("teacher_exposed"):
             scores = session.finish(rollouts, progress=lambda name: self._show(f"teacher {name}"))
-        return rollouts, scores, session.seconds
+        return rollouts, scores, session.metrics()
 
     def _show(self, doing: str) -> None:
         self.logger.progress(f"step {self.step + 1}: {doing}")

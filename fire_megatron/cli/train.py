@@ -35,11 +35,11 @@ def _check(path: str, recipe: Recipe) -> None:
         UserError: what is wrong.
     """
     from fire_megatron.platform import launch, select_device
-    from fire_megatron.train import setup
+    from fire_megatron.train import inputs
 
     ranks = launch.launched_world_size()
-    _, _, inputs = setup.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks)
-    for note in inputs.notes:
+    _, _, read = inputs.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks)
+    for note in read.notes:
         print(note)
     print(f"{path}: no problem found for {ranks} ranks (weights were not read)")
 
@@ -48,7 +48,7 @@ def _train(recipe: Recipe, world: World) -> int:
     """Train, with an eye on the other ranks: when one of them fails, all of them leave and say which."""
     from fire_megatron.platform import launch
     from fire_megatron.platform.watch import EXIT_CODE
-    from fire_megatron.train.setup import rank_roles
+    from fire_megatron.train.inputs import rank_roles
     from fire_megatron.train.trainer import Trainer
 
     held = rank_roles(recipe, world)

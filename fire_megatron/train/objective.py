@@ -197,7 +197,7 @@ class Objective:
     def _topk(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
         width = 2 * self.loss.top_k + 1
         empty = torch.zeros(0, width, dtype=torch.int32, device=compute_device())
-        # One teacher a row: setup.py refuses mixtures.
+        # One teacher a row: train/inputs.py refuses mixtures.
         states = [self._states(*run.teachers, run, batch.rows, width) for run in runs]
         weight = batch.column(batch.rows.weights)
         return topk_loss(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,31 +10,24 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
-from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import RecipeError, UserError
-from fire_megatron.config.roles import roles, routes
+from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
-from fire_megatron.config.spans import Span, parse_span
+from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
-from fire_megatron.data.prompts import read_prompts
-from fire_megatron.data.records import Prompt
-from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fire_megatron.evaluation.heldout import HeldOut
-from fire_megatron.fire.hooks import Hook, build_hooks
+from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import (
     DTYPES,
     build_model,
-    check_megatron_overrides,
-    resolve_layer_spec,
-    transformer_config,
 )
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Device, Offload, Watch, World, launch
+from fire_megatron.platform import Offload, Watch, World, launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
@@ -43,23 +35,11 @@ from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.teachers.transfer import Transfer
+from fire_megatron.train.inputs import Inputs, check, role_layout, used_vocabulary
 from fire_megatron.train.student import Student
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads besides weights."""
-
-    tokenizer: Tokenizer
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    stop_ids: tuple[int, ...]
-    route: dict[str, str]
-    notes: tuple[str, ...]
-    """What was read, for people."""
 
 
 @dataclass(frozen=True)
@@ -92,25 +72,6 @@ class Run:
     """None on ranks that hold none of it."""
 
 
-def role_layout(role: RoleConfig, num_ranks: int) -> Layout:
-    """A role's layout over its ranks in a world of so many."""
-    parallel, span = role.parallel, parse_span(role.ranks, num_ranks)
-    return Layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.context,
-        expert=parallel.expert,
-        first_rank=span.first,
-        num_ranks=span.count,
-    )
-
-
-def rank_roles(recipe: Recipe, world: World) -> str:
-    """The roles that this rank holds, for people: ``student and teachers.math``."""
-    held = [path for path, role in roles(recipe).items() if world.rank in parse_span(role.ranks, world.size).ranks]
-    return " and ".join(held)
-
-
 def on_all_ranks(action: Callable[..., T], *args: object, **kwargs: object) -> T:
     """Run something that may find a user's mistake; if any rank does, every rank raises."""
     problem, result = None, None
@@ -120,139 +81,6 @@ def on_all_ranks(action: Callable[..., T], *args: object, **kwargs: object) -> T
         problem = error
     raise_on_any(str(problem) if problem else None, type(problem) if problem else UserError, group=dist.group.WORLD)
     return result  # type: ignore[return-value]
-
-
-def _load_plugins(recipe: Recipe) -> list[Hook]:
-    for module in recipe.run.plugins:
-        try:
-            importlib.import_module(module)
-        except UserError:
-            raise
-        except Exception as error:  # a module of the user's may raise anything
-            raise RecipeError(
-                f"run.plugins: cannot import {module!r} ({type(error).__name__}: {error}); correct the name, or put "
-                "its folder on PYTHONPATH"
-            ) from error
-    hooks, tokens = build_hooks(recipe.loss.hooks), recipe.optimizer.micro_batch_tokens
-    for i, hook in enumerate(hooks if tokens else ()):
-        if getattr(hook, "scope", "global") == "microbatch":
-            raise RecipeError(
-                f"loss.hooks.{i} ({recipe.loss.hooks[i].name}): its scope is 'microbatch', micro-batches of "
-                f"optimizer.micro_batch_size answers, and optimizer.micro_batch_tokens is {tokens}; set "
-                "micro_batch_size instead"
-            )
-    return hooks
-
-
-def _stop_ids(tokenizer: Tokenizer, recipe: Recipe) -> tuple[int, ...]:
-    ids = list(tokenizer.eos_ids)
-    for text in recipe.rollout.stop_tokens:
-        pieces = tokenizer.encode_piece(text)
-        if len(pieces) != 1:
-            raise RecipeError(
-                f"rollout.stop_tokens: {text!r} is {len(pieces)} tokens for the student's tokenizer; "
-                "a stop token must be one"
-            )
-        ids.append(pieces[0])
-    return tuple(dict.fromkeys(ids))
-
-
-def read_inputs(recipe: Recipe) -> Inputs:
-    """Read tokenizer and prompts and check them against the teachers.
-
-    Raises:
-        UserError: anything in them that the recipe cannot train on.
-    """
-    tokenizer = load_tokenizer(recipe.student.checkpoint)
-    route = routes(recipe)
-    for name, teacher in recipe.teachers.items():
-        theirs = load_tokenizer(teacher.checkpoint)
-        if theirs.fingerprint() != tokenizer.fingerprint():
-            raise RecipeError(
-                f"teachers.{name}.checkpoint: its tokenizer differs from the student's ({teacher.checkpoint} against "
-                f"{recipe.student.checkpoint}); log-probabilities can only be compared token by token when both "
-                "use one vocabulary"
-            )
-    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
-    notes = [f"data.train: {report}"]
-    if recipe.loss.estimator == "topk":
-        _refuse_mixtures(prompts, route)
-    held_out: list[Prompt] = []
-    if recipe.evaluation.prompts:
-        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
-        held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
-        notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
-    return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route, tuple(notes))
-
-
-def _refuse_mixtures(prompts: Sequence[Prompt], route: Mapping[str, str]) -> None:
-    mixed = [prompt for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
-    if mixed:
-        raise RecipeError(
-            f"loss.estimator: topk takes one teacher a row, but rows name several, whose top-k tokens are not the same "
-            f"({len(mixed)} of {len(prompts)}, the first: {mixed[0].label}); use full, or give these rows one label"
-        )
-
-
-def _limit_by_label(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    seen: dict[str, int] = {}
-    kept = []
-    for prompt in prompts:
-        seen[prompt.label] = seen.get(prompt.label, 0) + 1
-        if not limit or seen[prompt.label] <= limit:
-            kept.append(prompt)
-    return kept
-
-
-def _check_roles(recipe: Recipe, device: Device, num_ranks: int) -> dict[str, ModelShape]:
-    """Read every role's architecture, try its configuration and look at its files; no weights are read."""
-    shapes = {}
-    for path, role in roles(recipe).items():
-        shape = read_hf_config(role.checkpoint)
-        check_megatron_overrides(path, role.megatron)
-        resolve_layer_spec(role.layer_spec, device, role=path)
-        try:
-            transformer_config(shape, role, role_layout(role, num_ranks), device=device)
-            open_whole(role.checkpoint, shape)
-        except UserError as error:
-            raise type(error)(f"{path}: {error}") from error
-        shapes[path] = shape
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
-    for path, shape in shapes.items():
-        if longest > shape.max_positions:
-            raise RecipeError(
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the {shape.max_positions} "
-                f"positions of {path} ({recipe_checkpoint(recipe, path)}); lower one of them"
-            )
-    return shapes
-
-
-def used_vocabulary(shapes: Mapping[str, ModelShape]) -> int:
-    """Entries that the softmax of every role runs over: models of one family pad their vocabularies differently."""
-    return min(shape.vocab_size for shape in shapes.values())
-
-
-def _check_vocabularies(recipe: Recipe, shapes: Mapping[str, ModelShape], tokenizer: Tokenizer) -> list[str]:
-    """Returns notes. Raises RecipeError when a model lacks entries of the tokenizer, which all roles share."""
-    sizes = {path: shape.vocab_size for path, shape in shapes.items()}
-    used = used_vocabulary(shapes)
-    if tokenizer.vocab_size > used:
-        path = min(sizes, key=sizes.__getitem__)
-        raise RecipeError(
-            f"{path}.checkpoint: its vocabulary of {used} does not hold the tokenizer's {tokenizer.vocab_size} tokens; "
-            f"student and teachers must share one, so give a checkpoint of the same family as the others"
-        )
-    if recipe.loss.estimator == "topk" and recipe.loss.top_k > used:
-        raise RecipeError(f"loss.top_k: {recipe.loss.top_k} exceeds the vocabulary of {used}; lower it")
-    if len(set(sizes.values())) == 1:
-        return []
-    listed = ", ".join(f"{path} {size}" for path, size in sizes.items())
-    return [f"vocabularies differ in unused entries at the end ({listed}): the first {used} are used"]
-
-
-def recipe_checkpoint(recipe: Recipe, path: str) -> str:
-    """Checkpoint folder of the role at a recipe path."""
-    return roles(recipe)[path].checkpoint
 
 
 def _loaded(
@@ -270,26 +98,6 @@ def _loaded(
     model.used_vocab_size = used_vocab_size
     load_weights(model, Path(role.checkpoint), grid=grid)
     return model
-
-
-def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook], dict[str, ModelShape], Inputs]:
-    """Everything that can be checked before a model is built, on this process alone.
-
-    Args:
-        recipe: as loaded and checked by config/.
-        device: where the run computes.
-        num_ranks: ranks of the run.
-
-    Returns:
-        The hooks, the architecture of each role by recipe path, and what the run reads besides weights.
-
-    Raises:
-        UserError: recipe, data, layout or checkpoint are not usable.
-    """
-    hooks = _load_plugins(recipe)
-    shapes, inputs = _check_roles(recipe, device, num_ranks), read_inputs(recipe)
-    notes = _check_vocabularies(recipe, shapes, inputs.tokenizer)
-    return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes))
 
 
 def _load_models(

@@ -36,10 +36,11 @@ from fire_megatron.platform import (
 )
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
+from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
-from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare, rank_roles
+from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare
 
 
 class _Stopped(Exception):

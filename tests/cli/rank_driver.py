@@ -18,7 +18,7 @@ from unittest import mock
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.cli.train import main
 from fire_megatron.config.errors import CheckpointError, DataError, RecipeError
-from fire_megatron.train import setup, trainer
+from fire_megatron.train import inputs, trainer
 
 
 def _raises(error):
@@ -38,8 +38,8 @@ def file_limit(size):
 
 SPOILT = {
     "nothing": lambda: contextlib.nullcontext(),
-    "prompts": lambda: mock.patch.object(setup, "read_prompts", _raises(DataError("rank-local: prompts"))),
-    "plugin": lambda: mock.patch.object(setup, "build_hooks", _raises(RecipeError("rank-local: plugin"))),
+    "prompts": lambda: mock.patch.object(inputs, "read_prompts", _raises(DataError("rank-local: prompts"))),
+    "plugin": lambda: mock.patch.object(inputs, "build_hooks", _raises(RecipeError("rank-local: plugin"))),
     "files": lambda: mock.patch.object(ShardReader, "check_files", _raises(CheckpointError("rank-local: files"))),
     "chunk": lambda: mock.patch.object(ShardReader, "_chunk", _raises(CheckpointError("rank-local: chunk"))),
     "run folder": lambda: mock.patch.object(trainer, "MetricsLogger", _raises(RecipeError("rank-local: run folder"))),

@@ -8,7 +8,7 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.loss import HookConfig, LossConfig
 from fire_megatron.config.schema import OptimizerConfig
 from fire_megatron.fire import hooks
-from fire_megatron.train.setup import _load_plugins
+from fire_megatron.train.inputs import _load_plugins
 
 
 class Whole:

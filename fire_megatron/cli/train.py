@@ -71,9 +71,11 @@ def _train(recipe: Recipe, world: World) -> int:
         if watch.fail(text) or world.rank == 0:
             print(f"error: {text}", file=sys.stderr, flush=True)
         return EXIT_CODE
+    else:
+        watch.close(in_good_order=True)
+        return 0
     finally:
         watch.close()
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

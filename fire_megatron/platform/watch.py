@@ -14,13 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
 EXIT_CODE = 3
 """Of a process that leaves because another one has failed."""
 _BEAT, _VERDICT = "fire/beat", "fire/verdict"
+_FAREWELL = 30.0
+"""Seconds that rank 0 gives the others to leave."""
 _DONE = -1
+SAVING = "saving"
+"""What a rank says that it is at while it writes a checkpoint."""
 _HURRIED = 8.0
 """Seconds without a sign of life that are enough once the launcher has begun to stop the processes."""
 
@@ -50,13 +55,20 @@ class Watch:
             self._thread.start()
         return self
 
-    def close(self) -> None:
-        """Leave in peace: a process that is done is not missed."""
+    def close(self, *, in_good_order: bool = False) -> None:
+        """Leave in peace: a process that is done is not missed. In good order, rank 0 leaves last: where no launcher
+        holds the store, it goes with rank 0, and the others would take that for a death."""
         self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-            with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
-                self._write("done", _DONE)
+        if not self._thread.is_alive():
+            return
+        self._thread.join()
+        with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
+            self._write("done", _DONE)
+            deadline = time.monotonic() + _FAREWELL
+            while in_good_order and self._rank == 0 and time.monotonic() < deadline:
+                if all(beat["count"] == _DONE for beat in self._beats(range(self._size)).values()):
+                    return
+                time.sleep(0.05)
 
     def doing(self, what: str) -> None:
         """Say what this process is at, for the message of somebody who waits for it in vain."""
@@ -92,10 +104,11 @@ class Watch:
     def missing(self) -> list[int]:
         """Ranks that have shown no sign of life over the last seconds. Takes a few of them."""
         with contextlib.suppress(RuntimeError):
-            before = self._counts(range(self._size))
+            before = self._beats(range(self._size))
             time.sleep(max(4 * self._interval, 2.0))
-            after = self._counts(range(self._size))
-            return [r for r, count in after.items() if count == before.get(r) != _DONE and r != self._rank]
+            after = self._beats(range(self._size))
+            silent = [rank for rank in before if rank != self._rank and before[rank]["count"] == after[rank]["count"]]
+            return [rank for rank in silent if after[rank]["count"] != _DONE]
         return [0] if self._rank else []
 
     # ---- the thread -------------------------------------------------------------------------------------------
@@ -118,17 +131,21 @@ class Watch:
         beat = {"count": count, "roles": self._roles, "doing": doing, "seconds": time.monotonic() - self._since}
         self._store.set(f"{_BEAT}/{self._rank}", json.dumps(beat))
 
-    def _counts(self, ranks: Sequence[int]) -> dict[int, int]:
-        """Beats of these ranks so far; nothing before all of them have begun, since reading would wait for them."""
+    def _beats(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Last sign of each of these ranks; nothing before all of them have begun: reading would wait for them."""
         keys = [f"{_BEAT}/{rank}" for rank in ranks]
         if not self._store.check(keys):
             return {}
-        return {r: json.loads(value)["count"] for r, value in zip(ranks, self._store.multi_get(keys), strict=True)}
+        return dict(zip(ranks, map(json.loads, self._store.multi_get(keys)), strict=True))
 
     def _judge(self) -> str | None:
         """A verdict, when one of the ranks that this one watches has been silent for too long."""
-        now, patience = time.monotonic(), _HURRIED if self._hurry.is_set() else self._timeout / 2
-        for rank, count in self._counts(range(self._size) if self._rank == 0 else range(1)).items():
+        now = time.monotonic()
+        for rank, beat in self._beats(range(self._size) if self._rank == 0 else range(1)).items():
+            count = beat["count"]
+            # What is being saved is worth waiting for, also when a launcher that preempts the run has signalled.
+            hurried = self._hurry.is_set() and beat["doing"] != SAVING
+            patience = min(_HURRIED, self._timeout / 2) if hurried else self._timeout / 2
             last, when = self._seen.get(rank, (None, now))
             self._seen[rank] = (count, when if count == last else now)
             silent = now - self._seen[rank][1]

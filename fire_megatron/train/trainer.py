@@ -34,6 +34,7 @@ from fire_megatron.platform import (
     set_rng_state,
     synchronize,
 )
+from fire_megatron.platform.watch import SAVING
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
 from fire_megatron.train.inputs import rank_roles
@@ -166,7 +167,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the last completed step. Collective."""
         run = self.run
-        self.watch.doing("saving")
+        self.watch.doing(SAVING)
         with self.watch.unbroken():
             save_training_state(
                 self.checkpoints,

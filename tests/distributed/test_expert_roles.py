@@ -35,7 +35,7 @@ from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.trainer import Trainer
 
-MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/")
+MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/", "router/")
 """Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
 
 

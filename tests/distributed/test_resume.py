@@ -17,7 +17,7 @@ from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.train.trainer import Trainer
 
 STEPS, STOP = 4, 2
-MACHINE = ("time/", "memory/", "rollout/tokens_per_second")
+MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "router/")
 """Metrics of the machine, not of the run."""
 
 

@@ -155,10 +155,10 @@ def log_prob_and_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[to
     return log_p.gather(-1, tokens[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-def _put_together(parts: list[tuple]) -> dict[Any, torch.Tensor]:
-    """Every rank's (name, shape of the whole, offset, part) as whole tensors by name, on every rank."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, parts)
+def _put_together(parts: list[tuple], grid: ModelGrid) -> dict[Any, torch.Tensor]:
+    """Every rank's (name, shape of the whole, offset, part) as whole tensors by name, on every rank of the grid."""
+    gathered: list[Any] = [None] * grid.span.size()
+    dist.all_gather_object(gathered, parts, group=grid.span)
     whole: dict[Any, torch.Tensor] = {}
     for name, shape, offset, part in itertools.chain(*gathered):
         target = whole.setdefault(name, torch.full(shape, float("nan")))
@@ -169,13 +169,13 @@ def _put_together(parts: list[tuple]) -> dict[Any, torch.Tensor]:
 
 
 def whole_gradients(student: Student, grid: ModelGrid) -> dict[str, torch.Tensor]:
-    """Every gradient of the whole model by checkpoint key, put together from all ranks."""
+    """Every gradient of the whole model by checkpoint key, put together on the student's ranks."""
     parts = []
     for shard in model_shards(student.model, grid=grid):
         if shard.writes and shard.replicas.rank() == 0:
             gradient = shard.real(shard.within(shard.parameter.main_grad)).clone()
             parts.append((shard.key, shard.global_shape, shard.offset, gradient))
-    return _put_together(parts)
+    return _put_together(parts, grid)
 
 
 def whole_state(student: Student, grid: ModelGrid) -> tuple[dict[tuple[str, str], torch.Tensor], set[int]]:
@@ -193,7 +193,7 @@ def whole_state(student: Student, grid: ModelGrid) -> tuple[dict[tuple[str, str]
             parts.append(((name, shard.key), shard.global_shape, shard.offset, part))
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, steps_taken(student.optimizer))
-    return _put_together(parts), set(counts)
+    return _put_together(parts, grid), set(counts)
 
 
 def assert_same_state(ours: tuple, theirs: tuple, rel: float) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from models import VOCABULARY, save_megatron
 
-from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
-from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.train.student import Student
 
 ROWS = 9
 ROUTE = {"math": "math", "code": "code"}
@@ -58,19 +53,3 @@ def rollouts_of(mine: Sequence[int], mixed: bool = False) -> Rollouts:
         truncated=tuple(False for _ in mine),
         weight_version=0,
     )
-
-
-def whole_gradients(student: Student, grid: ModelGrid) -> dict[str, torch.Tensor]:
-    """Every gradient of the whole model by checkpoint key, put together from all ranks of the student."""
-    parts = {}
-    for shard in model_shards(student.model, grid=grid) if grid.dp_rank == 0 else ():
-        if shard.writes:
-            gradient = shard.real(shard.within(shard.parameter.main_grad))
-            parts[shard.key, shard.offset] = (shard.global_shape, gradient.clone())
-    gathered: list = [None] * grid.span.size()
-    dist.all_gather_object(gathered, parts, group=grid.span)
-    whole: dict[str, torch.Tensor] = {}
-    for (key, offset), (shape, gradient) in itertools.chain(*(part.items() for part in gathered)):
-        target = whole.setdefault(key, torch.zeros(shape))
-        target[tuple(slice(o, o + n) for o, n in zip(offset, gradient.shape, strict=True))] = gradient
-    return whole

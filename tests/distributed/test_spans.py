@@ -10,11 +10,20 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import VOCABULARY
-from roles import Spec, hf_response_logits, load_role, log_prob_and_entropy, reference, share
-from steps import ROUTE, ROWS, rollouts_of, rows, whole_gradients, write_checkpoints
+from roles import (
+    Spec,
+    hf_response_logits,
+    load_role,
+    log_prob_and_entropy,
+    parallel_config,
+    reference,
+    share,
+    whole_gradients,
+)
+from steps import ROUTE, ROWS, rollouts_of, rows, write_checkpoints
 
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig, StudentConfig, TeacherConfig
+from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, StudentConfig, TeacherConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
@@ -70,14 +79,14 @@ class Cast:
         """Builds what this rank holds; collective."""
         self.loss, self.mixed, self.grid = loss, mixed, factory.grid(student)
         grids = {name: factory.grid(layout) for name, layout in teachers.items()}
-        role = StudentConfig(checkpoint=str(folder / "student"), parallel=_parallel(student), vocab_multiple=4)
+        role = StudentConfig(checkpoint=str(folder / "student"), parallel=parallel_config(student), vocab_multiple=4)
         self.model = load_role(folder / "student", role, self.grid, world) if self.grid.is_member else None
         shapes = {name: read_hf_config(folder / name) for name in teachers}
         configs, models, members, infos = {}, {}, {}, {}
         kind = StateKind.of(loss)
         for name, grid in grids.items():
             configs[name] = TeacherConfig(
-                checkpoint=str(folder / name), parallel=_parallel(grid.layout), vocab_multiple=4
+                checkpoint=str(folder / name), parallel=parallel_config(grid.layout), vocab_multiple=4
             )
             infos[name] = TeacherInfo(name, grid.layout, shapes[name].hidden, torch.float32, VOCABULARY, kind, offload)
             if grid.is_member:
@@ -161,10 +170,6 @@ class Cast:
         metrics = self.student.accumulate_gradients(part, tokens=tokens)
         metrics = reduce_metrics(traffic | metrics, group=self.grid.span)
         return self.gathered(scores, rollouts), metrics, whole_gradients(self.student, self.grid)
-
-
-def _parallel(layout):
-    return ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,17 @@
 """The same batch gives the same loss and gradients in every layout, micro-batch size and data-parallel split."""
 
-# The code teacher's vocabulary has unused entries at the end, as models of one family do.
-
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import dense
 import pytest
 import torch
 import torch.distributed as dist
-from models import EOS, VOCABULARY, make_hf, save_megatron
-from roles import hf_response_logits, layouts, load_role, make_router, parallel_config, whole_gradients
+from models import EOS, VOCABULARY, make_hf
+from roles import hf_response_logits, layouts, load_role, make_router, parallel_config, share, whole_gradients
+from steps import ROUTE, ROWS, rollouts_of, rows, write_checkpoints
 
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
@@ -22,8 +22,6 @@ from fire_megatron.config.schema import (
     TeacherConfig,
 )
 from fire_megatron.data.packing import fill_by_tokens
-from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.losses.fused import OutputLayer
@@ -38,25 +36,16 @@ from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.select import rebalance, select
 from fire_megatron.train.student import Student
 
-ROWS = 9
 PIPELINES = (1, 2, 3)
 CONTEXTS = (1, 2, 4)
-ROUTE = {"math": "math", "code": "code"}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(world, tmp_path_factory):
     """Student and two teachers of other depth and width, written by rank 0, seen by all."""
-    box = [str(tmp_path_factory.mktemp("models")) if world.is_main else None]
-    dist.broadcast_object_list(box, src=0)
-    from pathlib import Path
-
-    folder = Path(box[0])
+    folder = Path(share(str(tmp_path_factory.mktemp("models"))))
     if world.is_main:
-        save_megatron("qwen3", folder / "student", num_hidden_layers=3)
-        save_megatron("qwen2", folder / "tied", num_hidden_layers=3, vocab_size=340)
-        save_megatron("qwen3", folder / "math", seed=1, num_hidden_layers=5)
-        save_megatron("llama", folder / "code", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320)
+        write_checkpoints(folder)
     dist.barrier()
     return folder
 
@@ -65,36 +54,6 @@ def checkpoints(world, tmp_path_factory):
 def factory(world):
     """One set of process groups for the module."""
     return GridFactory(timeout=60)
-
-
-def rows(mixed=False):
-    """Prompts and fixed responses of the global batch; one response is a single token. With ``mixed``, some rows learn
-    from both teachers, with different weights."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(n):
-        return torch.randint(6, VOCABULARY, (n,), generator=generator)
-
-    prompts = [Prompt(i, ("math", "code")[i % 2], tuple(draw(3 + i).tolist()), "") for i in range(ROWS)]
-    for i, share in {2: 0.25, 5: 0.5, 7: 0.9}.items() if mixed else ():
-        prompts[i] = replace(prompts[i], label="code+math", mixture=(("code", share), ("math", 1 - share)))
-    return prompts, [draw(1 + (5 * i) % 13) for i in range(ROWS)]
-
-
-def rollouts_of(mine, mixed=False):
-    """This replica's rows, with made-up rollout statistics."""
-    prompts, responses = rows(mixed)
-    generator = torch.Generator().manual_seed(4)
-    noise = [torch.rand(len(r), generator=generator) for r in responses]
-    return Rollouts(
-        row_ids=tuple(mine),
-        prompts=tuple(prompts[i] for i in mine),
-        responses=tuple(responses[i] for i in mine),
-        log_probs=tuple(-3.0 - noise[i] for i in mine),
-        entropies=tuple(1.0 + noise[i] for i in mine),
-        truncated=tuple(False for _ in mine),
-        weight_version=0,
-    )
 
 
 def run_step(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
 
 if TYPE_CHECKING:
-    from fire_megatron.platform import World
+    from fire_megatron.platform import Watch, World
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +49,7 @@ def _check(path: str, recipe: Recipe) -> None:
 def _train(recipe: Recipe, world: World) -> int:
     """Train, with an eye on the other ranks: when one of them fails, all of them leave and say which."""
     from fire_megatron.platform import launch
-    from fire_megatron.platform.watch import EXIT_CODE
+    from fire_megatron.platform.watch import EXIT_CODE, FAREWELL_IN_FAILURE
     from fire_megatron.train.inputs import rank_roles
     from fire_megatron.train.trainer import Trainer
 
@@ -55,27 +57,39 @@ def _train(recipe: Recipe, world: World) -> int:
     watch = launch.watch(world, roles=held, timeout=recipe.run.collective_timeout).start()
     try:
         Trainer(recipe, world, watch).train()
-    except UserError as error:
-        if not error.everywhere:
-            watch.fail(str(error))
-        raise
-    except Exception as error:  # often the mere consequence of what happened to another rank
-        missing = watch.missing() if world.size > 1 else []
-        if not missing:
-            watch.fail(f"{held} on rank {world.rank} failed: {type(error).__name__}: {error}")
-            raise
-        text = (
-            f"{watch.describe(missing)}: no sign of life since, so the run ends; run again to continue from the last "
-            "checkpoint"
-        )
-        if watch.fail(text) or world.rank == 0:
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        return EXIT_CODE
-    else:
-        watch.close(in_good_order=True)
-        return 0
-    finally:
         watch.close()
+        return 0
+    except UserError as error:
+        if error.everywhere or world.size == 1:
+            watch.close()
+            raise
+        reason, code = str(error), 2
+        print(f"error on rank {world.rank}: {reason}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if world.size == 1:
+            raise
+        reason, code = f"{held} on rank {world.rank} was interrupted", 130
+    except Exception as error:
+        if world.size == 1:
+            raise
+        traceback.print_exc()
+        reason, code = _reason(error, watch, f"{held} on rank {world.rank}"), EXIT_CODE
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    watch.fail(reason)
+    watch.close(farewell=FAREWELL_IN_FAILURE)
+    sys.stdout.flush()
+    os._exit(code)  # to take process groups apart may wait for ranks that are not there
+
+
+def _reason(error: Exception, watch: Watch, here: str) -> str:
+    """What failed: often an error is the mere consequence of what happened to another rank."""
+    missing = watch.missing()
+    if not missing:
+        return f"{here} failed: {type(error).__name__}: {error}"
+    return (
+        f"{watch.describe(missing)}: no sign of life since, so the run ends; run again to continue from the last "
+        "checkpoint"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA when there is a GPU."""
     collective_timeout: Positive = 600.0
-    """Seconds that a collective may wait for the other ranks before the run ends with an error."""
+    """Seconds that a rank may wait for others before the run ends with an error that names them. Also the loading of
+    the largest model must fit in, since roles with less to load wait for it."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues from the newest checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""

@@ -62,7 +62,7 @@ class Pack:
     @property
     def padding(self) -> torch.Tensor:
         """[1, T] bool, which tokens are padding, on the pack's device."""
-        sizes = self.cu_seqlens.diff() * self.token_ids.shape[1] // self.cu_seqlens[-1]
+        sizes = self.cu_seqlens.diff() // (self.context.ranks if self.context else 1)
         ends = torch.tensor([*self.real_lengths, 0])[: len(sizes)]  # the last extra row is padding from its start
         return self.position_ids >= torch.repeat_interleave(ends, sizes).to(self.position_ids.device)
 

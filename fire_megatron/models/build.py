@@ -203,6 +203,11 @@ def _check_engine_settings(shape: ModelShape, role: RoleConfig, layout: Layout, 
                 f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
                 "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
             )
+        if role.megatron.get(key) and "moe" in (role.megatron.get("recompute_modules") or ()):
+            raise RecipeError(
+                f"megatron.recompute_modules: 'moe' with {key} reads process groups that only megatron-core's own "
+                "set-up makes; leave 'moe' out, or take recompute_granularity: full"
+            )
     if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
         raise RecipeError(
             f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-_KEPT = 100
-"""Orders that stay readable; no rank is ever that far behind, since each step waits for all teachers' answers."""
 _numbers = itertools.count()
 
 
@@ -29,9 +27,8 @@ class Control:
 
     def announce(self, **order: Any) -> None:
         """Write the next order: names and plain values."""
+        # Orders stay: nobody knows how far behind a teacher without rows is, and each is a few dozen bytes.
         self._store.set(f"{self._prefix}/{self._next}", json.dumps(order))
-        if self._next >= _KEPT:
-            self._store.delete_key(f"{self._prefix}/{self._next - _KEPT}")
         self._next += 1
 
     def wait(self, idle: Callable[[], None]) -> dict[str, Any]:

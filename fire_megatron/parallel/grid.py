@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.random import (
 
 from fire_megatron.config.errors import LayoutError
 
-_IDLE = datetime.timedelta(days=30)
+IDLE = datetime.timedelta(days=30)
 """A role without work waits for ever: platform/watch.py tells when there is nobody left to wait for."""
 
 
@@ -210,8 +210,12 @@ class GridFactory:
         ranks. Collective: every rank of the world calls it in the same order."""
         key = tuple(sorted(set(ranks)))
         if key not in self._cpu_groups:
-            group = dist.new_group(list(key), backend="gloo", timeout=_IDLE)
-            self._cpu_groups[key] = group if dist.get_rank() in key else None
+            # Who cannot connect is to hear of it soon; only what is sent later may be waited for.
+            group = dist.new_group(list(key), backend="gloo", timeout=self._timeout)
+            member = dist.get_rank() in key
+            if member:
+                dist.distributed_c10d._set_pg_timeout(IDLE, group)
+            self._cpu_groups[key] = group if member else None
         return self._cpu_groups[key]
 
     def _group(self, enumeration: list[list[int]]) -> dist.ProcessGroup | None:

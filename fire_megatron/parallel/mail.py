@@ -8,7 +8,18 @@ from collections import defaultdict, deque
 import torch
 import torch.distributed as dist
 
+from fire_megatron.parallel.grid import IDLE
+
 _DTYPES = (torch.int32, torch.float32, torch.int64, torch.uint8)
+
+
+class Silence(Exception):
+    """A rank did not send or receive in time."""
+
+    def __init__(self, peer: int) -> None:
+        """Args: peer: its global rank."""
+        super().__init__(f"rank {peer} neither sends nor receives")
+        self.peer = peer
 
 
 class Mail:
@@ -22,7 +33,7 @@ class Mail:
         """Args: group: gloo, of the ranks that write to each other; None on other ranks, which may not use it."""
         self._group = group
         self._own: dict[int, deque[torch.Tensor]] = defaultdict(deque)
-        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._sent: list[tuple[dist.Work, torch.Tensor, int]] = []
         self.bytes = 0
         """Bytes of all messages so far to and from other ranks."""
 
@@ -33,7 +44,7 @@ class Mail:
             return
         header = torch.tensor([values.numel(), _DTYPES.index(values.dtype)])
         for part in (header, values) if values.numel() else (header,):
-            self._sent.append((dist.isend(part, dst=to, group=self._group, tag=tag), part))
+            self._sent.append((dist.isend(part, dst=to, group=self._group, tag=tag), part, to))
             self.bytes += part.nbytes
 
     def receive(self, *, source: int, tag: int, timeout: float | None = None) -> torch.Tensor:
@@ -42,10 +53,10 @@ class Mail:
         Args:
             source: who sends.
             tag: as sent.
-            timeout: seconds; None waits as long as the group does.
+            timeout: seconds; None waits as long as the sender lives.
 
         Raises:
-            TimeoutError: it did not come in time. The group is of no use afterwards.
+            Silence: it did not come in time. The group is of no use afterwards.
         """
         if source == dist.get_rank():
             return self._own[tag].popleft()
@@ -58,17 +69,24 @@ class Mail:
         return values
 
     def _wait(self, buffer: torch.Tensor, source: int, tag: int, timeout: float | None) -> None:
-        work = dist.irecv(buffer, src=source, group=self._group, tag=tag)
-        try:
-            work.wait(datetime.timedelta(seconds=timeout)) if timeout else work.wait()
-        except RuntimeError as error:
-            if "imed out" in str(error):
-                raise TimeoutError(str(error)) from error
-            raise
+        _finish(dist.irecv(buffer, src=source, group=self._group, tag=tag), source, timeout)
         self.bytes += buffer.nbytes
 
-    def flush(self) -> None:
-        """Wait until everything sent has arrived. Only when the receivers are known to have received."""
-        for work, _ in self._sent:
-            work.wait()
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything sent has been received.
+
+        Raises:
+            Silence: a receiver did not get to it in so many seconds.
+        """
+        for work, _, to in self._sent:
+            _finish(work, to, timeout)
         self._sent.clear()
+
+
+def _finish(work: dist.Work, peer: int, timeout: float | None) -> None:
+    try:
+        work.wait(datetime.timedelta(seconds=timeout) if timeout else IDLE)
+    except RuntimeError as error:
+        if "imed out" in str(error):
+            raise Silence(peer) from error
+        raise

@@ -1,7 +1,14 @@
 """The device seam: CUDA + NCCL or CPU + gloo, process start-up, and detection of fused kernels."""
 
 from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
-from fire_megatron.platform.device import Device, compute_device, peak_memory_mb, select_device, synchronize
+from fire_megatron.platform.device import (
+    Device,
+    compute_device,
+    peak_memory_mb,
+    reset_peak_memory,
+    select_device,
+    synchronize,
+)
 from fire_megatron.platform.launch import World, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
@@ -18,6 +25,7 @@ __all__ = [
     "detect_capabilities",
     "get_rng_state",
     "peak_memory_mb",
+    "reset_peak_memory",
     "seed_everything",
     "select_device",
     "set_rng_state",

@@ -77,6 +77,12 @@ def peak_memory_mb(device: Device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def reset_peak_memory(device: Device) -> None:
+    """Count the peak of allocated GPU memory anew; that of resident memory on a CPU is the process's for good."""
+    if device.is_cuda:
+        torch.cuda.reset_peak_memory_stats(device.index)
+
+
 def compute_device() -> torch.device:
     """The device on which this process builds its models: its GPU, or the CPU once the seam is installed."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

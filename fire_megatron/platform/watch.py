@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -21,8 +23,8 @@ import torch.distributed as dist
 EXIT_CODE = 3
 """Of a process that leaves because another one has failed."""
 _BEAT, _VERDICT = "fire/beat", "fire/verdict"
-_FAREWELL = 30.0
-"""Seconds that rank 0 gives the others to leave."""
+FAREWELL_IN_FAILURE = 5.0
+"""Seconds that rank 0 gives the others to hear why the run ends."""
 _DONE = -1
 SAVING = "saving"
 """What a rank says that it is at while it writes a checkpoint."""
@@ -43,7 +45,8 @@ class Watch:
         self._count = 0
         self._told = False
         self._seen: dict[int, tuple[int, float]] = {}
-        self._hurry = threading.Event()
+        self._hurried = False
+        self._wakeup, self._signals = socket.socketpair()
         self._end = threading.Event()
         self._busy = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
@@ -51,21 +54,38 @@ class Watch:
     def start(self) -> Watch:
         """Begin to show signs of life, and to look for those of the others once all of them have begun."""
         if self._size > 1:
+            # A handler written in Python runs when the main thread comes back from C++, which it may not: it may be in
+            # a collective with the very rank that has died.
+            for end in (self._wakeup, self._signals):
+                end.setblocking(False)
+            if threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
             self._beat()
             self._thread.start()
         return self
 
-    def close(self, *, in_good_order: bool = False) -> None:
-        """Leave in peace: a process that is done is not missed. In good order, rank 0 leaves last: where no launcher
-        holds the store, it goes with rank 0, and the others would take that for a death."""
+    def close(self, *, farewell: float = 30.0) -> None:
+        """Leave: a process that is done is not missed.
+
+        Rank 0 leaves last. Where no launcher holds the store, it goes with rank 0, and the others would take that for a
+        death.
+
+        Args:
+            farewell: seconds that rank 0 gives the others to leave.
+        """
         self._end.set()
         if not self._thread.is_alive():
             return
         self._thread.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+        self._take_leave(farewell)
+
+    def _take_leave(self, farewell: float) -> None:
         with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
             self._write("done", _DONE)
-            deadline = time.monotonic() + _FAREWELL
-            while in_good_order and self._rank == 0 and time.monotonic() < deadline:
+            deadline = time.monotonic() + farewell
+            while self._rank == 0 and time.monotonic() < deadline:
                 if all(beat["count"] == _DONE for beat in self._beats(range(self._size)).values()):
                     return
                 time.sleep(0.05)
@@ -73,10 +93,6 @@ class Watch:
     def doing(self, what: str) -> None:
         """Say what this process is at, for the message of somebody who waits for it in vain."""
         self._doing, self._since = what, time.monotonic()
-
-    def hurry(self) -> None:
-        """The launcher is stopping the processes, perhaps because one died: find out which before it kills all."""
-        self._hurry.set()
 
     @contextlib.contextmanager
     def unbroken(self) -> Iterator[None]:
@@ -117,11 +133,18 @@ class Watch:
         while not self._end.wait(self._interval):
             try:
                 self._beat()
+                self._hear_signals()
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else self._judge()
             except RuntimeError:
-                verdict, self._told = "rank 0 has died: the store that it held does not answer", True
+                verdict, self._told = "the store where the ranks meet does not answer: its process has died", True
             if verdict and not self._end.is_set():
                 self._leave(verdict)
+
+    def _hear_signals(self) -> None:
+        """A launcher that stops the processes may do so because one died: find out which before it kills all."""
+        with contextlib.suppress(BlockingIOError):
+            if {signal.SIGTERM, signal.SIGINT} & set(self._signals.recv(64)):
+                self._hurried = True
 
     def _beat(self) -> None:
         self._count += 1
@@ -144,7 +167,7 @@ class Watch:
         for rank, beat in self._beats(range(self._size) if self._rank == 0 else range(1)).items():
             count = beat["count"]
             # What is being saved is worth waiting for, also when a launcher that preempts the run has signalled.
-            hurried = self._hurry.is_set() and beat["doing"] != SAVING
+            hurried = self._hurried and beat["doing"] != SAVING
             patience = min(_HURRIED, self._timeout / 2) if hurried else self._timeout / 2
             last, when = self._seen.get(rank, (None, now))
             self._seen[rank] = (count, when if count == last else now)
@@ -159,8 +182,9 @@ class Watch:
         return None
 
     def _leave(self, verdict: str) -> None:
-        self._busy.acquire(timeout=self._timeout)
+        self._busy.acquire(timeout=self._timeout / 2)
         if self._rank == 0 or self._told:  # one that knows is enough, and rank 0's is the log that people read
             print(f"error: {verdict}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        self._take_leave(FAREWELL_IN_FAILURE)
         os._exit(EXIT_CODE)

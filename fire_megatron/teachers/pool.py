@@ -78,9 +78,13 @@ class TeacherPool:
         coming = [name for name in self.remote if self.infos[name].offload]
         return staying * rounds + [name for name in coming for _ in range(rounds)]
 
-    def begin(self) -> None:
-        """Forget the rows of the step before, whose answers have all arrived."""
-        self.mail.flush()
+    def begin(self, timeout: float | None = None) -> None:
+        """Forget the rows of the step before, whose answers have all arrived.
+
+        Raises:
+            Silence: a teacher that had no rows has not even taken the request, for so many seconds.
+        """
+        self.mail.flush(timeout)
         self.kept = {}
         self._loads = {name: [0] * info.layout.data for name, info in self.infos.items()}
 

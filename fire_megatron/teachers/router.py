@@ -5,6 +5,7 @@ Shapes: B rows of a replica, R_i response tokens of row i.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -17,7 +18,8 @@ from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, Target, Tr
 from fire_megatron.metrics.values import Max, Sum, Value
 from fire_megatron.parallel.collectives import all_gather_rows, broadcast_flat
 from fire_megatron.parallel.control import Control
-from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.parallel.grid import IDLE, ModelGrid
+from fire_megatron.parallel.mail import Silence
 from fire_megatron.platform import Offload, Watch, compute_device
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.transfer import Transfer
@@ -107,6 +109,17 @@ class TeacherRouter:
         """Bring what the teachers kept of these rows: :meth:`Transfer.attach`."""
         return self.transfer.attach(rows, kept)
 
+    def no_answer(self, door: int) -> TrainingError:
+        """What to say of the teachers at a door that is silent."""
+        names = [name for name in self.pool.infos if self.pool.door(name) == door]
+        ranks = sorted({rank for name in names for rank in self.pool.infos[name].layout.ranks})
+        doing = self.watch.describe(ranks) if self.watch else f"it is on ranks {ranks}"
+        return TrainingError(
+            f"{' and '.join(f'teachers.{name}' for name in names)} did not answer within run.collective_timeout "
+            f"({self.timeout:g} s), so the run ends: {doing}; run again to continue from the last checkpoint, with a "
+            "longer run.collective_timeout if it was only slow"
+        )
+
     def announce(self, **order: object) -> None:
         """Tell the ranks that hold teachers and none of the student what to do."""
         if self.control is not None and dist.get_rank() == self.pool.student.first_rank:
@@ -147,7 +160,10 @@ class Session:
         self.seconds: dict[str, float] = {}
         """That each teacher took, as its span's first rank measured it."""
         self._bytes = self.pool.mail.bytes
-        self.pool.begin()
+        try:
+            self.pool.begin(router.timeout)
+        except Silence as silence:
+            raise router.no_answer(silence.peer) from None
         if self.pool.reaching:
             router.announce(do="sample", rounds=rounds, keep=keep)
 
@@ -227,35 +243,30 @@ class Session:
             self._request(name, self._held)
         if set(self.pool.shared) & set(self.pool.reaching):
             self.router.announce(do="score", keep=self.keep)
-        if self.router.offload:
-            self.router.offload.leave()
+        away = self.router.offload if any(name in self.pool.teachers for name in self.pool.shared) else None
+        if away:
+            away.leave()
         self.pool.serve_all(self.pool.shared, keep=self.keep, progress=progress)
-        if self.router.offload:
-            self.router.offload.come_back()
+        if away:
+            away.come_back()
 
     def _answers(self, names: Sequence[str]) -> torch.Tensor | None:
         """All answers of these teachers, one after the other, on the replica's leader."""
         if not self.router.student_grid.leads_rows:
             return None
-        answers = [
-            self._receive(name) for name in names for lengths in self._requests[name] if lengths
-        ]  # a request without rows is not answered
+        # The replica's other ranks wait in a collective meanwhile; whoever can tell what is wrong shall be the first.
+        deadline = time.monotonic() + 0.9 * (self.router.timeout or IDLE.total_seconds())
+        # A request without rows is not answered.
+        answers = [self._receive(name, deadline) for name in names for lengths in self._requests[name] if lengths]
         return torch.cat([torch.zeros(0), *answers])
 
-    def _receive(self, name: str) -> torch.Tensor:
+    def _receive(self, name: str, deadline: float) -> torch.Tensor:
         self.pool.doing(f"waiting for the scores of {name}")
+        left = max(0.1, deadline - time.monotonic())
         try:
-            return self.pool.mail.receive(
-                source=self.pool.door(name), tag=self.pool.tag(name), timeout=self.router.timeout
-            )
-        except TimeoutError:
-            ranks = self.pool.infos[name].layout.ranks
-            doing = self.router.watch.describe(ranks) if self.router.watch else f"it is on ranks {list(ranks)}"
-            raise TrainingError(
-                f"teachers.{name} did not answer within run.collective_timeout ({self.router.timeout:g} s), so the run "
-                f"ends: {doing}; run again to continue from the last checkpoint, with a longer run.collective_timeout "
-                "if it was only slow"
-            ) from None
+            return self.pool.mail.receive(source=self.pool.door(name), tag=self.pool.tag(name), timeout=left)
+        except Silence as silence:
+            raise self.router.no_answer(silence.peer) from None
 
     def _shared_out(self, flat: torch.Tensor | None) -> list[tuple[str, dict[int, int], Answer]]:
         """(teacher, length of each row, answer) of every request, on every rank of the replica."""

@@ -141,7 +141,7 @@ class Transfer:
 
     def _traffic(self, name: str, own: Sequence[Assigned], received: Mapping[int, torch.Tensor]) -> dict[str, Value]:
         """Bytes a token that came to this rank; each token counts on one tensor rank of one context rank."""
-        counts = self.student_grid.tp_rank == 0 and self.student_grid.pg.cp.rank() == 0
+        counts = self.student_grid.tp_rank == 0 and self.student_grid.cp_rank == 0
         tokens = sum(row.tokens for row in own) if counts else 0
         sent = sum(state.numel() * state.element_size() for state in received.values())
         return {

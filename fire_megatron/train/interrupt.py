@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -19,9 +18,7 @@ class StopRequest:
     collective, so the ranks vote at fixed points of the step.
     """
 
-    def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
-        """Args: on_signal: called at each signal."""
-        self._on_signal = on_signal
+    def __init__(self) -> None:
         self.signal_name: str | None = None
         self._previous: dict[int, object] = {}
 
@@ -37,7 +34,6 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._on_signal()
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name

@@ -5,7 +5,8 @@ Shapes: B rows of this replica, R longest response, R_i response tokens of row i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -99,6 +100,20 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, Value]:
         "rollout/truncated": Mean(sum(rollouts.truncated), rows),
         "rollout/entropy": Mean(sum(float(e.sum()) for e in rollouts.entropies), tokens),
     }
+
+
+def sample_lines(rollouts: Rollouts, scores: Scores, decode: Callable[[list[int]], str]) -> Iterator[dict[str, Any]]:
+    """This replica's answers as lines of ``samples.jsonl``."""
+    for i, response in enumerate(rollouts.responses):
+        yield {
+            "row": rollouts.row_ids[i],
+            "teacher": scores.teachers[i],
+            "prompt": rollouts.prompts[i].text,
+            "response": decode(response.tolist()),
+            "tokens": len(response),
+            "truncated": rollouts.truncated[i],
+            "reverse_kl": float((rollouts.log_probs[i] - scores.log_probs[i]).sum()),
+        }
 
 
 def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
@@ -18,23 +20,19 @@ from fire_megatron.data.order import PromptOrder
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.build import (
-    DTYPES,
-    build_model,
-)
+from fire_megatron.models.build import DTYPES, build_model, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Offload, Watch, World, launch
+from fire_megatron.platform import Device, Offload, Watch, World, launch, reset_peak_memory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
-from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.inputs import Inputs, check, role_layout, used_vocabulary
 from fire_megatron.train.student import Student
 
@@ -65,7 +63,6 @@ class Run:
     """The student's."""
     inputs: Inputs
     pool: TeacherPool
-    transfer: Transfer
     control: Control | None
     """Between the student and ranks without it; None where all ranks hold the student."""
     student: StudentRun | None
@@ -86,44 +83,69 @@ def on_all_ranks(action: Callable[..., T], *args: object, **kwargs: object) -> T
 def _loaded(
     path: str, shape: ModelShape, role: RoleConfig, grid: ModelGrid, world: World, used_vocab_size: int
 ) -> FireGPT:
+    """This rank's part of a role. Collective over the role's ranks; what any of them finds wrong, all of them raise."""
+    model, problem = None, None
     try:
         model = build_model(shape, role, grid, device=world.device)
+    except UserError as error:
+        problem = str(error)
+    except torch.OutOfMemoryError:
+        raise  # which no setting of megatron-core's is to blame for
     except Exception as error:  # megatron-core checks some fields only where it uses them
-        if not role.megatron or isinstance(error, UserError):
+        if not role.megatron:
             raise
-        raise RecipeError(
+        problem = (
             f"{path}.megatron: megatron-core cannot build the model with {dict(role.megatron)}: "
             f"{str(error) or type(error).__name__}; remove what it names"
-        ) from error
+        )
+    raise_on_any(problem, RecipeError, group=grid.span)
+    assert model is not None
     model.used_vocab_size = used_vocab_size
     load_weights(model, Path(role.checkpoint), grid=grid)
     return model
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """This rank's part of a model, and where it waits if it leaves the device while it is idle."""
+
+    model: FireGPT
+    offload: Offload | None
+
+
 def _load_models(
-    recipe: Recipe, shapes: Mapping[str, ModelShape], grids: Mapping[str, ModelGrid], world: World, say: Say
-) -> dict[str, FireGPT]:
-    """This rank's parts of the roles that it holds; teachers alike in all that makes a model share one.
+    recipe: Recipe,
+    shapes: Mapping[str, ModelShape],
+    grids: Mapping[str, ModelGrid],
+    keys: Mapping[str, Hashable],
+    world: World,
+    say: Say,
+) -> dict[str, _Loaded]:
+    """This rank's parts of the roles that it holds, by recipe path; roles of one key share a model. Teachers that wait
+    on the host go there as soon as they are loaded, and the student comes last: they never have to fit together.
 
     Raises:
         UserError: on every rank, if any cannot load one of its own.
     """
-    models: dict[str, FireGPT] = {}
-    made: dict[tuple[str, ...], FireGPT] = {}
+    by_key: dict[Hashable, _Loaded] = {}
     problem: UserError | None = None
-    for path, role in roles(recipe).items():
+    used = used_vocabulary(shapes)
+    away = _offloaded(recipe, keys)
+    for path, role in sorted(roles(recipe).items(), key=lambda item: item[0] == "student"):
         say(f"loading {path} from {role.checkpoint} on {_place(grids[path].layout)}")
-        if not grids[path].is_member:
+        if not grids[path].is_member or keys[path] in by_key:
             continue
-        alike = model_key(role) if path != "student" else ("student",)  # whose weights change
         try:
-            if alike not in made:
-                made[alike] = _loaded(path, shapes[path], role, grids[path], world, used_vocabulary(shapes))
-            models[path] = made[alike]
-        except UserError as error:  # the role's other ranks find the same; other roles may still wait for this rank
+            model = _loaded(path, shapes[path], role, grids[path], world, used)
+        except UserError as error:  # the role's other ranks raise too; other roles may still wait for this one
             problem = problem or error
+            continue
+        offload = Offload(model.parameters, constant=True) if path != "student" and keys[path] in away else None
+        if offload:
+            offload.leave()
+        by_key[keys[path]] = _Loaded(model, offload)
     on_all_ranks(_reraise, problem)
-    return models
+    return {path: by_key[keys[path]] for path in roles(recipe) if keys[path] in by_key}
 
 
 def _place(layout: Layout) -> str:
@@ -133,10 +155,28 @@ def _place(layout: Layout) -> str:
     return str(Span(layout.first_rank, layout.num_ranks)) + (f" ({split})" if split else "")
 
 
-def model_key(role: RoleConfig) -> tuple[str, ...]:
-    """What two teachers have in common that share one model."""
-    alike = replace(role, checkpoint=str(Path(role.checkpoint).resolve()))
-    return tuple(repr(getattr(alike, field.name)) for field in fields(RoleConfig))
+def model_keys(recipe: Recipe, grids: Mapping[str, ModelGrid], device: Device) -> dict[str, Hashable]:
+    """By recipe path: equal for teachers that can share one model, the same checkpoint in the same form on the same
+    ranks. The student's weights change, so it shares with nobody."""
+    keys: dict[str, Hashable] = {}
+    for path, role in roles(recipe).items():
+        layout = grids[path].layout
+        sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
+        keys[path] = (
+            path if path == "student" else Path(role.checkpoint).resolve(),
+            layout,
+            sequence,
+            role.precision,
+            resolve_layer_spec(role.layer_spec, device, role=path),
+            role.vocab_multiple,
+            json.dumps(role.megatron, sort_keys=True),
+        )
+    return keys
+
+
+def _offloaded(recipe: Recipe, keys: Mapping[str, Hashable]) -> set[Hashable]:
+    """Models that wait on the host: one name of a shared model that says so is enough."""
+    return {keys[path] for path, role in roles(recipe).items() if role.offload}
 
 
 def _reraise(problem: UserError | None) -> None:
@@ -148,15 +188,16 @@ def _pool(
     recipe: Recipe,
     shapes: Mapping[str, ModelShape],
     grids: Mapping[str, ModelGrid],
-    models: Mapping[str, FireGPT],
+    keys: Mapping[str, Hashable],
+    loaded: Mapping[str, _Loaded],
     factory: GridFactory,
     watch: Watch,
 ) -> TeacherPool:
-    """The teachers; those whose weights wait on the host are sent there."""
+    """Every teacher, and this rank's parts."""
     infos, teachers = {}, {}
-    offloads: dict[int, Offload] = {}
+    kind, away = StateKind.of(recipe.loss), _offloaded(recipe, keys)
     for name, config in recipe.teachers.items():
-        path, kind = f"teachers.{name}", StateKind.of(recipe.loss)
+        path = f"teachers.{name}"
         infos[name] = TeacherInfo(
             name,
             grids[path].layout,
@@ -164,23 +205,18 @@ def _pool(
             DTYPES[config.precision.dtype],
             used_vocabulary(shapes),
             kind,
-            config.offload,
+            keys[path] in away,
         )
-        if path not in models:
-            continue
-        model = models[path]
-        if config.offload:
-            offloads.setdefault(id(model), Offload(model.parameters, constant=True))
-        teachers[name] = Teacher(
-            name,
-            model,
-            grids[path],
-            micro_batch_tokens=config.micro_batch_tokens,
-            state_kind=kind,
-            offload=offloads.get(id(model)),
-        )
-    for offload in offloads.values():
-        offload.leave()
+        if path in loaded:
+            teachers[name] = Teacher(
+                name,
+                loaded[path].model,
+                grids[path],
+                micro_batch_tokens=config.micro_batch_tokens,
+                state_kind=kind,
+                offload=loaded[path].offload,
+            )
+            assert teachers[name].info == infos[name]
     return TeacherPool(infos, teachers, student_grid=grids["student"], factory=factory, doing=watch.doing)
 
 
@@ -196,14 +232,16 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
         say(note)
     grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
     grid = grids["student"]
-    models = _load_models(recipe, shapes, grids, world, say)
-    heads = on_all_ranks(_heads, recipe, shapes, models)
-    pool = _pool(recipe, shapes, grids, models, factory, watch)
+    keys = model_keys(recipe, grids, world.device)
+    loaded = _load_models(recipe, shapes, grids, keys, world, say)
+    heads = on_all_ranks(_heads, recipe, shapes, loaded)
+    pool = _pool(recipe, shapes, grids, keys, loaded, factory, watch)
     control = Control(launch.store()) if grid.layout.num_ranks < world.size else None
     student = None
     if grid.is_member:
-        student = _student_run(recipe, grid, inputs, hooks, models["student"], heads, pool, control, watch)
-    return Run(grid, inputs, pool, Transfer(pool, grid, control), control, student)
+        student = _student_run(recipe, grid, inputs, hooks, loaded["student"].model, heads, pool, control, watch)
+    reset_peak_memory(world.device)
+    return Run(grid, inputs, pool, control, student)
 
 
 def _student_run(
@@ -229,7 +267,7 @@ def _student_run(
         control=control,
         watch=watch,
         timeout=recipe.run.collective_timeout,
-        offload=Offload(student.memory, constant=False) if recipe.student.offload else None,
+        offload=Offload(student.memory, constant=False, scratch=student.gradients) if recipe.student.offload else None,
         group_size=recipe.rollout.group_size,
     )
     engine = MegatronEngine(model, grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed)
@@ -240,18 +278,15 @@ def _student_run(
     return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out)
 
 
-def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], models: Mapping[str, FireGPT]) -> dict[str, OutputLayer]:
+def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], loaded: Mapping[str, _Loaded]) -> dict[str, OutputLayer]:
     """The teachers' output weights, where the loss forms their logits."""
-    if recipe.loss.estimator != "full" or "student" not in models:
+    if recipe.loss.estimator != "full" or "student" not in loaded:
         return {}
-    named = {name: shapes[f"teachers.{name}"] for name in recipe.teachers}
+    paths = {name: f"teachers.{name}" for name in recipe.teachers}
     # A teacher whose weights are away while the student learns cannot lend them.
-    lent = {
-        name: models[f"teachers.{name}"]
-        for name, config in recipe.teachers.items()
-        if f"teachers.{name}" in models and not config.offload
-    }
-    return teacher_heads(recipe.teachers, named, lent, models["student"])
+    lent = {name: loaded[path].model for name, path in paths.items() if path in loaded and loaded[path].offload is None}
+    named = {name: shapes[path] for name, path in paths.items()}
+    return teacher_heads(recipe.teachers, named, lent, loaded["student"].model)
 
 
 def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid) -> HeldOut | None:

@@ -97,11 +97,15 @@ class Student:
         kwargs.pop("pg_collection", None)
         finalize_model_grads(model, None, pg_collection=self.grid.pg, **kwargs)
 
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """Gradient memory, which an update begins by setting to zero."""
+        yield from (buffer.grad_data for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers))
+
     def memory(self) -> Iterator[torch.Tensor]:
-        """Everything of the student that stays on the device from step to step: weights, gradients, optimizer state."""
+        """What lasts from step to step: weights and optimizer state."""
         yield from self.model.parameters()
         for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers):
-            yield from (data for data in (buffer.param_data, buffer.grad_data) if data is not None)
+            yield from () if buffer.param_data is None else (buffer.param_data,)
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             for group in part.optimizer.param_groups if part.optimizer is not None else ():
                 for parameter in group["params"]:

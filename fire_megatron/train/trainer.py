@@ -37,10 +37,11 @@ from fire_megatron.platform import (
 from fire_megatron.platform.watch import SAVING
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
+from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
-from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
+from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, sample_lines, select
 from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare
 
 
@@ -76,7 +77,7 @@ class Trainer:
         if latest is not None:
             on_all_ranks(self._resume, latest)
         self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
-        self.stop = StopRequest(self.watch.hurry)
+        self.stop = StopRequest()
         self._clock: dict[str, float] = {}
 
     @property
@@ -238,7 +239,7 @@ class Trainer:
             if self.stop.signal_name:
                 control.ask_to_stop(self.stop.signal_name)
 
-        problem = serve_student(prepared.pool, prepared.transfer, control, idle=idle)
+        problem = serve_student(prepared.pool, Transfer(prepared.pool, prepared.grid), control, idle=idle)
         if problem is not None:
             error = TrainingError(problem)
             error.everywhere = True
@@ -297,23 +298,10 @@ class Trainer:
                 grid=run.grid,
             )
             updated = self._update(rows, scores.kept, step)
-        self.logger.samples(step + 1, self._samples(rollouts, scores))
+        self.logger.samples(step + 1, sample_lines(rollouts, scores, run.inputs.tokenizer.decode))
         # Every rank of a replica holds the same rollouts; one of them counts.
         counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
         return (rollout_metrics(rollouts) | selected if counts else {}) | routed | updated
-
-    def _samples(self, rollouts: Rollouts, scores: Scores) -> Iterator[dict[str, Any]]:
-        """This replica's answers as lines of ``samples.jsonl``."""
-        for i, response in enumerate(rollouts.responses):
-            yield {
-                "row": rollouts.row_ids[i],
-                "teacher": scores.teachers[i],
-                "prompt": rollouts.prompts[i].text,
-                "response": self.run.inputs.tokenizer.decode(response.tolist()),
-                "tokens": len(response),
-                "truncated": rollouts.truncated[i],
-                "reverse_kl": float((rollouts.log_probs[i] - scores.log_probs[i]).sum()),
-            }
 
     def _sample_and_score(self, step: int) -> tuple[Rollouts, Scores, dict[str, Value]]:
         """Rollouts of this replica and what the teachers say of them, some of whom score while it samples; and what
@@ -388,7 +376,8 @@ class Trainer:
         control = self.prepared.control
         if control is not None and self.world.is_main and self.stop.signal_name is None:
             passed_on = control.asked_to_stop()
-            self.stop.signal_name = passed_on and f"{passed_on} to a rank without the student"
+            if passed_on:
+                self.stop.signal_name = f"{passed_on} to a rank without the student"
         return self.stop.agreed(group=self.run.grid.span)
 
     def _check_stop(self) -> None:

@@ -263,3 +263,25 @@ def test_greedy_smollm2_equals_transformers(roles, world_size, world):
         model, grid = roles.build(path, layout)
         made = generate(model.eval(), grid, prompts, temperature=0, max_new_tokens=32)
         assert [made[row][0].tolist() for row in range(len(texts))] == [continuation for _, continuation in pairs]
+
+
+def test_finished_rows_are_handed_over_while_others_are_sampled(roles, world_size):
+    spec, prompts = Spec("qwen3"), draw_prompts()
+    for layout in layouts(world_size):
+        model, grid = roles.build(spec, layout)
+        mine, events = replica_rows(len(prompts), grid), []
+        config = RolloutConfig(prompts_per_step=len(prompts), max_new_tokens=NEW_TOKENS, batch_size=1)
+        made = MegatronEngine(model, grid, config, stop_ids=(), seed=SEED).generate(
+            [prompts[i] for i in mine],
+            mine,
+            step=STEP,
+            progress=lambda tokens: events.append("sampled"),  # noqa: B023
+            finished=lambda ids, responses: events.append((ids, responses)),  # noqa: B023
+            group_size=1,
+        )
+        groups = [event for event in events if event != "sampled"]
+        assert [ids for ids, _ in groups] == [[row] for row in mine], "each once, one batch after the other"
+        for (_, (response,)), whole in zip(groups, made.responses, strict=True):
+            assert torch.equal(response, whole)
+        if len(mine) > 1:
+            assert events.index(groups[0]) < len(events) - 1 - events[::-1].index("sampled"), layout

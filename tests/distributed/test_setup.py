@@ -63,7 +63,9 @@ def test_names_of_one_checkpoint_share_a_model(world, inputs, offload):
         assert all(away) if offload else not any(away)
 
 
-@pytest.mark.parametrize("change", [{"precision": {"dtype": "bfloat16"}}, {"vocab_multiple": 8}, {"checkpoint": "code"}])
+@pytest.mark.parametrize(
+    "change", [{"precision": {"dtype": "bfloat16"}}, {"vocab_multiple": 8}, {"checkpoint": "code"}]
+)
 def test_names_that_differ_in_anything_do_not(world, inputs, change):
     changes = {"teachers__code__checkpoint": str(inputs / "math")}
     changes |= {f"teachers__code__{key}": value for key, value in change.items()}

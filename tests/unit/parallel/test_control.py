@@ -44,4 +44,7 @@ def test_a_signal_goes_the_other_way(both):
     here, there = both
     assert here.asked_to_stop() is None
     there.ask_to_stop("SIGTERM")
+    deadline = time.monotonic() + 10  # the store does not acknowledge what it is told
+    while here.asked_to_stop() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert here.asked_to_stop() == "SIGTERM"

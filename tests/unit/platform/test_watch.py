@@ -1,0 +1,149 @@
+"""Processes that watch one another, with the store in rank 0 as under srun: who is blamed, who leaves, and how."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fire_megatron.platform.watch import EXIT_CODE
+
+TIMEOUT = 8.0
+"""Of the watches, seconds."""
+PROCESS = """
+import os, signal, sys, time
+import torch.distributed as dist
+from datetime import timedelta
+from fire_megatron.platform.watch import Watch
+
+rank, size, port, behaviour = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=60))
+watch = Watch(store, rank=rank, size=size, roles=f"role{rank}", timeout=float(sys.argv[5])).start()
+watch.doing("working")
+signal.signal(signal.SIGTERM, lambda *_: None)
+store.set(f"ready{rank}", "")
+store.wait([f"ready{r}" for r in range(size)])
+time.sleep(1.0)
+print("ready", flush=True)
+if behaviour == "end":
+    time.sleep(0.5 * rank)  # one after the other, rank 0 first
+elif behaviour == "fail":
+    watch.fail("made up")
+    watch.close(farewell=5.0)
+    os._exit(7)
+elif behaviour == "save":
+    with watch.unbroken():
+        time.sleep(TIME_TO_SAVE)
+        print("saved", flush=True)
+    time.sleep(60)
+elif behaviour == "blocked":
+    store.wait(["never"], timedelta(seconds=60))  # in C++, where no handler of Python's runs
+else:
+    time.sleep(60)
+watch.close()
+""".replace("TIME_TO_SAVE", "5.5")
+
+
+class Processes:
+    """Some ranks, each with a behaviour of its own."""
+
+    def __init__(self, *behaviours, timeout=TIMEOUT):
+        """Starts them and waits until all of them work."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.started = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(r), str(len(behaviours)), str(port), behaviour, str(timeout)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+            for r, behaviour in enumerate(behaviours)
+        ]  # fmt: skip
+        for process in self.started:
+            assert process.stdout.readline() == "ready\n", process.stderr.read()
+
+    def ends(self, patience=30):
+        """(exit code, error lines) of each, and how long it took them."""
+        began, ends = time.monotonic(), []
+        for process in self.started:
+            out, err = process.communicate(timeout=patience)
+            ends.append((process.returncode, [line for line in err.splitlines() if line.startswith("error")], out))
+        return ends, time.monotonic() - began
+
+
+@pytest.fixture
+def start():
+    """Starts processes and leaves none behind."""
+    made = []
+
+    def processes(*behaviours, **options):
+        made.append(Processes(*behaviours, **options))
+        return made[-1]
+
+    yield processes
+    for process in (process for group in made for process in group.started):
+        process.kill()
+        process.communicate()
+
+
+def test_a_good_end_is_one_on_every_rank(start):
+    ends, _ = start("end", "end", "end").ends()
+    assert [(code, errors) for code, errors, _ in ends] == [(0, [])] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_silent_rank_is_named_once_and_all_leave(start, number):
+    processes = start("work", "work", "work")
+    os.kill(processes.started[2].pid, number)
+    began = time.monotonic()
+    ends = [process.communicate(timeout=30) for process in processes.started[:2]]
+    assert TIMEOUT / 2 - 1 < time.monotonic() - began < TIMEOUT + 4
+    assert [process.returncode for process in processes.started[:2]] == [EXIT_CODE] * 2
+    lines = [line for _, err in ends for line in err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "rank 2 (role2): working" in lines[0], lines
+
+
+def test_who_fails_is_heard_once_beside_itself(start):
+    ends, _ = start("work", "fail", "work").ends()
+    assert [code for code, _, _ in ends] == [EXIT_CODE, 7, EXIT_CODE]
+    assert [errors for _, errors, _ in ends] == [["error: made up"], [], []]
+
+
+def test_rank_0_fails_and_the_others_do_not_take_it_for_a_death(start):
+    ends, _ = start("fail", "work", "work").ends()
+    assert [code for code, _, _ in ends] == [7, EXIT_CODE, EXIT_CODE]
+    assert [errors for _, errors, _ in ends] == [[], [], []]
+
+
+def test_the_store_goes_with_rank_0(start):
+    processes = start("work", "work")
+    os.kill(processes.started[0].pid, signal.SIGKILL)
+    (_, (code, errors, _)), seconds = processes.ends()
+    assert code == EXIT_CODE and "the store where the ranks meet does not answer" in errors[0]
+    assert seconds < TIMEOUT
+
+
+def test_what_is_being_saved_is_finished(start):
+    ends, _ = start("save", "fail").ends()
+    assert [code for code, _, _ in ends] == [EXIT_CODE, 7]
+    assert "saved" not in ends[0][2], "longer than half the timeout is not waited for"
+    ends, _ = start("save", "fail", timeout=30.0).ends()
+    assert [code for code, _, _ in ends] == [EXIT_CODE, 7] and "saved" in ends[0][2]
+
+
+def test_a_signal_makes_silence_tell_sooner_also_where_the_main_thread_is_in_cpp(start):
+    processes = start("blocked", "work", timeout=120.0)
+    os.kill(processes.started[1].pid, signal.SIGKILL)
+    time.sleep(0.5)
+    began = time.monotonic()
+    # As a launcher does, to a process that catches it.
+    os.kill(processes.started[0].pid, signal.SIGTERM)
+    _, err = processes.started[0].communicate(timeout=40)
+    assert time.monotonic() - began < 20 < 120 / 2
+    assert "rank 1 (role1): working" in err

@@ -18,12 +18,13 @@ from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
+from fire_megatron.data.rollouts import Rollouts, Scores
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.teachers.pool import TeacherPool
-from fire_megatron.teachers.router import TeacherRouter
+from fire_megatron.teachers.router import Session, TeacherRouter
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
 
@@ -35,6 +36,14 @@ def make_router(
     infos = {name: teacher.info for name, teacher in teachers.items()}
     pool = TeacherPool(infos, teachers, student_grid=grid, factory=factory)
     return TeacherRouter(pool, route, student_grid=grid, **options)
+
+
+def score(router: TeacherRouter, rollouts: Rollouts, *, keep_states: bool = False) -> Scores:
+    """Finished rollouts scored in one go; every rank of the student calls it with its own, of any number."""
+    by_row = dict(zip(rollouts.row_ids, rollouts.prompts, strict=True))
+    session = Session(router, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
+    session.send(rollouts.row_ids, rollouts.responses)
+    return session.finish(rollouts)
 
 
 def share(value: Any) -> Any:

@@ -96,15 +96,6 @@ class TeacherRouter:
         by_row = dict(zip(row_ids, prompts, strict=True))
         return Session(self, by_row, rounds=-(-most // size), group_size=size, keep=keep_states)
 
-    def score(
-        self, rollouts: Rollouts, *, keep_states: bool = False, progress: Callable[[str], None] | None = None
-    ) -> Scores:
-        """Have finished rollouts scored in one go; every rank of the student's grid calls it with its own."""
-        by_row = dict(zip(rollouts.row_ids, rollouts.prompts, strict=True))
-        session = Session(self, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
-        session.send(rollouts.row_ids, rollouts.responses)
-        return session.finish(rollouts, progress)
-
     def attach(self, rows: TrainingRows, kept: Mapping[str, KeptStates]) -> tuple[TrainingRows, dict[str, Value]]:
         """Bring what the teachers kept of these rows: :meth:`Transfer.attach`."""
         return self.transfer.attach(rows, kept)

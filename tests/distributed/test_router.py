@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import VOCABULARY
-from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, make_router, reference, share
+from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, make_router, reference, score, share
 
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
@@ -160,7 +160,7 @@ def test_scores_equal_each_rows_own_teacher(roles, teachers, world_size):
         grid = roles.factory.grid(layout)
         mine = deal(ROWS, grid.row_replicas, seed=1)[grid.row_replica]
         router = make_router(teachers, ROUTE, grid, roles.factory)
-        scores = router.score(rollouts_of(rows, mine))
+        scores = score(router, rollouts_of(rows, mine))
         assert_equals_transformers(gathered(scores, mine), rows)
 
 
@@ -175,7 +175,7 @@ def test_each_row_is_computed_once_by_its_own_teacher(roles, teachers, world_siz
         with monkeypatch.context() as patch:
             watch = Watch(teachers, patch)
             router = make_router(teachers, ROUTE, grid, roles.factory)
-            router.score(rollouts_of(rows, mine))
+            score(router, rollouts_of(rows, mine))
             assert watch.close() == expected, layout
             assert watch.asked == expected, layout
 
@@ -185,7 +185,7 @@ def test_order_and_sharing_out_change_nothing(roles, teachers, world_size):
     router, first = make_router(teachers, ROUTE, grid, roles.factory), None
     for seed in range(4):  # seed 0: one replica holds every row
         mine = deal(ROWS, world_size, seed)[grid.row_replica]
-        whole = gathered(router.score(rollouts_of(rows, mine)), mine)
+        whole = gathered(score(router, rollouts_of(rows, mine)), mine)
         first = first or whole
         assert sorted(whole) == list(range(ROWS))
         for row, (name, log_probs, entropies) in whole.items():
@@ -202,7 +202,7 @@ def test_a_teacher_without_rows(roles, teachers, world_size, monkeypatch, absent
         router = make_router(teachers, ROUTE, grid, roles.factory)
         with monkeypatch.context() as patch:
             watch = Watch(teachers, patch)
-            scores = router.score(rollouts_of(rows, mine))
+            scores = score(router, rollouts_of(rows, mine))
             assert not watch.close()[absent] and not watch.asked[absent]
         assert_equals_transformers(gathered(scores, mine), rows)
 
@@ -213,6 +213,6 @@ def test_fewer_rows_than_replicas(roles, teachers, world_size):
     grid = roles.factory.grid(Layout(num_ranks=world_size))
     mine = [0] if grid.row_replica == world_size - 1 else []
     router = make_router(teachers, ROUTE, grid, roles.factory)
-    scores = router.score(rollouts_of(rows, mine))
+    scores = score(router, rollouts_of(rows, mine))
     assert len(scores) == len(mine)
     assert_equals_transformers(gathered(scores, mine), rows)

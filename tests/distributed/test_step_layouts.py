@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import EOS, VOCABULARY, make_hf
-from roles import hf_response_logits, layouts, load_role, make_router, parallel_config, share, whole_gradients
+from roles import hf_response_logits, layouts, load_role, make_router, parallel_config, score, share, whole_gradients
 from steps import ROUTE, ROWS, rollouts_of, rows, write_checkpoints
 
 from fire_megatron.config.loss import LossConfig
@@ -95,7 +95,7 @@ def run_step(
     )
     router = make_router(teachers, ROUTE, grid, factory, prompts=rows(mixed)[0], mixture=loss.mixture)
     rollouts = rollouts_of(replica_rows(count, grid), mixed)
-    scores = router.score(rollouts, keep_states=True)
+    scores = score(router, rollouts, keep_states=True)
     kept, selected = select(
         rollouts,
         scores,
@@ -267,7 +267,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     prompts, _ = rows()
     mine = replica_rows(ROWS, grid)
     rollouts = engine.generate([prompts[i] for i in mine], mine, step=0)
-    scores = router.score(rollouts)
+    scores = score(router, rollouts)
     for student_log_prob, teacher_log_prob in zip(rollouts.log_probs, scores.log_probs, strict=True):
         torch.testing.assert_close(student_log_prob, teacher_log_prob, rtol=0, atol=2e-5)
     student = Student(

@@ -19,14 +19,17 @@ _numbers = itertools.count()
 class Control:
     """A numbered list of orders that one rank writes and others read."""
 
-    def __init__(self, store: dist.Store) -> None:
-        """Args: store: a connection of its own. Every rank of the world makes its own Control alike."""
-        self._store = store
+    def __init__(self, store: dist.Store, *, speaks: bool) -> None:
+        """Args: store: a connection of its own; speaks: whether this is the rank that gives the orders. Every rank of
+        the world makes its own Control alike."""
+        self._store, self._speaks = store, speaks
         self._prefix = f"fire/control/{next(_numbers)}"
         self._next = 0
 
     def announce(self, **order: Any) -> None:
-        """Write the next order: names and plain values."""
+        """Write the next order: names and plain values. A no-op on ranks that do not give orders."""
+        if not self._speaks:
+            return
         # Orders stay: nobody knows how far behind a teacher without rows is, and each is a few dozen bytes.
         self._store.set(f"{self._prefix}/{self._next}", json.dumps(order))
         self._next += 1

@@ -133,17 +133,19 @@ class TeacherPool:
 
     def _requests(self, name: str) -> list[Rows]:
         """The request of each row replica, on every rank of the teacher's span."""
-        door, at_door = self.door(name), dist.get_rank() == self.door(name)
+        at_door = dist.get_rank() == self.door(name)
         flats = [self.mail.receive(source=leader, tag=self.tag(name)) for leader in self.leaders] if at_door else []
-        sizes = self._tell(name, torch.tensor([len(flat) for flat in flats]), len(self.leaders), torch.int64, door)
-        flat = self._tell(name, torch.cat(flats) if flats else None, int(sizes.sum()), torch.int32, door)
+        sizes = self._tell(name, torch.tensor([len(flat) for flat in flats]), len(self.leaders), torch.int64)
+        flat = self._tell(name, torch.cat(flats) if flats else None, int(sizes.sum()), torch.int32)
         return [Rows.unpack(part) for part in flat.split(sizes.tolist())]
 
-    def _tell(self, name: str, values: torch.Tensor | None, numel: int, dtype: torch.dtype, door: int) -> torch.Tensor:
+    def _tell(self, name: str, values: torch.Tensor | None, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """From the door to the rest of the span."""
         group = self._spans[name]
         assert group is not None
-        return broadcast_flat(values, numel=numel, dtype=dtype, device=torch.device("cpu"), src=door, group=group)
+        return broadcast_flat(
+            values, numel=numel, dtype=dtype, device=torch.device("cpu"), src=self.door(name), group=group
+        )
 
     def _bring(self, offload: Offload | None) -> None:
         """Have a teacher's weights on the device, and nobody else's that wait on the host."""
@@ -175,5 +177,5 @@ class TeacherPool:
         if name not in self.teachers:
             return table
         at_door = self.mail.receive(source=source, tag=self.tag(name)) if me == door else None
-        size = self._tell(name, None if at_door is None else torch.tensor([len(at_door)]), 1, torch.int64, door)
-        return self._tell(name, at_door, int(size), torch.int64, door)
+        size = self._tell(name, None if at_door is None else torch.tensor([len(at_door)]), 1, torch.int64)
+        return self._tell(name, at_door, int(size), torch.int64)

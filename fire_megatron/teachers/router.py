@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 
 from fire_megatron.config.errors import TrainingError
 from fire_megatron.data.records import Prompt
@@ -113,7 +112,7 @@ class TeacherRouter:
 
     def announce(self, **order: object) -> None:
         """Tell the ranks that hold teachers and none of the student what to do."""
-        if self.control is not None and dist.get_rank() == self.pool.student.first_rank:
+        if self.control is not None:
             self.control.announce(**order)
 
     def combined(self, target: Target, scored: Sequence[Scored]) -> Scored:
@@ -145,7 +144,7 @@ class Session:
         self.router, self.pool, self.keep = router, router.pool, keep
         self.group_size = group_size
         self._prompts, self._rounds, self._round = dict(prompts), rounds, 0
-        self._teachers = {row: router.target(prompt).teachers for row, prompt in prompts.items()}
+        self._targets = {row: router.target(prompt) for row, prompt in prompts.items()}
         self._requests: dict[str, list[dict[int, int]]] = defaultdict(list)
         self._held: dict[int, torch.Tensor] = {}
         self.seconds: dict[str, float] = {}
@@ -168,7 +167,7 @@ class Session:
             self._request(name, group)
 
     def _request(self, name: str, responses: Mapping[int, torch.Tensor]) -> None:
-        mine = {row: response for row, response in responses.items() if name in self._teachers[row]}
+        mine = {row: response for row, response in responses.items() if name in self._targets[row].teachers}
         self._requests[name].append({row: len(response) for row, response in mine.items()})
         if self.router.student_grid.leads_rows:
             prompts = [torch.tensor(self._prompts[row].token_ids, dtype=torch.int64) for row in mine]
@@ -209,7 +208,7 @@ class Session:
             scored |= {(row, name): pair for row, pair in zip(lengths, pairs, strict=True)}
             holders += [torch.tensor([tags[name], *pair]) for pair in zip(lengths, answer.holders, strict=True)]
             self.seconds[name] = self.seconds.get(name, 0.0) + answer.seconds
-        targets = [self.router.target(prompt) for prompt in rollouts.prompts]
+        targets = [self._targets[row] for row in rollouts.row_ids]
         combined = [
             self.router.combined(target, [scored[row, name] for name in target.teachers])
             for row, target in zip(rollouts.row_ids, targets, strict=True)

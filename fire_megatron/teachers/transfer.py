@@ -65,7 +65,7 @@ class Transfer:
         metrics: dict[str, Value] = {}
         moved = [name for name in sorted(assigned) if name in kept]
         told = [name for name in moved if name in self.pool.reaching]
-        if told and self.control is not None and dist.get_rank() == self.pool.student.first_rank:
+        if told and self.control is not None:
             self.control.announce(do="attach", teachers=told)
         for name in sorted(assigned):
             received = {}

@@ -236,7 +236,11 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     loaded = _load_models(recipe, shapes, grids, keys, world, say)
     heads = on_all_ranks(_heads, recipe, shapes, loaded)
     pool = _pool(recipe, shapes, grids, keys, loaded, factory, watch)
-    control = Control(launch.store()) if grid.layout.num_ranks < world.size else None
+    control = (
+        Control(launch.store(), speaks=world.rank == grid.layout.first_rank)
+        if grid.layout.num_ranks < world.size
+        else None
+    )
     student = None
     if grid.is_member:
         student = _student_run(recipe, grid, inputs, hooks, loaded["student"].model, heads, pool, control, watch)

@@ -103,7 +103,7 @@ class Cast:
         for teacher in members.values() if offload else ():
             teacher.offload.leave()
         self.pool = TeacherPool(infos, members, student_grid=self.grid, factory=factory)
-        self.control = Control(launch.store())
+        self.control = Control(launch.store(), speaks=world.rank == student.first_rank)
         self.student = self.router = None
         if self.model is not None:
             self.student = Student(

@@ -15,9 +15,9 @@ def both(monkeypatch):
     """The two ends, over a store of this process."""
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     ends = []
-    for _ in range(2):
+    for speaks in (True, False):
         monkeypatch.setattr(module, "_numbers", iter([0]))
-        ends.append(Control(store.clone()))
+        ends.append(Control(store.clone(), speaks=speaks))
     yield ends
     del store  # which lives as long as it is held
 

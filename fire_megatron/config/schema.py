@@ -64,11 +64,54 @@ class ParallelConfig(Section):
 
 
 @dataclass(frozen=True)
+class FP8Config(Section):
+    """Matrix products of linear layers in 8-bit floating point. Sampling stays in `precision.dtype`."""
+
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """`hybrid` is E4M3 for inputs and weights and E5M2 for gradients; `e4m3` is E4M3 for all of them."""
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How values are scaled into the format's range: `delayed` by the largest magnitude of earlier steps, `tensorwise`
+    by that of the tensor itself, `blockwise` of 128 values or 128 x 128 (Hopper with CUDA 12.9, Blackwell), `mxfp8` of
+    32 values (Blackwell)."""
+    first_last_bf16: Count = 0
+    """Layers at each end of the model that stay in `precision.dtype`; not with `delayed`."""
+    amax_history: Size = 1024
+    """Steps whose largest magnitudes `delayed` looks back on."""
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    """Which of them `delayed` scales by."""
+    margin: Count = 0
+    """Powers of two that `delayed` leaves free above the largest magnitude."""
+    param_gather: bool = False
+    """Whether the weights of these layers are themselves FP8: a byte a weight in memory, and on the wire where replicas
+    gather what each has updated (megatron-core's fp8_param_gather). A student's needs `optimizer.distributed`."""
+    emulate: bool = False
+    """Round to FP8 on a CPU, to study and test its effect without a GPU: products are of rounded values and as slow as
+    without. Refused on a GPU."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.recipe == "delayed" and self.first_last_bf16:
+            yield Problem(
+                "first_last_bf16",
+                f"{self.first_last_bf16}, but with recipe delayed all layers share one FP8 context; leave it 0, or take "
+                "recipe tensorwise",
+            )
+        if self.emulate and self.param_gather:
+            yield Problem("param_gather", "true, but emulation keeps weights in precision.dtype; leave out one of them")
+
+
+@dataclass(frozen=True)
 class PrecisionConfig(Section):
     """Number formats."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Format of weights and activations; log-probabilities and losses are float32 always."""
+    dtype: Literal["float32", "bfloat16", "bf16"] = "float32"
+    """Format of weights and activations; log-probabilities and losses are float32 always. `bf16` is `bfloat16`."""
+    fp8: FP8Config | None = None
+    """Linear layers in FP8; null leaves them in `dtype`. Needs Transformer Engine on a GPU, or `fp8.emulate`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype == "bf16":
+            object.__setattr__(self, "dtype", "bfloat16")  # one name in what is compared and saved
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from fire_megatron.platform.device import (
     select_device,
     synchronize,
 )
-from fire_megatron.platform.launch import World, start, stop
+from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
 from fire_megatron.platform.watch import Watch
@@ -29,6 +29,7 @@ __all__ = [
     "seed_everything",
     "select_device",
     "set_rng_state",
+    "simulate",
     "start",
     "stop",
     "synchronize",

@@ -3,7 +3,8 @@
 megatron-core asks for ``torch.cuda.current_device()``, allocates with ``device='cuda'``, and its optimizer
 compares ``param.type()`` with ``'torch.cuda.FloatTensor'``. In a process that computes on CPU each of these
 means "the compute device", so here they are answered with the CPU. Nothing is emulated: the same modules,
-schedules and collectives run, on gloo. Factories are wrapped one by one rather than by a TorchFunctionMode,
+schedules and collectives run, on gloo. A plan (``fire_megatron/plan``) has the meta device in the CPU's place, on which
+tensors have shapes and no memory. Factories are wrapped one by one rather than by a TorchFunctionMode,
 which would add Python overhead to every single torch call of the decode loop.
 """
 
@@ -22,6 +23,8 @@ _FACTORIES = (
     "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
 _installed = False
+_target = torch.device("cpu")
+"""What stands for ``cuda``."""
 
 
 class _Stream:
@@ -49,12 +52,17 @@ class _Stream:
         return None
 
 
-def _on_cpu(device: Any) -> Any:
-    """Map any spelling of a CUDA device to the CPU and leave everything else alone."""
+def target() -> torch.device:
+    """The device that stands for ``cuda``."""
+    return _target
+
+
+def _on_target(device: Any) -> Any:
+    """Map any spelling of a CUDA device to the one in its place and leave everything else alone."""
     if isinstance(device, torch.device):
-        return torch.device("cpu") if device.type == "cuda" else device
+        return _target if device.type == "cuda" else device
     if isinstance(device, str) and device.startswith("cuda"):
-        return "cpu"
+        return _target
     return device
 
 
@@ -62,7 +70,7 @@ def _wrap_factory(function: Callable) -> Callable:
     @functools.wraps(function)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs["device"] = _on_target(kwargs["device"])
         return function(*args, **kwargs)
 
     return factory
@@ -72,8 +80,8 @@ def _wrap_to(function: Callable) -> Callable:
     @functools.wraps(function)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        return function(self, *(_on_cpu(a) for a in args), **kwargs)
+            kwargs["device"] = _on_target(kwargs["device"])
+        return function(self, *(_on_target(a) for a in args), **kwargs)
 
     return to
 
@@ -82,8 +90,7 @@ def _wrap_type(function: Callable) -> Callable:
     @functools.wraps(function)
     def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
-            name = function(self)
-            return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + function(self).rpartition(".")[2]
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
         return function(self, dtype, *args, **kwargs)
@@ -170,16 +177,21 @@ def _patch_megatron_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = uneven_reduce_scatter
 
 
-def install() -> None:
-    """Point ``cuda`` at the CPU in this process. Idempotent; never called in a process that uses a GPU."""
-    global _installed
+def install(device: str = "cpu") -> None:
+    """Point ``cuda`` at the CPU, or at ``meta``, in this process. Idempotent; never called in a process that uses a GPU.
+
+    Args:
+        device: what stands for ``cuda``; another call may change it.
+    """
+    global _installed, _target
+    _target = torch.device(device)
     if _installed:
         return
     _installed = True
     stream = _Stream()
     cuda = torch.cuda
     cuda.is_available = lambda: False  # also on a machine with GPUs, when the recipe asks for the CPU
-    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_device = target
     cuda.synchronize = lambda *a, **k: None
     cuda.empty_cache = lambda: None
     cuda.current_stream = lambda *a, **k: stream

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fire_megatron.config.errors import LayoutError
+from fire_megatron.platform import cpu_seam
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def reset_peak_memory(device: Device) -> None:
 
 
 def compute_device() -> torch.device:
-    """The device on which this process builds its models: its GPU, or the CPU once the seam is installed."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device on which this process builds its models: its GPU, or what the seam has put in its place."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu_seam.target()
 
 
 def synchronize(device: Device) -> None:

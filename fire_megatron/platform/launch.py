@@ -173,6 +173,12 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
     return World(rank, size, local_rank, local_size, chosen)
 
 
+def simulate() -> None:
+    """Have this process compute on tensors without memory, whatever its device: to plan a run, not to run it."""
+    _quiet_third_parties()
+    cpu_seam.install("meta")
+
+
 def watch(world: World, *, roles: str, timeout: float) -> Watch:
     """This process's signs of life, not begun. Args: see :class:`Watch`."""
     assert _store is not None, "start() comes first"

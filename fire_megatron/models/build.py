@@ -132,12 +132,12 @@ def resolve_layer_spec(setting: str, device: Device, *, role: str) -> str:
     Raises:
         RecipeError: ``te`` is asked for and Transformer Engine is not usable here.
     """
+    if setting == "local":
+        return setting
     engine = detect_capabilities(device)[0]
     if setting == "te" and engine.version is None:
         raise RecipeError(f"{role}.layer_spec is 'te' but Transformer Engine is {engine.detail}; use 'local' or 'auto'")
-    if setting == "auto":
-        return "te" if engine.version else "local"
-    return setting
+    return "te" if engine.version else "local"
 
 
 def rotary_frequencies(shape: ModelShape) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 _SMALL = 4096
@@ -72,9 +72,46 @@ class Trace:
     peak: int = 0
     """Most of them at a time."""
 
+    @classmethod
+    def total(cls, *terms: tuple[int, Trace]) -> Trace:
+        """So many times each of them, one after the other."""
+        result = cls()
+        for times, trace in terms:
+            for key in trace.calls:
+                result.bytes[key] += times * trace.bytes[key]
+                result.calls[key] += times * trace.calls[key]
+            result.flops += times * trace.flops
+        result.peak = max((trace.peak for _, trace in terms), default=0)
+        return result
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+    """Two products of every query head with the keys that it sees, half of them under a causal mask."""
+    causal = any(x is True for x in rest)
+    return 4 * query.numel() * key.shape[-2] // (2 if causal else 1)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, *rest: Any, **kwargs: Any) -> int:
+    """Five products in place of two (Dao et al. 2022, arXiv 2205.14135, section 3)."""
+    return _attention_flops(query, key, *rest) * 5 // 2
+
+
+_FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+    """Tensors in an operator's arguments or results, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -135,7 +172,7 @@ class Tracing(TorchDispatchMode):
         out = self._read(func, args, kwargs) if meta else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.trace.flops += formula(*args, **kwargs, out_val=out)
         outputs = _tensors(out)
@@ -213,15 +250,14 @@ class Tracing(TorchDispatchMode):
         self, func: Any, args: tuple, kwargs: dict, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
     ) -> None:
         """Follow small values through an operator, by running it on them too."""
-        outputs = [x for x in outputs if x.device.type == "meta"]
-        fresh = [x for x in outputs if all(x.untyped_storage() is not y.untyped_storage() for y in inputs)]
-        values = [self._value(x) for x in inputs]
-        if any(value is None for value in values) or any(x.numel() > _SMALL for x in outputs):
-            if func._schema.is_mutable:
-                for x in outputs:
-                    self._values.drop(x.untyped_storage())
+        outputs, mutates = [x for x in outputs if x.device.type == "meta"], func._schema.is_mutable
+        values = [] if any(x.numel() > _SMALL for x in outputs) else [self._value(x) for x in inputs]
+        if len(values) < len(inputs) or any(value is None for value in values):
+            for x in outputs if mutates else ():
+                self._values.drop(x.untyped_storage())
             return
-        if not outputs or not (fresh or func._schema.is_mutable):
+        fresh = [x for x in outputs if all(x.untyped_storage() is not y.untyped_storage() for y in inputs)]
+        if not outputs or not (fresh or mutates):
             return  # a view, whose storage is known
         known = iter(values)
         here = tree_map_only(torch.Tensor, lambda _: next(known), (args, kwargs))

@@ -11,9 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.optim import adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fire_megatron.models.layers import RMSNorm
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.platform import compute_device, simulate
 
@@ -31,12 +34,18 @@ class SimulatedGrids(GridFactory):
 
 
 @contextlib.contextmanager
-def simulated_rank(rank: int, size: int) -> Iterator[None]:
-    """Be this rank of a world of ``size``. Collectives return at once and change nothing."""
-    simulate()
+def simulated_rank(rank: int, size: int, kind: str) -> Iterator[None]:
+    """Be this rank of a world of ``size``. Collectives return at once and change nothing.
+
+    Args:
+        rank: this rank.
+        size: ranks of the world.
+        kind: ``cpu`` or ``cuda``, the device that the run is planned for.
+    """
+    simulate(kind)
     dist.init_process_group("cpu:fake,meta:fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        with _meta_kernels():
+        with _meta_kernels(kind):
             yield
     finally:
         dist.destroy_process_group()
@@ -64,22 +73,78 @@ def _norm(chunk_size: int, noop: Any, tensors: Any, *options: Any) -> tuple[torc
     return torch.zeros(1, device=compute_device()), None
 
 
-_REPLACED = (
+class _FusedNorm(torch.autograd.Function):
+    """A norm in one kernel keeps its input and a number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Balanced:
+    """Stands for a routing map of experts that get equal numbers of tokens."""
+
+    def __init__(self, routing_map: torch.Tensor, top_k: int) -> None:
+        self._rows, self._experts = routing_map.shape
+        self._top_k = top_k
+
+    def size(self, dim: int) -> int:
+        return (self._rows, self._experts)[dim]
+
+    def sum(self, dim: int) -> torch.Tensor:
+        share, extra = divmod(self._rows * self._top_k, self._experts)
+        return torch.tensor([share + (i < extra) for i in range(self._experts)], device=compute_device())
+
+
+_preprocess = MoEAlltoAllTokenDispatcher.preprocess
+
+
+def _balanced_preprocess(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    return _preprocess(self, _Balanced(routing_map, self.config.moe_router_topk))
+
+
+def _permute(tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, num_out_tokens: int, **_: Any) -> Any:
+    """Each token once for each of its experts."""
+    places = torch.zeros(num_out_tokens, dtype=torch.int64, device=tokens.device)
+    return tokens.index_select(0, places), probs.t().flatten().index_select(0, places), places
+
+
+_tensor = torch.tensor
+
+
+def _remembered_tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    """By way of the CPU, where a trace sees the values."""
+    tensor = _tensor(data, **kwargs)
+    return tensor if device is None else tensor.to(device)
+
+
+_REPLACED = [
+    (torch, "tensor", _remembered_tensor),
     (F, "scaled_dot_product_attention", _attention),
     (clip_grads, "l2_norm_impl", _norm),
     (adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None),  # there is a fused kernel of meta tensors
-)
+    (MoEAlltoAllTokenDispatcher, "preprocess", _balanced_preprocess),
+    (token_dispatcher, "permute", _permute),
+]
+_REPLACED_ON_CUDA = [(RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight))]
 
 
 @contextlib.contextmanager
-def _meta_kernels() -> Iterator[None]:
-    kept = [getattr(module, name) for module, name, _ in _REPLACED]
+def _meta_kernels(kind: str) -> Iterator[None]:
+    replaced = _REPLACED + (_REPLACED_ON_CUDA if kind == "cuda" else [])
+    kept = [getattr(module, name) for module, name, _ in replaced]
     try:
-        for module, name, kernel in _REPLACED:
+        for module, name, kernel in replaced:
             setattr(module, name, kernel)
         yield
     finally:
-        for (module, name, _), kernel in zip(_REPLACED, kept, strict=True):
+        for (module, name, _), kernel in zip(replaced, kept, strict=True):
             setattr(module, name, kernel)
 
 

@@ -4,6 +4,7 @@ from fire_megatron.platform.capabilities import Capability, capability_report, d
 from fire_megatron.platform.device import (
     Device,
     compute_device,
+    device_kind,
     peak_memory_mb,
     reset_peak_memory,
     select_device,
@@ -23,6 +24,7 @@ __all__ = [
     "capability_report",
     "compute_device",
     "detect_capabilities",
+    "device_kind",
     "get_rng_state",
     "peak_memory_mb",
     "reset_peak_memory",

@@ -25,6 +25,8 @@ _FACTORIES = (
 _installed = False
 _target = torch.device("cpu")
 """What stands for ``cuda``."""
+_kind = "cpu"
+"""Kind of device whose place the meta device takes."""
 
 
 class _Stream:
@@ -55,6 +57,11 @@ class _Stream:
 def target() -> torch.device:
     """The device that stands for ``cuda``."""
     return _target
+
+
+def kind() -> str:
+    """``cpu`` or ``cuda``: the kind of device that the meta device stands for."""
+    return _kind
 
 
 def _on_target(device: Any) -> Any:
@@ -138,7 +145,10 @@ def _patch_megatron_experts(stream: _Stream) -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        if not torch.is_tensor(tensor):
+            return tensor
+        tensor = tensor.cpu()  # no-op, except in a plan
+        return tensor.numpy() if as_numpy else tensor
 
     moe_utils.te_general_gemm = (
         None  # else the router multiplies with Transformer Engine's kernel, where it is installed
@@ -177,14 +187,15 @@ def _patch_megatron_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = uneven_reduce_scatter
 
 
-def install(device: str = "cpu") -> None:
+def install(device: str = "cpu", *, kind: str = "cpu") -> None:
     """Point ``cuda`` at the CPU, or at ``meta``, in this process. Idempotent; never called in a process that uses a GPU.
 
     Args:
         device: what stands for ``cuda``; another call may change it.
+        kind: of the device that ``meta`` stands for.
     """
-    global _installed, _target
-    _target = torch.device(device)
+    global _installed, _target, _kind
+    _target, _kind = torch.device(device), kind
     if _installed:
         return
     _installed = True

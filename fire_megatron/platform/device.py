@@ -89,6 +89,11 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu_seam.target()
 
 
+def device_kind(device: torch.device) -> str:
+    """``cpu`` or ``cuda``, by which sizes and formats are chosen; of a simulated device, what it simulates."""
+    return cpu_seam.kind() if device.type == "meta" else device.type
+
+
 def synchronize(device: Device) -> None:
     """Wait for the device, so that a clock read afterwards covers the work issued before."""
     if device.is_cuda:

@@ -173,10 +173,14 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
     return World(rank, size, local_rank, local_size, chosen)
 
 
-def simulate() -> None:
-    """Have this process compute on tensors without memory, whatever its device: to plan a run, not to run it."""
+def simulate(kind: str) -> None:
+    """Have this process compute on tensors without memory, to plan a run, not to run it.
+
+    Args:
+        kind: ``cpu`` or ``cuda``, the device that the run is planned for.
+    """
     _quiet_third_parties()
-    cpu_seam.install("meta")
+    cpu_seam.install("meta", kind=kind)
 
 
 def watch(world: World, *, roles: str, timeout: float) -> Watch:

@@ -101,11 +101,15 @@ class Student:
         """Gradient memory, which an update begins by setting to zero."""
         yield from (buffer.grad_data for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers))
 
-    def memory(self) -> Iterator[torch.Tensor]:
-        """What lasts from step to step: weights and optimizer state."""
+    def weights(self) -> Iterator[torch.Tensor]:
+        """The model's memory."""
         yield from self.model.parameters()
         for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers):
             yield from () if buffer.param_data is None else (buffer.param_data,)
+
+    def memory(self) -> Iterator[torch.Tensor]:
+        """What lasts from step to step: weights and optimizer state."""
+        yield from self.weights()
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             for group in part.optimizer.param_groups if part.optimizer is not None else ():
                 for parameter in group["params"]:

@@ -3,7 +3,9 @@
 from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
 from fire_megatron.platform.device import (
     Device,
+    GpuIdentity,
     compute_device,
+    gpu_identity,
     peak_memory_mb,
     reset_peak_memory,
     select_device,
@@ -17,6 +19,7 @@ from fire_megatron.platform.watch import Watch
 __all__ = [
     "Capability",
     "Device",
+    "GpuIdentity",
     "Offload",
     "Watch",
     "World",
@@ -24,6 +27,7 @@ __all__ = [
     "compute_device",
     "detect_capabilities",
     "get_rng_state",
+    "gpu_identity",
     "peak_memory_mb",
     "reset_peak_memory",
     "seed_everything",

@@ -1,9 +1,9 @@
 """NVIDIA's apex, and what else has that name: megatron-core imports whatever is called ``apex`` when it is imported.
 
-NVIDIA's (https://github.com/NVIDIA/apex) is not on PyPI; the ``apex`` there is a toolkit for web applications. It may fail
-in megatron-core's imports with an error of any kind, or pass for NVIDIA's. So it is refused, before megatron-core is
-imported. A mere folder of that name (a checkout in the working directory, say) imports as an empty package; it is kept
-out of megatron-core's sight, and so is NVIDIA's where it cannot work: its optimizers import without their CUDA
+NVIDIA's (https://github.com/NVIDIA/apex) is not on PyPI; the ``apex`` there is a toolkit for web applications. It may
+fail in megatron-core's imports with an error of any kind, or pass for NVIDIA's. So it is refused, before megatron-core
+is imported. A mere folder of that name (a checkout in the working directory, say) imports as an empty package; it is
+kept out of megatron-core's sight, and so is NVIDIA's where it cannot work: its optimizers import without their CUDA
 extension, and raise when they are made.
 """
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from fire_megatron.config.errors import UserError
 
 HOME = "https://github.com/NVIDIA/apex"
+EXTENSION = "amp_C"
+"""The module of CUDA kernels that NVIDIA's apex computes with; it can be installed without."""
 _OWN_MODULES = ("multi_tensor_apply", "optimizers")
 """Of NVIDIA's, since its beginnings."""
 
@@ -82,10 +84,10 @@ def refuse_other_apex() -> None:
     )
 
 
-def extension_problem() -> str | None:
-    """Why the CUDA extension that NVIDIA's apex computes with cannot be imported; None when it can."""
+def import_problem(module: str) -> str | None:
+    """None when ``module`` imports, else the reason that it does not, on one line."""
     try:
-        importlib.import_module("amp_C")
+        importlib.import_module(module)
     except Exception as error:  # a broken binary extension raises whatever it likes
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
@@ -95,5 +97,5 @@ def hide_unusable_apex(*, on_gpu: bool) -> None:
     """Let megatron-core's ``import apex`` fail where the package would be of no use, so that it takes what it takes
     without one. A no-op once somebody has imported it."""
     apex = find_apex()
-    if apex is not None and (apex.is_folder or not on_gpu or extension_problem() is not None):
+    if apex is not None and (apex.is_folder or not on_gpu or import_problem(EXTENSION) is not None):
         sys.modules.setdefault("apex", None)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 from dataclasses import dataclass
 
-from fire_megatron.platform.apex import extension_problem, find_apex
+from fire_megatron.platform.apex import EXTENSION, find_apex, import_problem
 from fire_megatron.platform.device import Device
 
 
@@ -28,15 +28,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _importable(module: str) -> str | None:
-    """None when ``module`` imports, else the reason that it does not."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a broken binary extension raises whatever it likes
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
-
-
 def _transformer_engine(device: Device) -> Capability:
     fallback = "layer spec 'local': megatron-core layers, our RMSNorm and scaled_dot_product_attention"
     version = _version("transformer-engine")
@@ -44,7 +35,7 @@ def _transformer_engine(device: Device) -> Capability:
         return Capability("transformer-engine", None, f"not installed; {fallback}")
     if not device.is_cuda:
         return Capability("transformer-engine", None, f"{version} installed, needs a GPU; {fallback}")
-    problem = _importable("transformer_engine.pytorch")
+    problem = import_problem("transformer_engine.pytorch")
     if problem:
         return Capability("transformer-engine", None, f"{version} does not import ({problem}); {fallback}")
     return Capability("transformer-engine", version, "layer spec 'te', where a role does not ask for 'local'")
@@ -64,7 +55,7 @@ def _apex(device: Device) -> Capability:
     version = package.version or "unknown"
     if not device.is_cuda:
         return Capability("apex", None, f"{version} installed, needs a GPU; {fallback}")
-    problem = extension_problem()
+    problem = import_problem(EXTENSION)
     if problem:
         return Capability("apex", None, f"{version}: its CUDA extension does not import ({problem}); {fallback}")
     used = "installed, but Transformer Engine's optimizer comes first" if engine else "fused optimizer kernels"
@@ -81,7 +72,7 @@ def _flash_attention(device: Device) -> Capability:
     installed = " and ".join(have.values())
     if not device.is_cuda:
         return Capability("flash-attn", None, f"{installed} installed, needs a GPU; {fallback}")
-    problems = {name: _importable(releases[name]) for name in have}
+    problems = {name: import_problem(releases[name]) for name in have}
     working = [have[name] for name, problem in problems.items() if problem is None]
     if not working:
         reasons = ", ".join(str(problem) for problem in problems.values())
@@ -95,21 +86,25 @@ def _flash_attention(device: Device) -> Capability:
 
 def _nvidia_ml_py(device: Device) -> Capability:
     """NVML's bindings, whose module has the name ``pynvml``."""
-    name, fallback, version = "nvidia-ml-py", "no gpu/... metrics", _version("nvidia-ml-py")
-    if not device.is_cuda:
-        return Capability(
-            name, None, f"{f'{version} installed' if version else 'not installed'}, needs a GPU; {fallback}"
-        )
-    try:
-        nvml = importlib.import_module("pynvml")  # also of an older distribution, pynvml
-    except Exception:
+    name, version, fallback = "nvidia-ml-py", _version("nvidia-ml-py"), "no gpu/... metrics"
+    if version is None:
         return Capability(name, None, f"not installed; {fallback}")
+    if not device.is_cuda:
+        return Capability(name, None, f"{version} installed, needs a GPU; {fallback}")
+    problem = import_problem("pynvml")
+    if problem:
+        return Capability(name, None, f"{version} does not import ({problem}); {fallback}")
+    nvml = importlib.import_module("pynvml")
     try:
         nvml.nvmlInit()
         nvml.nvmlShutdown()
     except Exception as error:  # no driver library in a container, for instance
-        return Capability(name, None, f"the driver does not answer ({type(error).__name__}: {error}); {fallback}")
-    return Capability(name, version or "unknown", "gpu/... metrics, unless metrics.gpu_interval is 0")
+        return Capability(
+            name,
+            None,
+            f"{version}: the driver does not answer ({error}); {fallback}",
+        )
+    return Capability(name, version, "gpu/... metrics, unless metrics.gpu_interval is 0")
 
 
 def detect_capabilities(device: Device) -> tuple[Capability, ...]:
@@ -123,6 +118,6 @@ def capability_report(device: Device) -> str:
         f"device              {device.describe()}",
         f"torch               {_version('torch')}, megatron-core {_version('megatron-core')}",
     ]
-    for found in (*detect_capabilities(device), _nvidia_ml_py(device)):
+    for found in (*detect_capabilities(device), _nvidia_ml_py(device)):  # which starts NVML, once
         lines.append(f"{found.name:<19} {found.version or '-'}: {found.detail}")
     return "\n".join(lines)

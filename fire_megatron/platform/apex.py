@@ -61,10 +61,15 @@ def _find_spec() -> ModuleSpec | None:
 
 
 def _version(place: Path, own: bool) -> str | None:
-    """Of the distribution at this place, or of any where the package is NVIDIA's and may be an editable one."""
-    found = list(importlib.metadata.distributions(name="apex"))
-    here = [each for each in found if Path(str(each.locate_file(place.name))).resolve() == place.resolve()]
-    return next((each.version for each in here or (found if own else [])), None)
+    """Of the distribution at this place; where the package is NVIDIA's, also of an editable one, which has none."""
+    editable = None
+    for distribution in importlib.metadata.distributions(name="apex"):
+        itself = Path(str(distribution.locate_file(place.name)))
+        if itself.resolve() == place.resolve():
+            return distribution.version
+        if own and not itself.exists():
+            editable = distribution.version
+    return editable
 
 
 def refuse_other_apex() -> None:

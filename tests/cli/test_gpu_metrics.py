@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,8 @@ from fire_megatron.metrics.gpu import GpuSampler
 from fire_megatron.metrics.values import Max, Mean, Sum
 from fire_megatron.platform import Device, GpuIdentity
 from fire_megatron.train import gpus
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,42 @@ def test_a_run_that_fails_leaves_no_thread(inputs, tmp_path, nvml, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(inputs, tmp_path)
     assert seen and not threads() and nvml.running == 0
+
+
+DRIVER = """
+import os, sys
+from nvml import BUS_ID, UUID, FakeNvml
+from fire_megatron.cli.train import main
+from fire_megatron.platform import GpuIdentity
+from fire_megatron.train import gpus
+
+rank = int(os.environ["RANK"])
+sys.modules["pynvml"] = fake = FakeNvml()
+fake.readings |= {"Temperature": 50 + 20 * rank, "PowerUsage": 100_000 * (1 + rank)}
+gpus.gpu_identity = lambda device: GpuIdentity((UUID,), BUS_ID)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_gpus_of_teachers_on_ranks_of_their_own_count(inputs, tmp_path):
+    values = tiny_recipe(inputs, tmp_path / "run", run__steps=3, metrics__gpu_interval=0.01)
+    values["student"]["ranks"] = "0-0"
+    for teacher in values["teachers"].values():
+        teacher["ranks"] = "1-1"
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "driver.py"), "--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert len(lines) == 3
+    assert max(line["gpu/temperature_c"] for line in lines) == 70
+    assert any(100 < line["gpu/power_w"] < 200 for line in lines), "a mean over both GPUs"
 
 
 def test_ranks_without_the_student_report_theirs(monkeypatch):

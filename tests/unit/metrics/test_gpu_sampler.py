@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from nvml import BUS_ID, UUID, FakeNvml, NVMLError
 
+from fire_megatron.metrics import gpu as module
 from fire_megatron.metrics.gpu import FAILURES, GpuSampler, _Gauges, find_gpu
 from fire_megatron.metrics.values import Max, Mean, Sum, merge
 from fire_megatron.platform import GpuIdentity
@@ -271,3 +273,26 @@ assert "pynvml" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_real_bindings_have_what_is_asked_of_them():
+    pynvml = pytest.importorskip("pynvml")
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    names = set(re.findall(r"nvml\.(nvml\w+)", source))
+    assert len(names) == 15 and not {name for name in names if not hasattr(pynvml, name)}
+    assert (module._CLOCK_SM, module._SENSOR_GPU, module._VOLATILE) == (
+        pynvml.NVML_CLOCK_SM,
+        pynvml.NVML_TEMPERATURE_GPU,
+        pynvml.NVML_VOLATILE_ECC,
+    )
+    assert list(module._ECC.values()) == [
+        pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
+        pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+    ]
+    bit = {name: getattr(pynvml, f"nvmlClocksThrottleReason{name}") for name in REASONS}
+    assert bit["SwPowerCap"] | bit["HwPowerBrakeSlowdown"] == module._POWER
+    assert bit["SwThermalSlowdown"] | bit["HwThermalSlowdown"] == module._THERMAL
+    assert bit["HwSlowdown"] == module._SLOWDOWN
+
+
+REASONS = ("SwPowerCap", "HwPowerBrakeSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwSlowdown")

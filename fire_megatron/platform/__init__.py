@@ -3,8 +3,10 @@
 from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
 from fire_megatron.platform.device import (
     Device,
+    GpuIdentity,
     compute_device,
     device_kind,
+    gpu_identity,
     peak_memory_mb,
     reset_peak_memory,
     select_device,
@@ -18,6 +20,7 @@ from fire_megatron.platform.watch import Watch
 __all__ = [
     "Capability",
     "Device",
+    "GpuIdentity",
     "Offload",
     "Watch",
     "World",
@@ -26,6 +29,7 @@ __all__ = [
     "detect_capabilities",
     "device_kind",
     "get_rng_state",
+    "gpu_identity",
     "peak_memory_mb",
     "reset_peak_memory",
     "seed_everything",

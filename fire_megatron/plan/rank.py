@@ -209,10 +209,6 @@ class _Rank:
 
     def _traced(self, action: Callable[[], object], model: FireGPT, tokens: list[int]) -> Trace:
         with Tracing() as tracing, stages_send(tokens, model.config.hidden_size):
-            tracing.ignore(model.parameters())
-            if self.student is not None:
-                tracing.ignore(self.student.gradients())
-                tracing.ignore(self.student.memory())
             action()
         return tracing.trace
 
@@ -261,7 +257,7 @@ class _Rank:
     def _scoring(self, name: str, teacher: Teacher) -> Phase:
         grid, tokens = teacher.grid, self.load.row_tokens
         replicas = grid.layout.data
-        rows = -(-round(self.load.rows * self.load.shares[name]) // replicas)
+        rows = _ceil(round(self.load.rows * self.load.shares[name]), replicas)
         if rows == 0:
             return Phase(Trace(), 0)
         tensor = self.recipe.student.parallel.tensor
@@ -276,12 +272,12 @@ class _Rank:
 
         size = max(1, teacher.micro_batch_tokens // tokens)
         trace, _ = _in_pieces(score, rows, size, most=1)
-        return Phase(trace, pieces=-(-rows // size))
+        return Phase(trace, pieces=_ceil(rows, size))
 
     def _exchange(self) -> Phase:
         """The kept rows on their way to the replicas that train on them."""
         grid = self.grids["student"]
-        count = -(-self.load.kept // grid.row_replicas)
+        count = _ceil(self.load.kept, grid.row_replicas)
         responses = [torch.zeros(self.load.response_tokens, dtype=torch.int64)] * count
         floats = [torch.zeros(4 * self.load.response_tokens)] * count
         device = compute_device()
@@ -296,7 +292,7 @@ class _Rank:
         recipe, grid, student = self.recipe, self.grids["student"], self.student
         assert student is not None
         parts = recipe.optimizer.mini_batches
-        rows = -(--(-self.load.kept // parts) // grid.layout.data)
+        rows = _ceil(_ceil(self.load.kept, parts), grid.layout.data)
         budget = recipe.optimizer.micro_batch_tokens
         size = max(1, budget // self.load.row_tokens) if budget else recipe.optimizer.micro_batch_size
 
@@ -309,6 +305,7 @@ class _Rank:
         traces = [(parts, trace)]
         if parts > 1 and student.objective.reads_old:
             traces.append((parts, self._log_probs(student, rows, size)))
+        self._traced(student.update, student.model, [])  # the first makes Adam's state
         applied = self._traced(student.update, student.model, [])
         whole = Trace.total(*traces, (parts, applied))
         return Phase(
@@ -368,6 +365,10 @@ _GROUP_NAMES = {
     "tp_ep_pp": "tensor x expert x pipeline",
     "embd": "first and last stage",
 }
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
 def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most: int) -> tuple[Trace, int]:

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,6 +153,10 @@ class _Storages:
         self._known.pop(storage._cdata, None)
 
 
+def _release(trace: Trace, size: int) -> None:
+    trace.live -= size
+
+
 class Tracing(TorchDispatchMode):
     """Within the context, everything goes into :attr:`trace`."""
 
@@ -176,28 +181,28 @@ class Tracing(TorchDispatchMode):
         if formula is not None:
             self.trace.flops += formula(*args, **kwargs, out_val=out)
         outputs = _tensors(out)
-        for tensor in outputs:
-            self._count(tensor.untyped_storage())
+        self._count(inputs, outputs)
         if meta or any(x.device.type == "meta" for x in outputs):
             self._remember(func, args, kwargs, inputs, outputs)
         return out
 
-    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Leave out memory that was there before."""
-        for tensor in tensors:
-            self._counted.put(tensor.untyped_storage(), True)
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if self._counted.get(storage) is not None:
-            return
-        trace, size = self.trace, storage.nbytes()
-
-        def gone() -> None:
-            trace.live -= size
-
-        trace.live += size
-        trace.peak = max(trace.peak, trace.live)
-        self._counted.put(storage, True, gone)
+    def _count(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Count new memory, until it is freed."""
+        trace, old = self.trace, None
+        for tensor in outputs:
+            if tensor.is_mkldnn:  # oneDNN's own memory, of a copy of a weight
+                continue
+            storage = tensor.untyped_storage()
+            if self._counted.get(storage) is not None:
+                continue
+            if old is None:
+                old = {x.untyped_storage()._cdata for x in inputs if not x.is_mkldnn}
+            if storage._cdata in old:  # a view, or written in place: memory that was there before
+                continue
+            size = storage.nbytes()
+            trace.live += size
+            trace.peak = max(trace.peak, trace.live)
+            self._counted.put(storage, True, partial(_release, trace, size))
 
     def _collective(self, func: Any, args: tuple, kwargs: dict) -> Any:
         operation = _COLLECTIVES.get(func._schema.name.partition("::")[2])

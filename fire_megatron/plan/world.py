@@ -109,7 +109,9 @@ def _balanced_preprocess(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
     return _preprocess(self, _Balanced(routing_map, self.config.moe_router_topk))
 
 
-def _permute(tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, num_out_tokens: int, **_: Any) -> Any:
+def _permute(
+    tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, num_out_tokens: int, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each token once for each of its experts."""
     places = torch.zeros(num_out_tokens, dtype=torch.int64, device=tokens.device)
     return tokens.index_select(0, places), probs.t().flatten().index_select(0, places), places

@@ -188,7 +188,7 @@ def _patch_megatron_collectives() -> None:
 
 
 def install(device: str = "cpu", *, kind: str = "cpu") -> None:
-    """Point ``cuda`` at the CPU, or at ``meta``, in this process. Idempotent; never called in a process that uses a GPU.
+    """Point ``cuda`` at the CPU, or at ``meta``, in this process, which uses no GPU. Idempotent.
 
     Args:
         device: what stands for ``cuda``; another call may change it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ class Context:
     """Ranks that the launcher started; None when that is not known, as in a dry run."""
     models: Mapping[str, Mapping[str, Any]]
     """``config.json`` of every role whose checkpoint has a readable one, by the role's key."""
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    """In a plan for another machine: by the role's key, a folder that has the architecture of a checkpoint which is not
+    on this one."""
 
     @property
     def roles(self) -> dict[str, RoleConfig]:
@@ -49,18 +52,23 @@ class Context:
         return self.number(role, "num_experts") or self.number(role, "num_local_experts")
 
 
-def check_recipe(recipe: Recipe, *, world_size: int | None) -> None:
+def check_recipe(recipe: Recipe, *, world_size: int | None, elsewhere: Mapping[str, Path] | None = None) -> None:
     """Check what one section alone cannot know, reading JSON files but no weights.
 
     Args:
         recipe: as loaded.
         world_size: ranks of the run; None skips the checks that need it.
+        elsewhere: in a plan for another machine, folders with the architectures of checkpoints that are not on this
+            one, by the role's key; this machine's files are not checked then.
 
     Raises:
         RecipeProblems: every problem found.
     """
-    found = {key: read_json_object(Path(role.checkpoint) / "config.json") for key, role in roles(recipe).items()}
-    context = Context(recipe, world_size, {key: values for key, values in found.items() if values is not None})
+    elsewhere = elsewhere or {}
+    folders = {key: elsewhere.get(key, Path(role.checkpoint)) for key, role in roles(recipe).items()}
+    found = {key: read_json_object(folder / "config.json") for key, folder in folders.items()}
+    models = {key: values for key, values in found.items() if values is not None}
+    context = Context(recipe, world_size, models, elsewhere)
     problems = [problem for check in CHECKS for problem in check(context)]
     if problems:
         raise RecipeProblems(problems)
@@ -85,7 +93,7 @@ def _labels(context: Context) -> Iterator[Problem]:
 
 
 def _prompt_files(context: Context) -> Iterator[Problem]:
-    for key, source in context.sources.items():
+    for key, source in () if context.elsewhere else context.sources.items():
         path = Path(source.path)
         if not path.exists():
             yield Problem(f"{key}.path", f"{path} does not exist{looked_in(path)}; correct the path")
@@ -97,7 +105,7 @@ def _prompt_files(context: Context) -> Iterator[Problem]:
 
 def _checkpoints(context: Context) -> Iterator[Problem]:
     for key, role in context.roles.items():
-        text = checkpoint_problem(Path(role.checkpoint))
+        text = None if key in context.elsewhere else checkpoint_problem(Path(role.checkpoint))
         if text:
             yield Problem(f"{key}.checkpoint", text)
 
@@ -295,7 +303,7 @@ def _counts(context: Context) -> Iterator[Problem]:
 
 def _writable(context: Context) -> Iterator[Problem]:
     for key, name in (("run.dir", context.recipe.run.dir), ("checkpoint.dir", context.recipe.checkpoint.dir)):
-        if name is None:
+        if name is None or context.elsewhere:
             continue
         folder = Path(name).absolute()
         while not folder.exists() and folder != folder.parent:

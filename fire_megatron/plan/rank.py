@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from megatron.core.utils import get_model_config
@@ -63,6 +64,8 @@ class Phase:
     """Of the whole phase; its peak is above what lasts, the key/value cache included."""
     pieces: int
     """Decode steps or micro-batches."""
+    rows: int = 0
+    """Of this rank's replica."""
     kv_cache: int = 0
     """Bytes of keys and values."""
     loss: int = 0
@@ -80,6 +83,8 @@ class RankPlan:
     """By recipe path, those that the rank holds."""
     phases: Mapping[str, Phase]
     """``sampling``, ``scoring <teacher>``, ``exchange``, ``update``: those that the rank takes part in, in order."""
+    scratch: int
+    """Bytes of buffers that the first use leaves behind."""
     groups: Mapping[tuple[int, ...], str]
     """What groups of ranks are for, by their ranks."""
 
@@ -129,6 +134,7 @@ class _Rank:
         kind: str,
     ) -> None:
         self.recipe, self.shapes, self.load, self.rank, self.kind = recipe, shapes, workload, rank, kind
+        self.scratch = 0
         factory = SimulatedGrids()
         self.grids: dict[str, ModelGrid] = {}
         for path, role in roles(recipe).items():
@@ -160,10 +166,7 @@ class _Rank:
         model, recipe = self.models["student"], self.recipe
         heads = {}
         if recipe.loss.estimator == "full" and model.post_process:
-            for name, config in recipe.teachers.items():
-                shape = (model.used_columns, self.shapes[f"teachers.{name}"].hidden)
-                weight = torch.empty(shape, dtype=DTYPES[config.precision.dtype], device=compute_device())
-                heads[name] = OutputLayer(weight, model.used_columns)
+            heads = {name: OutputLayer(self._head(name, model), model.used_columns) for name in recipe.teachers}
         return Student(
             model,
             self.grids["student"],
@@ -172,6 +175,17 @@ class _Rank:
             precision=planned_role(recipe.student).precision,
             heads=heads,
         )
+
+    def _head(self, name: str, student: FireGPT) -> torch.Tensor:
+        """A teacher's output weight on the student's last stage: the teacher's own, where it is here (see
+        :func:`fire_megatron.teachers.heads.teacher_heads`)."""
+        own, config, path = self.models.get(f"teachers.{name}"), self.recipe.teachers[name], f"teachers.{name}"
+        rows = student.used_columns
+        lent = own is not None and own.post_process and not config.offload
+        if lent and (own.vocab_start, own.used_columns) == (student.vocab_start, rows):
+            return own.output_weight
+        dtype = DTYPES[config.precision.dtype]
+        return torch.empty((rows, self.shapes[path].hidden), dtype=dtype, device=compute_device())
 
     def plan(self) -> RankPlan:
         """Run every phase."""
@@ -191,26 +205,56 @@ class _Rank:
                 if group is not None and group.size() > 1:
                     groups.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), _GROUP_NAMES[name])
             groups.setdefault(tuple(grid.layout.ranks), "all ranks of the role")
-        return RankPlan(self.rank, memory, phases, groups)
+        return RankPlan(self.rank, memory, phases, self.scratch, groups)
 
     def _memory(self, path: str) -> RoleMemory:
-        model, student = self.models[path], self.student
+        model, student, role = self.models[path], self.student, roles(self.recipe)[path]
         parameters = sum(p.numel() for p in model.parameters())
         if path != "student" or student is None:
-            return RoleMemory(parameters, storage_bytes(model.parameters()))
+            form = (role.checkpoint, self.grids[path].layout, role.precision, role.layer_spec, role.vocab_multiple)
+            return RoleMemory(
+                parameters, storage_bytes(model.parameters()), key=f"{form} {sorted(role.megatron.items())}"
+            )
         weights = storage_bytes(student.weights())
+        teachers = [p for other, m in self.models.items() if other != "student" for p in m.parameters()]
+        heads = [head.weight_VH for head in student.objective.heads.values()]
         return RoleMemory(
             parameters=parameters,
             weights=weights,
             gradients=storage_bytes(student.gradients()),
             optimizer=storage_bytes(student.memory()) - weights,
-            heads=sum(head.weight_VH.nbytes for head in student.objective.heads.values()),
+            heads=storage_bytes([*heads, *teachers]) - storage_bytes(teachers),
+            key=path,
         )
 
     def _traced(self, action: Callable[[], object], model: FireGPT, tokens: list[int]) -> Trace:
         with Tracing() as tracing, stages_send(tokens, model.config.hidden_size):
             action()
         return tracing.trace
+
+    def _of_all_layers(self, model: FireGPT, run: Callable[[], Trace]) -> Trace:
+        """What ``run`` takes of the whole stage. Of layers that are alike, two and three tell the rest (the first one's
+        peak is its own)."""
+        block, config = model.decoder, model.config
+        layers, count = block.layers, len(block.layers)
+        in_groups = config.recompute_granularity == "full" and (
+            config.recompute_method != "uniform" or config.recompute_num_layers != 1
+        )
+        few = (count, count)
+        if count > _MANY_LAYERS and not in_groups and len({type(layer.mlp) for layer in layers}) == 1:
+            few = (2, 3)
+        traces = []
+        try:
+            for number in (few[0], *few[: 1 + (few[0] < few[1])]):
+                block.layers, block.num_layers_per_pipeline_rank = layers[:number], number
+                traces.append(run())
+        finally:
+            block.layers, block.num_layers_per_pipeline_rank = layers, count
+        first, less, more = traces[0], traces[1], traces[-1]
+        self.scratch = max(self.scratch, first.live - less.live)  # what later runs find there
+        total = Trace.total((count - few[0], more), (1 + few[0] - count, less))
+        total.peak = more.peak + (count - few[1]) * (more.peak - less.peak)
+        return total
 
     # ---- phases -----------------------------------------------------------------------------------------------
 
@@ -220,10 +264,11 @@ class _Rank:
         whole, rest = divmod(rows, size) if size else (0, 0)
         steps = self.load.response_tokens
         batches = [(count, times) for count, times in ((size, whole), (rest, 1)) if count and times]
-        trace = Trace.total(*((times, self._batch(count)) for count, times in batches))
+        model = self.models["student"]
+        trace = Trace.total(*((times, self._of_all_layers(model, partial(self._batch, n))) for n, times in batches))
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
         trace.peak += cache
-        return Phase(trace, pieces=steps * len(batches) * max(whole, 1), kv_cache=cache)
+        return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache)
 
     def _batch(self, rows: int) -> Trace:
         """Sampling of rows together; its peak is above the key/value cache. Everything is linear in the number of rows
@@ -271,8 +316,8 @@ class _Rank:
             return self._traced(lambda: teacher.score(prompts, responses, keep=keep), teacher.model, sent)
 
         size = max(1, teacher.micro_batch_tokens // tokens)
-        trace, _ = _in_pieces(score, rows, size, most=1)
-        return Phase(trace, pieces=_ceil(rows, size))
+        trace = self._of_all_layers(teacher.model, lambda: _in_pieces(score, rows, size, most=1))
+        return Phase(trace, pieces=_ceil(rows, size), rows=rows)
 
     def _exchange(self) -> Phase:
         """The kept rows on their way to the replicas that train on them."""
@@ -301,15 +346,21 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, grid) for n in sizes]
             return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0), student.model, sent)
 
-        trace, pieces = _in_pieces(accumulate, rows, size, most=grid.layout.pipeline)
+        most = grid.layout.pipeline
+        trace = self._of_all_layers(student.model, lambda: _in_pieces(accumulate, rows, size, most=most))
         traces = [(parts, trace)]
         if parts > 1 and student.objective.reads_old:
             traces.append((parts, self._log_probs(student, rows, size)))
-        self._traced(student.update, student.model, [])  # the first makes Adam's state
+        with Tracing():
+            student.update()  # the first makes Adam's state
         applied = self._traced(student.update, student.model, [])
         whole = Trace.total(*traces, (parts, applied))
         return Phase(
-            whole, pieces * parts, loss=self._loss(student, min(size, rows)), optimizer=Trace.total((parts, applied))
+            whole,
+            _ceil(rows, size) * parts,
+            rows=rows,
+            loss=self._loss(student, min(size, rows)),
+            optimizer=Trace.total((parts, applied)),
         )
 
     def _log_probs(self, student: Student, rows: int, size: int) -> Trace:
@@ -318,7 +369,7 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, student.grid) for n in sizes]
             return self._traced(lambda: student.log_probs(rows), student.model, sent)
 
-        return _in_pieces(score, rows, size, most=1)[0]
+        return self._of_all_layers(student.model, lambda: _in_pieces(score, rows, size, most=1))
 
     def _loss(self, student: Student, rows: int) -> int:
         """Peak of the loss of a micro-batch alone."""
@@ -347,6 +398,8 @@ class _Rank:
         return states
 
 
+_MANY_LAYERS = 8
+"""Layers of a stage above which a few stand for all."""
 _FEW_ROWS = 2
 """Rows of a batch that are really sampled; more of them are more of the same."""
 
@@ -371,7 +424,7 @@ def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most: int) -> tuple[Trace, int]:
+def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most: int) -> Trace:
     """A phase over ``rows`` rows, ``size`` in each micro-batch and what is left in a last one.
 
     Args:
@@ -379,13 +432,10 @@ def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most:
         rows: of this replica.
         size: rows of a micro-batch.
         most: micro-batches that may be alive together.
-
-    Returns:
-        The whole phase and its micro-batches.
     """
     whole, rest = divmod(rows, size)
     if whole == 0:
-        return run([rest]), 1
+        return run([rest])
     one, two = run([size]), run([size, size])
     terms = [(1, one), (whole - 1, two), (1 - whole, one)]
     if rest:
@@ -394,4 +444,6 @@ def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most:
     together = min(whole, most)
     if together > 2:
         total.peak = max(total.peak, run([size] * together).peak)
-    return total, whole + bool(rest)
+    elif whole == 1:
+        total.peak = one.peak
+    return total

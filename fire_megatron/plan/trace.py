@@ -68,6 +68,8 @@ class Trace:
     """Number of collectives."""
     flops: int = 0
     """Floating-point operations of matrix products and attention."""
+    operators: int = 0
+    """Operators that compute, each a kernel or so."""
     live: int = 0
     """Bytes of tensors made since the beginning that are still held."""
     peak: int = 0
@@ -82,7 +84,9 @@ class Trace:
                 result.bytes[key] += times * trace.bytes[key]
                 result.calls[key] += times * trace.calls[key]
             result.flops += times * trace.flops
+            result.operators += times * trace.operators
         result.peak = max((trace.peak for _, trace in terms), default=0)
+        result.live = max((trace.live for _, trace in terms), default=0)
         return result
 
 
@@ -181,6 +185,7 @@ class Tracing(TorchDispatchMode):
         if formula is not None:
             self.trace.flops += formula(*args, **kwargs, out_val=out)
         outputs = _tensors(out)
+        self.trace.operators += not func.is_view
         self._count(inputs, outputs)
         if meta or any(x.device.type == "meta" for x in outputs):
             self._remember(func, args, kwargs, inputs, outputs)

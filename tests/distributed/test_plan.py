@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +42,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def plans(world, tmp_path_factory):
-    """Recipe and plan of each case: made by rank 0, in one process."""
+    """Recipe and plan of each case: made by rank 0 in a process of its own, which the others wait for outside of
+    collectives, since that may take longer than these may."""
     folder = Path(share(str(tmp_path_factory.mktemp("plan"))))
-    found = None
+    result = folder / "plans.json"
     if world.is_main:
         inputs = make_inputs(folder, num_hidden_layers=4, hidden_size=64)
         for name, changes in CASES.items():
@@ -52,14 +54,18 @@ def plans(world, tmp_path_factory):
                 common["optimizer__micro_batch_size"] = 2
             write_recipe(folder / f"{name}.yaml", tiny_recipe(inputs, folder / name, **common, **changes))
         command = [sys.executable, plan_ranks.__file__, "4", str(PROMPT), str(RESPONSE)]
-        done = subprocess.run(
-            [*command, *(str(folder / f"{name}.yaml") for name in CASES)], capture_output=True, text=True, timeout=300
-        )
-        found = (done.returncode, done.stdout, done.stderr[-3000:])
-    code, out, err = share(found)
-    assert code == 0, err
+        command += [str(folder / f"{name}.yaml") for name in CASES]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        part = result.with_suffix(".part")
+        part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
+        part.rename(result)
+    deadline = time.monotonic() + 320
+    while not result.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = json.loads(result.read_text())
+    assert isinstance(found, list), found
     recipes = [load_recipe(folder / f"{name}.yaml") for name in CASES]
-    return dict(zip(CASES, zip(recipes, json.loads(out), strict=True), strict=True))
+    return dict(zip(CASES, zip(recipes, found, strict=True), strict=True))
 
 
 def traced(action):

@@ -148,7 +148,8 @@ class Router(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As megatron-core's, with the weight on the compute device from the start."""
         super().__init__(*args, **kwargs)
-        self.weight.data = self.weight.data.to(compute_device())
+        if not self.config.init_model_with_meta_device:
+            self.weight.data = self.weight.data.to(compute_device())
         self.begin(1.0)
 
     def begin(self, tokens: float) -> None:

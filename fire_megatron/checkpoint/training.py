@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from fire_megatron.checkpoint.amax import read_amax, write_amax
 from fire_megatron.checkpoint.files import (
     MARKER,
     WEIGHTS,
@@ -176,6 +177,8 @@ def save_training_state(
     def write() -> list:
         with ShardWriter(temporary / WEIGHTS, rank=grid.span.rank()) as writer:
             _write_shards(writer, model_shards(model, grid=grid), optimizer)
+            if grid.pg.tp_dp_cp.rank() == 0:
+                write_amax(writer, model)
             return writer.close()
 
     entries = [e for part in all_gather_objects(_attempt(write, target, grid), group=grid.span) for e in part]
@@ -241,6 +244,7 @@ def load_training_state(
             for parameter, parts in by_parameter(shards):
                 read_parameter(reader, parameter, parts, masters=f"{_OPTIMIZER}{MASTER}.")
                 _read_state(reader, parameter, parts, optimizer)
+            read_amax(reader, model)
     except CheckpointError as error:
         problem = str(error)
     raise_on_any(problem, CheckpointError, group=grid.span)

@@ -1,5 +1,7 @@
-"""Weights that are themselves FP8 (``precision.fp8.param_gather``): they have no memory of their values to read into, so
-a checkpoint's values are put together in a tensor of their own and quantised as a whole.
+"""Weights that are themselves FP8 (``precision.fp8.param_gather``).
+
+They have no memory of their values to read into, so a checkpoint's values are put together in a tensor of their own and
+quantised as a whole.
 
 Their kinds are Transformer Engine's; nothing here needs it where it is not installed.
 """

@@ -1,4 +1,4 @@
-"""``precision.fp8`` against a role's other settings and its model; what a machine can do, the process on it finds out."""
+"""``precision.fp8`` against a role's other settings and its model. What a machine can do, its processes find out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def _engine(recipe: Recipe, key: str, role: RoleConfig) -> Iterator[Problem]:
     if role.layer_spec == "local" or recipe.run.device == "cpu":
         why = f"{key}.layer_spec is local" if role.layer_spec == "local" else "run.device is cpu"
         yield Problem(
-            name, f"needs Transformer Engine's layers on a GPU and {why}; change it, or set {name}.emulate=true on a CPU"
+            name,
+            f"needs Transformer Engine's layers on a GPU and {why}; change it, or set {name}.emulate=true on a CPU",
         )
     if role.precision.dtype != "bfloat16":
         yield Problem(

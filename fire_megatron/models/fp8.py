@@ -93,8 +93,8 @@ def check_fp8(shape: ModelShape, role: RoleConfig, *, tensor: int, spec: str) ->
     for name, size in _inner_sizes(shape, tensor):
         if size % unit:
             raise RecipeError(
-                f"precision.fp8: {fp8.recipe!r} multiplies in blocks of {unit}, which does not divide the model's {name} "
-                f"of {size} on each of {tensor} tensor-parallel ranks; lower parallel.tensor, take "
+                f"precision.fp8: {fp8.recipe!r} multiplies in blocks of {unit}, which does not divide the model's "
+                f"{name} of {size} on each of {tensor} tensor-parallel ranks; lower parallel.tensor, take "
                 f"{'recipe tensorwise' if unit > 16 else 'bf16'}, or another model"
             )
 

@@ -79,7 +79,8 @@ def whole(shards: list[Shard]) -> dict[str, torch.Tensor]:
 
 def student_of(role: RoleConfig, grid, folder: Path) -> Student:
     """With weights of a checkpoint and an optimizer."""
-    model = build.build_model(read_hf_config(folder), role, grid, device=GPU if role.layer_spec == "te" else Device("cpu"))
+    device = GPU if role.layer_spec == "te" else Device("cpu")
+    model = build.build_model(read_hf_config(folder), role, grid, device=device)
     load_weights(model, folder, grid=grid)
     return Student(model, grid, loss=LossConfig(), optimizer=OptimizerConfig(), precision=role.precision)
 
@@ -92,7 +93,7 @@ def save(student: Student, grid, source: Path, folder: Path) -> Path:
 
 
 def loads(folder: Path) -> list[str]:
-    """Tensors that the layers of Transformer Engine at TP2 PP2 do not take as a model of local layers has saved them."""
+    """Tensors that layers of Transformer Engine at TP2 PP2 do not take as a model of local layers has saved them."""
     grid = grid_of(0, 1)
     student = student_of(RoleConfig(checkpoint=str(folder), layer_spec="local"), grid, folder)
     with torch.no_grad():
@@ -137,12 +138,13 @@ def contexts(model, folder: Path) -> dict:
 
 
 def amax_groups(folder: Path) -> dict:
-    """Contexts of a student at TP2 PP2 DP2 on ranks 0-7 and a teacher at TP2 PP2 on ranks 8-11, each on a first stage."""
+    """Contexts of a student at TP2 PP2 DP2 on ranks 0-7 and a teacher at TP2 PP2 on ranks 8-11, on a first stage."""
     from transformer_engine.pytorch import distributed
 
     distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     shape, report = read_hf_config(folder), {}
-    student, teacher = Layout(tensor=2, pipeline=2, num_ranks=8), Layout(tensor=2, pipeline=2, first_rank=8, num_ranks=4)
+    student = Layout(tensor=2, pipeline=2, num_ranks=8)
+    teacher = Layout(tensor=2, pipeline=2, first_rank=8, num_ranks=4)
     cases = {f"student {recipe}": (2, {"recipe": recipe}, {}) for recipe in RECIPES}
     cases["student first_last"] = (2, {"recipe": "tensorwise", "first_last_bf16": 1}, {})
     cases["student tp_only"] = (2, {"recipe": "delayed"}, {"tp_only_amax_red": True})

@@ -59,6 +59,8 @@ def names(folder: Path) -> list[str]:
             kinds = {type(m).__name__ for m in model.modules()}
             if "TELayerNormColumnParallelLinear" not in kinds or model.config.fp8_recipe != role.precision.fp8.recipe:
                 wrong.append(f"{name} rank {rank}: {kinds}")
+            if not any(hasattr(m, "_fp8_workspaces") for m in model.modules()):
+                wrong.append(f"{name} rank {rank}: FP8 copies of weights are kept elsewhere")
             found[name] |= {s.key: s.global_shape for s in model_shards(model, grid=grids[rank])}
     return wrong + [name for name, shapes in found.items() if shapes != wanted]
 

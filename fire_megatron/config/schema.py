@@ -76,7 +76,7 @@ class FP8Config(Section):
     first_last_bf16: Count = 0
     """Layers at each end of the model that stay in `precision.dtype`; not with `delayed`."""
     amax_history: Size = 1024
-    """Steps whose largest magnitudes `delayed` looks back on."""
+    """Passes whose largest magnitudes `delayed` looks back on: micro-batches on a GPU, updates where emulated."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """Which of them `delayed` scales by."""
     margin: Count = 0

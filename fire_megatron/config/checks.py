@@ -10,6 +10,7 @@ from typing import Any
 
 from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
 from fire_megatron.config.errors import Problem, RecipeProblems
+from fire_megatron.config.fp8 import fp8_problems
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, SourceConfig
@@ -261,6 +262,11 @@ def _layer_specs(context: Context) -> Iterator[Problem]:
             yield Problem(f"{key}.layer_spec", "te needs CUDA and run.device is cpu; use auto or local")
 
 
+def _fp8(context: Context) -> Iterator[Problem]:
+    for key, role in context.roles.items():
+        yield from fp8_problems(context.recipe, key, role, layers=context.number(key, "num_hidden_layers"))
+
+
 def _hook_names(context: Context) -> Iterator[Problem]:
     if context.recipe.run.plugins:
         return
@@ -336,6 +342,7 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _sharing,
     _lengths,
     _layer_specs,
+    _fp8,
     _hook_names,
     _micro_batches,
     _counts,

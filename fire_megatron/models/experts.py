@@ -148,9 +148,10 @@ class Router(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As megatron-core's, with the weight on the compute device from the start."""
         super().__init__(*args, **kwargs)
-        weight = torch.nn.Parameter(self.weight.detach().to(compute_device()))
-        weight.__dict__.update(self.weight.__dict__)  # megatron-core's marks, such as sequence_parallel
-        self.weight = weight
+        if not self.config.init_model_with_meta_device:
+            weight = torch.nn.Parameter(self.weight.detach().to(compute_device()))
+            weight.__dict__.update(self.weight.__dict__)  # megatron-core's marks, such as sequence_parallel
+            self.weight = weight
         self.begin(1.0)
 
     def begin(self, tokens: float) -> None:

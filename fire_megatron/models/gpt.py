@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_
 from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from fire_megatron.models.fp8 import paused
 from fire_megatron.models.layers import CoreAttention, KVCache
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
@@ -203,8 +204,8 @@ class FireGPT(GPTModel):
 
     @contextlib.contextmanager
     def cached(self, cache: KVCache) -> Iterator[None]:
-        """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism is off inside,
-        since a decode step has one token a row and nothing to split."""
+        """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism and FP8 are off
+        inside, since a decode step has one token a row: nothing to split, and no blocks to multiply in."""
         attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         for attention in attentions:
             attention.cache = cache
@@ -217,7 +218,8 @@ class FireGPT(GPTModel):
         for module, name in switched:
             setattr(module, name, False)
         try:
-            yield
+            with paused(self.config):
+                yield
         finally:
             for attention in attentions:
                 attention.cache = None

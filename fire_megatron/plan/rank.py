@@ -232,28 +232,34 @@ class _Rank:
             action()
         return tracing.trace
 
-    def _of_all_layers(self, model: FireGPT, run: Callable[[], Trace]) -> Trace:
+    def _of_all_layers(self, model: FireGPT, first: Callable[[], Trace], run: Callable[[], Trace]) -> Trace:
         """What ``run`` takes of the whole stage. Of layers that are alike, two and three tell the rest (the first one's
-        peak is its own)."""
+        peak is its own).
+
+        Args:
+            model: whose stage it is.
+            first: a part of ``run``, after which buffers are there that stay.
+            run: the phase.
+        """
         block, config = model.decoder, model.config
         layers, count = block.layers, len(block.layers)
         in_groups = config.recompute_granularity == "full" and (
             config.recompute_method != "uniform" or config.recompute_num_layers != 1
         )
-        few = (count, count)
+        few = [count]
         if count > _MANY_LAYERS and not in_groups and len({type(layer.mlp) for layer in layers}) == 1:
-            few = (2, 3)
+            few = [2, 3]
         traces = []
         try:
-            for number in (few[0], *few[: 1 + (few[0] < few[1])]):
+            for number in (few[0], *few):
                 block.layers, block.num_layers_per_pipeline_rank = layers[:number], number
-                traces.append(run())
+                traces.append(run() if traces else first())
         finally:
             block.layers, block.num_layers_per_pipeline_rank = layers, count
-        first, less, more = traces[0], traces[1], traces[-1]
-        self.scratch = max(self.scratch, first.live - less.live)  # what later runs find there
+        begun, less, more = traces[0], traces[1], traces[-1]
+        self.scratch = max(self.scratch, begun.live - less.live)  # what later runs find there
         total = Trace.total((count - few[0], more), (1 + few[0] - count, less))
-        total.peak = more.peak + (count - few[1]) * (more.peak - less.peak)
+        total.peak = more.peak + (count - few[-1]) * (more.peak - less.peak)
         return total
 
     # ---- phases -----------------------------------------------------------------------------------------------
@@ -265,7 +271,10 @@ class _Rank:
         steps = self.load.response_tokens
         batches = [(count, times) for count, times in ((size, whole), (rest, 1)) if count and times]
         model = self.models["student"]
-        trace = Trace.total(*((times, self._of_all_layers(model, partial(self._batch, n))) for n, times in batches))
+        first = partial(self._generate, min(size, _FEW_ROWS), 1)
+        trace = Trace.total(
+            *((times, self._of_all_layers(model, first, partial(self._batch, n))) for n, times in batches)
+        )
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
         trace.peak += cache
         return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache)
@@ -316,8 +325,8 @@ class _Rank:
             return self._traced(lambda: teacher.score(prompts, responses, keep=keep), teacher.model, sent)
 
         size = max(1, teacher.micro_batch_tokens // tokens)
-        trace = self._of_all_layers(teacher.model, lambda: _in_pieces(score, rows, size, most=1))
-        return Phase(trace, pieces=_ceil(rows, size), rows=rows)
+        pieces = _Pieces(score, rows, size)
+        return Phase(self._of_all_layers(teacher.model, pieces.first, pieces), pieces=pieces.count, rows=rows)
 
     def _exchange(self) -> Phase:
         """The kept rows on their way to the replicas that train on them."""
@@ -346,9 +355,8 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, grid) for n in sizes]
             return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0), student.model, sent)
 
-        most = grid.layout.pipeline
-        trace = self._of_all_layers(student.model, lambda: _in_pieces(accumulate, rows, size, most=most))
-        traces = [(parts, trace)]
+        pieces = _Pieces(accumulate, rows, size, together=grid.layout.pipeline)
+        traces = [(parts, self._of_all_layers(student.model, pieces.first, pieces))]
         if parts > 1 and student.objective.reads_old:
             traces.append((parts, self._log_probs(student, rows, size)))
         with Tracing():
@@ -357,7 +365,7 @@ class _Rank:
         whole = Trace.total(*traces, (parts, applied))
         return Phase(
             whole,
-            _ceil(rows, size) * parts,
+            pieces.count * parts,
             rows=rows,
             loss=self._loss(student, min(size, rows)),
             optimizer=Trace.total((parts, applied)),
@@ -369,7 +377,8 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, student.grid) for n in sizes]
             return self._traced(lambda: student.log_probs(rows), student.model, sent)
 
-        return self._of_all_layers(student.model, lambda: _in_pieces(score, rows, size, most=1))
+        pieces = _Pieces(score, rows, size)
+        return self._of_all_layers(student.model, pieces.first, pieces)
 
     def _loss(self, student: Student, rows: int) -> int:
         """Peak of the loss of a micro-batch alone."""
@@ -424,26 +433,44 @@ def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most: int) -> Trace:
+@dataclass(frozen=True)
+class _Pieces:
     """A phase over ``rows`` rows, ``size`` in each micro-batch and what is left in a last one.
 
-    Args:
-        run: runs micro-batches of so many rows each.
-        rows: of this replica.
-        size: rows of a micro-batch.
-        most: micro-batches that may be alive together.
+    A call runs it: its parts are linear in the number of micro-batches, so that a few tell the rest.
     """
-    whole, rest = divmod(rows, size)
-    if whole == 0:
-        return run([rest])
-    one, two = run([size]), run([size, size])
-    terms = [(1, one), (whole - 1, two), (1 - whole, one)]
-    if rest:
-        terms += [(1, run([size, rest])), (-1, one)]
-    total = Trace.total(*terms)
-    together = min(whole, most)
-    if together > 2:
-        total.peak = max(total.peak, run([size] * together).peak)
-    elif whole == 1:
-        total.peak = one.peak
-    return total
+
+    run: Callable[[list[int]], Trace]
+    """Runs micro-batches of so many rows each."""
+    rows: int
+    """Of this replica."""
+    size: int
+    together: int = 1
+    """Micro-batches that may be alive together."""
+
+    @property
+    def count(self) -> int:
+        """Micro-batches."""
+        return _ceil(self.rows, self.size)
+
+    def first(self) -> Trace:
+        """One micro-batch."""
+        return self.run([min(self.size, self.rows)])
+
+    def __call__(self) -> Trace:
+        """All of them."""
+        whole, rest = divmod(self.rows, self.size)
+        one = self.first()
+        if self.count == 1:
+            return one
+        two = self.run([self.size] * 2)
+        terms = [(whole - 1, two), (2 - whole, one)]
+        if rest:  # what it takes less what every run takes, which is 2 one - two
+            terms += [(1, self.run([rest])), (1, two), (-2, one)]
+        total = Trace.total(*terms)
+        alive = min(whole, self.together)
+        if alive > 2:
+            total.peak = max(total.peak, self.run([self.size] * alive).peak)
+        elif self.count == 2 and rest:
+            total.peak = one.peak
+        return total

@@ -12,21 +12,21 @@ from fire_megatron.config.load import recipe_from_dict, recipe_to_dict
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe
-from fire_megatron.plan.plan import Job, Kind, Plan, like_ranks, plan_kind
-from fire_megatron.plan.rank import planned_role
+from fire_megatron.plan.plan import Job, Kind, Plan, like_ranks, local_recipe, plan_kind
 from fire_megatron.platform import Device
 from fire_megatron.train.inputs import check_roles
 
-_MOST = 8
-"""Settings that are tried for a kind of rank."""
+_ROUNDS = 4
+"""Changes made one after the other."""
+_TRIES = 5
+"""Changes that are tried for each of them."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A change to the recipe and what it does to the fullest rank."""
+    """A change to the recipe, made after the ones before it, and what it does to the fullest rank."""
 
-    ranks: str
-    """Ranks that do not fit."""
+    rank: int
     change: str
     """Overrides, as on the command line."""
     before: int
@@ -40,45 +40,53 @@ class Advice:
 
 
 def advise(plan: Plan, say: Callable[[str], None] = lambda text: None) -> list[Advice]:
-    """Try settings on the fullest rank that does not fit; those that help, what fits first.
+    """Changes that help the fullest rank that does not fit, each tried on it. Of those that are tried in a round, the
+    first is taken that brings the fullest phase into the memory, else the one that helps most.
 
     Args:
         plan: as made.
         say: told of progress.
     """
     misfits = [kind for kind in plan.kinds if not kind.fits]
-    if not misfits:
-        return []
-    worst = max(misfits, key=lambda kind: kind.peak)
-    found = []
-    for change in list(dict.fromkeys(_candidates(plan.job.recipe, worst)))[:_MOST]:
-        say(f"trying {change}")
-        tried = _tried(plan.job, worst, change)
-        if tried is not None and tried.peak < worst.peak:
-            found.append(Advice(str(worst.ranks[0]), change, worst.peak, tried.peak, tried.fits))
-    return sorted(found, key=lambda advice: (not advice.fits, advice.after))
+    job, found = plan.job, []
+    kind = max(misfits, key=lambda kind: kind.peak, default=None)
+    while kind is not None and not kind.fits and len(found) < _ROUNDS:
+        best: tuple[int, str, Job, Kind] | None = None
+        for change in list(_candidates(job.recipe, kind))[:_TRIES]:
+            say(f"trying {change}")
+            changed = _changed(job, change)
+            tried = None if changed is None else _same_rank(changed, kind)
+            if changed is None or tried is None:
+                continue
+            peak = tried.peaks.get(kind.busiest, 0)
+            if peak < kind.peak and (best is None or peak < best[0]):
+                best = peak, change, changed, tried
+            if best is not None and best[0] <= (kind.capacity or 0):
+                break
+        if best is None:
+            break
+        _, change, job, tried = best
+        found.append(Advice(kind.ranks[0], change, kind.peak, tried.peak, tried.fits))
+        kind = tried
+    return found
 
 
-def _tried(job: Job, kind: Kind, change: str) -> Kind | None:
-    """The same rank under a changed recipe; None where the change is not allowed or the rank holds nothing then."""
+def _changed(job: Job, change: str) -> Job | None:
+    """The job with a changed recipe; None where that is not allowed."""
     values = recipe_to_dict(job.recipe)
     try:
         apply_overrides(values, change.split(" "), Recipe)
         recipe = recipe_from_dict(values)
-        local = replace(
-            recipe,
-            student=planned_role(recipe.student),
-            teachers={name: planned_role(teacher) for name, teacher in recipe.teachers.items()},
-        )
         check_recipe(recipe, world_size=job.world_size, elsewhere=job.folders)  # the files have been checked
-        check_roles(local, device=Device(job.kind), num_ranks=job.world_size, elsewhere=job.folders)
+        check_roles(local_recipe(recipe), device=Device(job.kind), num_ranks=job.world_size, elsewhere=job.folders)
     except UserError:
         return None
-    changed = replace(job, recipe=recipe)
-    for ranks in like_ranks(changed):
-        if kind.ranks[0] in ranks:
-            return plan_kind(changed, (kind.ranks[0], *ranks))
-    return None
+    return replace(job, recipe=recipe)
+
+
+def _same_rank(job: Job, kind: Kind) -> Kind | None:
+    """The kind of a kind's first rank in another job."""
+    return next((plan_kind(job, ranks) for ranks in like_ranks(job) if kind.ranks[0] in ranks), None)
 
 
 def _candidates(recipe: Recipe, kind: Kind) -> Iterator[str]:

@@ -120,12 +120,7 @@ def prepare(
     for name, value in (("prompt", prompt_tokens), ("response", response_tokens)):
         if value is not None and value < 1:
             raise RecipeError(f"--{name}-tokens: {value} is not a number of tokens; give at least 1")
-    # Of Transformer Engine's layers only the parameters matter here, which this machine can build without it.
-    local = replace(
-        recipe,
-        student=planned_role(recipe.student),
-        teachers={name: planned_role(teacher) for name, teacher in recipe.teachers.items()},
-    )
+    local = local_recipe(recipe)
     kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
     counts: dict[str, int] | None = None
     if elsewhere:
@@ -140,6 +135,12 @@ def prepare(
     load = Workload.of(recipe, prompt_tokens=prompt_tokens, response_tokens=response_tokens, counts=counts)
     folders = {path: elsewhere.get(path, Path(role.checkpoint)) for path, role in roles(recipe).items()}
     return Job(recipe, shapes, folders, load, world_size, kind, gpu, gpus_per_node, tuple(notes))
+
+
+def local_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with layers that any machine can build: of Transformer Engine's only the parameters matter here."""
+    teachers = {name: planned_role(teacher) for name, teacher in recipe.teachers.items()}
+    return replace(recipe, student=planned_role(recipe.student), teachers=teachers)
 
 
 def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
@@ -225,6 +226,9 @@ def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
 
 def _peak(recipe: Recipe, plan: RankPlan, phase: str) -> int:
     moving = plan.phases[phase].trace.peak
+    if phase != "sampling":  # which computes in precision.dtype
+        worker = "student" if phase in ("exchange", "update") else f"teachers.{phase.partition(' ')[2]}"
+        moving += plan.roles[worker].fp8_copies
     return plan.scratch + sum(resident(recipe, plan, phase).values()) + int(moving * (1 + FRAGMENTATION))
 
 

@@ -47,6 +47,8 @@ class RoleMemory:
     optimizer: int = 0
     heads: int = 0
     """The teachers' output weights, for the exact divergence."""
+    fp8_copies: int = 0
+    """Of the weights, while the role computes: by rows and by columns where weights are not FP8 themselves."""
     key: str = ""
     """Equal for roles that share a model."""
 
@@ -210,22 +212,36 @@ class _Rank:
     def _memory(self, path: str) -> RoleMemory:
         model, student, role = self.models[path], self.student, roles(self.recipe)[path]
         parameters = sum(p.numel() for p in model.parameters())
+        saved, copies = self._fp8(path)
         if path != "student" or student is None:
             form = (role.checkpoint, self.grids[path].layout, role.precision, role.layer_spec, role.vocab_multiple)
-            return RoleMemory(
-                parameters, storage_bytes(model.parameters()), key=f"{form} {sorted(role.megatron.items())}"
-            )
+            key = f"{form} {sorted(role.megatron.items())}"
+            return RoleMemory(parameters, storage_bytes(model.parameters()) - saved, fp8_copies=copies, key=key)
         weights = storage_bytes(student.weights())
         teachers = [p for other, m in self.models.items() if other != "student" for p in m.parameters()]
         heads = [head.weight_VH for head in student.objective.heads.values()]
         return RoleMemory(
             parameters=parameters,
-            weights=weights,
+            weights=weights - saved,
+            fp8_copies=copies,
             gradients=storage_bytes(student.gradients()),
             optimizer=storage_bytes(student.memory()) - weights,
             heads=storage_bytes([*heads, *teachers]) - storage_bytes(teachers),
             key=path,
         )
+
+    def _fp8(self, path: str) -> tuple[int, int]:
+        """Bytes that FP8 weights save, and those of FP8 copies: Transformer Engine multiplies by weights laid out by
+        rows and, in backward, by columns."""
+        fp8, model = roles(self.recipe)[path].precision.fp8, self.models[path]
+        if fp8 is None or fp8.emulate:
+            return 0, 0
+        matrices = [p for layer in model.decoder.layers for n, p in layer.named_parameters() if ".linear_" in n]
+        size = sum(p.numel() for p in matrices if p.dim() == 2)
+        ways = 2 if path == "student" else 1
+        if not fp8.param_gather:
+            return 0, ways * size
+        return size * (model.config.params_dtype.itemsize - 1), (ways - 1) * size
 
     def _traced(self, action: Callable[[], object], model: FireGPT, tokens: list[int]) -> Trace:
         with Tracing() as tracing, stages_send(tokens, model.config.hidden_size):

@@ -65,9 +65,9 @@ def _kind(plan: Plan, kind: Kind) -> list[str]:
     most = f", {gib(kind.peak)} at most ({kind.busiest})"
     room = "" if kind.capacity is None else f" of {gib(kind.capacity)}: " + ("fits" if kind.fits else "DOES NOT FIT")
     lines = [f"Ranks {span_text(kind.ranks)} ({len(kind.ranks)}){most}{room}"]
-    rows = [("role", "parameters", "weights", "gradients", "optimizer", "teachers' output weights")]
+    rows = [("role", "parameters", "weights", "gradients", "optimizer", "teachers' heads", "FP8 copies")]
     rows += [
-        (path, f"{m.parameters:,}", gib(m.weights), gib(m.gradients), gib(m.optimizer), gib(m.heads))
+        (path, f"{m.parameters:,}", *map(gib, (m.weights, m.gradients, m.optimizer, m.heads, m.fp8_copies)))
         for path, m in held.items()
     ]
     lines += _table(rows)
@@ -112,9 +112,9 @@ def _verdict(plan: Plan, advice: Sequence[Advice]) -> list[str]:
     lines = [f"Does not fit on ranks {span_text(kind.ranks)}." for kind in plan.kinds if not kind.fits]
     if not advice:
         return [*lines, "None of the settings that were tried helps; use more ranks or a smaller workload."]
-    lines.append(f"What helps on rank {advice[0].ranks}, by itself:")
+    lines.append(f"What helps, tried on rank {advice[0].rank}, one after the other:")
     return lines + [
-        f"  {a.change}: {gib(a.before)} -> {gib(a.after)}, " + ("fits" if a.fits else "not enough") for a in advice
+        f"  {a.change}: {gib(a.before)} -> {gib(a.after)}" + (", which fits" if a.fits else "") for a in advice
     ]
 
 

@@ -1,7 +1,7 @@
 """FP8 of Transformer Engine on a GPU, against bfloat16: students, teachers, FP8 weights, resuming, two GPUs.
 
-With FP8 emulated on a CPU (``precision.fp8.emulate``) the first steps' losses are 1 % apart and their gradients' norms
-7 %; several times that is allowed here.
+With FP8 emulated on a CPU (``precision.fp8.emulate``, recipe tensorwise) the first step's loss is 0.1 % and its
+gradient's norm 5 % apart; later steps learn from other samples. Several times that is allowed here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def test_training_against_bfloat16(inputs, bf16, recipe):
     low = run(inputs, recipe, **settings(recipe))
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in low)
     assert_close(low[0], bf16[0], keys=("loss",), rel=0.1)
-    assert_close(low[0], bf16[0], keys=("grad_norm",), rel=0.25)
+    # The very first micro-batch of delayed scaling has scales of 1, which small gradients get lost under.
+    assert_close(low[0], bf16[0], keys=("grad_norm",), rel=0.5 if recipe == "delayed" else 0.25)
     assert low[0]["loss"] != bf16[0]["loss"], "nothing was rounded: the layers did not run in FP8"
 
 

@@ -371,8 +371,10 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, grid) for n in sizes]
             return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0), student.model, sent)
 
-        pieces = _Pieces(accumulate, rows, size, together=grid.layout.pipeline)
-        traces = [(parts, self._of_all_layers(student.model, pieces.first, pieces))]
+        pieces = _Pieces(accumulate, rows, size)
+        trace = self._of_all_layers(student.model, pieces.first, pieces)
+        trace.peak = self._activations(pieces, alive=min(pieces.count, grid.layout.pipeline - grid.pp_rank))
+        traces = [(parts, trace)]
         if parts > 1 and student.objective.reads_old:
             traces.append((parts, self._log_probs(student, rows, size)))
         with Tracing():
@@ -386,6 +388,15 @@ class _Rank:
             loss=self._loss(student, min(size, rows)),
             optimizer=Trace.total((parts, applied)),
         )
+
+    @staticmethod
+    def _activations(pieces: _Pieces, *, alive: int) -> int:
+        """Peak of micro-batches through all layers, so many of which a stage holds before the first comes back."""
+        one = pieces.first().peak
+        if alive == 1:
+            return one
+        two = pieces.run([pieces.size] * 2).peak
+        return max(one, two + (alive - 2) * (two - one))
 
     def _log_probs(self, student: Student, rows: int, size: int) -> Trace:
         def score(sizes: list[int]) -> Trace:
@@ -461,8 +472,6 @@ class _Pieces:
     rows: int
     """Of this replica."""
     size: int
-    together: int = 1
-    """Micro-batches that may be alive together."""
 
     @property
     def count(self) -> int:
@@ -484,9 +493,6 @@ class _Pieces:
         if rest:  # what it takes less what every run takes, which is 2 one - two
             terms += [(1, self.run([rest])), (1, two), (-2, one)]
         total = Trace.total(*terms)
-        alive = min(whole, self.together)
-        if alive > 2:
-            total.peak = max(total.peak, self.run([self.size] * alive).peak)
-        elif self.count == 2 and rest:
+        if self.count == 2 and rest:
             total.peak = one.peak
         return total

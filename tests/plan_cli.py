@@ -1,0 +1,28 @@
+"""Run by tests/cli/test_plan.py: many calls of ``fire-megatron plan`` in one process, which a simulated world makes
+useless for anything else. Reads a JSON list of arguments lists, prints a list of exit codes and texts."""
+
+import contextlib
+import io
+import json
+import sys
+
+from fire_megatron.cli.main import main
+from fire_megatron.plan import rank
+
+
+def call(arguments: list[str]) -> dict:
+    """One call; ``--whole`` before the others runs every layer and row."""
+    whole, kept = arguments[0] == "--whole", (rank._MANY_LAYERS, rank._FEW_ROWS)
+    if whole:
+        rank._MANY_LAYERS, rank._FEW_ROWS = 1000, 1000
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["plan", *arguments[whole:]])
+    finally:
+        rank._MANY_LAYERS, rank._FEW_ROWS = kept
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+if __name__ == "__main__":
+    json.dump([call(arguments) for arguments in json.load(sys.stdin)], sys.stdout)

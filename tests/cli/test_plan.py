@@ -100,6 +100,7 @@ def test_a_world_of_1024_on_another_machine(answers):
 
 
 def test_a_few_layers_and_rows_tell_the_rest(answers):
+    assert (answers["few"]["code"], answers["whole"]["code"]) == (0, 0), answers["few"]["err"] + answers["whole"]["err"]
     few, whole = (json.loads(answers[name]["out"]) for name in ("few", "whole"))
     for some, every in zip(few["kinds"], whole["kinds"], strict=True):
         for name, phase in every["phases"].items():

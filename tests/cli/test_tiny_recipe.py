@@ -88,10 +88,13 @@ def test_it_runs_resumes_and_is_exported(checkpoints, tmp_path, layout):
         ("student", "student"), ("teachers.math", "math"), ("teachers.code", "code"))]  # fmt: skip
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "fire_megatron.train"]
     command = [*launch, "--recipe", str(RECIPES[4]), f"run.dir={tmp_path}", *overrides, *LAYOUTS[layout]]
-    said = run(*command, "run.steps=2")
+    resumed = layout == next(iter(LAYOUTS))
+    said = run(*command, *(["run.steps=2"] if resumed else []))
     assert all(place in said for place in PLACES[layout]), said
-    said = run(*command)
-    assert "after step 2" in said and "reverse KL before" in said
+    if resumed:
+        said = run(*command)
+        assert "after step 2" in said
+    assert "reverse KL before" in said
     metrics = [line for line in read_metrics(tmp_path) if line["step"]]
     assert [line["step"] for line in metrics] == [1, 2, 3]
     for line in metrics:

@@ -205,7 +205,8 @@ def test_a_step_equals_that_of_a_single_process(checkpoints, world, factory, alo
         checkpoints, world, factory, STUDENTS[student], TEACHERS[teachers], LOSSES[loss], mixed=loss == "full",
         offload=student == "PP2",
     )  # fmt: skip
-    for _ in range(2):  # twice: what the first left must not show in the second
+    # What the first left must not show in the second, which brings states where there are any.
+    for _ in range(2 if loss == "full" else 1):
         scores, metrics, gradients = cast.run(cast.step)
         expected_scores, expected_metrics, expected_gradients = alone[loss]
         assert scores.keys() == expected_scores.keys() == set(range(ROWS))

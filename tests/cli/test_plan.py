@@ -43,6 +43,9 @@ def answers(tmp_path_factory):
     """What each call answers."""
     inputs = make_inputs(tmp_path_factory.mktemp("plan"))
     recipe = write_recipe(inputs / "recipe.yaml", tiny_recipe(inputs, inputs / "run"))
+    (inputs / "nine").mkdir()
+    shape = json.loads((inputs / "student" / "config.json").read_text()) | {"num_hidden_layers": 9, "layer_types": None}
+    (inputs / "nine" / "config.json").write_text(json.dumps(shape))
     calls = [[part.format(made=inputs) for part in call] for call in CALLS.values()]
     calls = [[*call[: call[0] == "--whole"], str(recipe), *call[call[0] == "--whole" :]] for call in calls]
     done = subprocess.run(

@@ -253,6 +253,36 @@ def _layer_specs(context: Context) -> Iterator[Problem]:
             yield Problem(f"{key}.layer_spec", "te needs CUDA and run.device is cpu; use auto or local")
 
 
+def _fp8_emulation(context: Context) -> Iterator[Problem]:
+    """Emulated FP8 is for CPUs; see models/fp8_emulation.py."""
+    for key, role in context.roles.items():
+        fp8, layers = role.precision.fp8, context.number(key, "num_hidden_layers")
+        if fp8 is None or not fp8.emulate:
+            continue
+        section = f"{key}.precision.fp8"
+        if context.recipe.run.device == "cuda":
+            yield Problem(
+                f"{section}.emulate",
+                "true is FP8 on a CPU and run.device is cuda; leave it out for Transformer Engine's FP8, or set "
+                "run.device: cpu",
+            )
+        if role.layer_spec == "te":
+            yield Problem(
+                f"{section}.emulate",
+                f"true, but {key}.layer_spec is te, whose layers round by themselves; leave out one of them",
+            )
+        if key != "student" and fp8.recipe == "delayed":
+            yield Problem(
+                f"{section}.recipe",
+                f"delayed takes its scales from earlier updates and {key} is not trained; use tensorwise",
+            )
+        if layers is not None and 2 * fp8.first_last_bf16 >= layers:
+            yield Problem(
+                f"{section}.first_last_bf16",
+                f"{fp8.first_last_bf16} at each end of a model of {layers} layers leaves none in FP8; lower it",
+            )
+
+
 def _hook_names(context: Context) -> Iterator[Problem]:
     if context.recipe.run.plugins:
         return
@@ -328,6 +358,7 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _sharing,
     _lengths,
     _layer_specs,
+    _fp8_emulation,
     _hook_names,
     _micro_batches,
     _counts,

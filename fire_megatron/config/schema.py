@@ -92,8 +92,8 @@ class FP8Config(Section):
         if self.recipe == "delayed" and self.first_last_bf16:
             yield Problem(
                 "first_last_bf16",
-                f"{self.first_last_bf16}, but with recipe delayed all layers share one FP8 context; leave it 0, or take "
-                "recipe tensorwise",
+                f"{self.first_last_bf16}, but with recipe delayed all layers share one FP8 context; leave it 0, or "
+                "take recipe tensorwise",
             )
         if self.emulate and self.param_gather:
             yield Problem("param_gather", "true, but emulation keeps weights in precision.dtype; leave out one of them")

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_
 from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from fire_megatron.models.fp8_emulation import EmulatedFP8
 from fire_megatron.models.layers import CoreAttention, KVCache
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
@@ -60,6 +61,8 @@ class FireGPT(GPTModel):
         self.used_vocab_size = real_vocab_size
         """Entries that a softmax runs over; fewer where models of a run differ in unused entries at the end."""
         self.rotary_pos_emb.inv_freq = inv_freq
+        self.emulated_fp8: EmulatedFP8 | None = None
+        """What rounds the products of the layers; None where nothing does."""
         self._mark_tensor_parallel_weights()
         self._leave_context_to_the_core_attention()
         if self.post_process and self.config.sequence_parallel:
@@ -204,7 +207,7 @@ class FireGPT(GPTModel):
     @contextlib.contextmanager
     def cached(self, cache: KVCache) -> Iterator[None]:
         """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism is off inside,
-        since a decode step has one token a row and nothing to split."""
+        since a decode step has one token a row and nothing to split, and so is emulated FP8."""
         attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         for attention in attentions:
             attention.cache = cache
@@ -217,7 +220,8 @@ class FireGPT(GPTModel):
         for module, name in switched:
             setattr(module, name, False)
         try:
-            yield
+            with self.emulated_fp8.off() if self.emulated_fp8 else contextlib.nullcontext():
+                yield
         finally:
             for attention in attentions:
                 attention.cache = None

@@ -96,6 +96,8 @@ class Student:
         # The token count is dropped on purpose: dividing is the loss's business (losses/reduction.py).
         kwargs.pop("pg_collection", None)
         finalize_model_grads(model, None, pg_collection=self.grid.pg, **kwargs)
+        if self.model.emulated_fp8 is not None:
+            self.model.emulated_fp8.end_update(group=self.grid.pg.tp_dp_cp)
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """Gradient memory, which an update begins by setting to zero."""
@@ -111,6 +113,15 @@ class Student:
                 for parameter in group["params"]:
                     yield parameter
                     yield from (x for x in part.optimizer.state.get(parameter, {}).values() if torch.is_tensor(x))
+
+    def fp8_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What emulated FP8 continues a run with, the same on every rank. Collective over the pipeline."""
+        return {} if self.model.emulated_fp8 is None else self.model.emulated_fp8.state(group=self.grid.pg.pp)
+
+    def load_fp8_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Continue from :meth:`fp8_state` of a run in any layout."""
+        if self.model.emulated_fp8 is not None:
+            self.model.emulated_fp8.load(state)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next update."""

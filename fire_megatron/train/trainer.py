@@ -141,6 +141,7 @@ class Trainer:
             error.args = (f"{error}\ndelete {checkpoint} to continue from the step saved before it",)
             raise
         self._require_same_order(checkpoint, state.extra["order"])
+        run.student.load_fp8_state(state.extra.get("fp8", {}))
         set_rng_state(state.rng, device=self.world.device)
         self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
         self._say(f"resumed from {checkpoint} after step {self.step}")
@@ -176,7 +177,7 @@ class Trainer:
                 run.student.model,
                 run.student.optimizer,
                 rng=get_rng_state(device=self.world.device),
-                extra={"order": self._order, "first_eval": self.first_eval},
+                extra={"order": self._order, "first_eval": self.first_eval, "fp8": run.student.fp8_state()},
                 source=Path(self.recipe.student.checkpoint),
                 keep=self.recipe.checkpoint.keep,
                 grid=run.grid,

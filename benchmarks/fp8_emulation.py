@@ -2,15 +2,16 @@
 """What emulated FP8 changes, against bfloat16 without it in the same run: one pass on the same answers, and whole runs.
 
     make quickstart   # or: make demo, and tools/convert.py for student, math and code
-    python benchmarks/fp8_emulation.py --models demo/megatron [--steps 10 --prompts 8 --new-tokens 32 --runs]
+    python benchmarks/fp8_emulation.py --models demo/megatron [--steps 8 --prompts 8 --new-tokens 32 --runs]
 
 The student's weights and activations are bfloat16, its linear layers in FP8 by each recipe.
 
-- One pass (teacher-forced): the student answers one batch of prompts once, the teachers score the answers, and every
-  way computes loss and gradients of the same batch from the same weights. The float32 row says how far bfloat16 itself
-  is off. `|d log p|` is the mean change of a response token's log-probability, `cosine` and `norm` compare the gradients
-  of all weights together, `worst` is the smallest cosine of one of the layers' weight matrices; the last columns are
-  relative errors of rounding (Frobenius), the mean over the layers of the model. `delayed` has seen the batch once.
+- One pass (teacher-forced), of each of the models `--students`: it answers one batch of prompts once, the teachers
+  score the answers, and every way computes loss and gradients of the same batch from the same weights. The float32 row
+  says how far bfloat16 itself is off. `|d log p|` is the mean change of a response token's log-probability; `cosine` and
+  `norm` compare the gradients of all weights together, `worst` is the smallest cosine of one of the layers' weight
+  matrices; the last columns are relative errors of rounding (Frobenius), the mean over the layers of the model.
+  `delayed` has seen the batch once.
 - Runs, with `--runs`: distillation from the same start on the same prompts, each way sampling its own answers. `curve`
   is the mean distance of a step's loss from bfloat16's, relative to the mean loss there; `gradient` the mean ratio of
   the gradient norms; then the held-out reverse KL. The second bfloat16 run, of another seed, says what sampling does.
@@ -44,9 +45,10 @@ LAST = "tensorwise hybrid, teachers too"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder of converted student, math and code")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8, help="answers a step")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--students", nargs="*", default=["student", "math"], help="models of the one pass")
     parser.add_argument("--runs", action="store_true", help="whole runs too")
     return parser
 
@@ -152,19 +154,19 @@ def _compare(ours: dict[str, Any], baseline: dict[str, Any]) -> str:
     shift = (ours["log_probs"] - baseline["log_probs"]).abs().mean()
     relative = ours["loss"] / baseline["loss"] - 1
     errors = "".join(f"{ours['errors'][name]:9.4f}" for name in ("input", "weight", "gradient"))
-    return f"{ours['loss']:9.4f}{relative:+9.4f}{shift:10.4f}{cosine:9.4f}{flat[0].norm() / flat[1].norm():8.3f}{worst:8.4f}{errors}"
+    norm = flat[0].norm() / flat[1].norm()
+    return f"{ours['loss']:9.4f}{relative:+9.4f}{shift:10.4f}{cosine:9.4f}{norm:8.3f}{worst:8.4f}{errors}"
 
 
-def one_pass(args: argparse.Namespace) -> None:
-    """Every way on the same answers; prints the table."""
-    from fire_megatron import platform
+def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
+    """Every way on the same answers of a model; prints the table."""
     from fire_megatron.config.load import load_recipe
     from fire_megatron.train.select import mini_batches, rebalance, select
     from fire_megatron.train.trainer import Trainer
 
-    world = platform.start("cpu", threads=1)
     with tempfile.TemporaryDirectory() as name:
-        overrides = [f"{key}={value}" for key, value in _settings(args, Path(name)).items()]
+        settings = {**_settings(args, Path(name)), "student.checkpoint": args.models / student}
+        overrides = [f"{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(RECIPE, overrides)
         trainer = Trainer(recipe, world)
         run = trainer.run
@@ -180,8 +182,7 @@ def one_pass(args: argparse.Namespace) -> None:
             baseline = baseline or found
             lines.append(f"{way:18}{_compare(found, baseline)}")
             gc.collect()  # a student and its buffers refer to each other
-    platform.stop()
-    print(f"One pass: {len(rows)} answers, {tokens:.0f} tokens, student {args.models.name}/student")
+    print(f"One pass of {student}: {len(rows)} answers, {tokens:.0f} tokens")
     print(
         f"{'':18}{'loss':>9}{'loss':>9}{'|d log p|':>10}{'cosine':>9}{'norm':>8}{'worst':>8}"
         f"{'input':>9}{'weight':>9}{'gradient':>9}"
@@ -250,7 +251,12 @@ def main() -> None:
     """Both parts."""
     args = _parser().parse_args()
     args.models = args.models.resolve()
-    one_pass(args)
+    from fire_megatron import platform
+
+    world = platform.start("cpu", threads=1)
+    for student in args.students:
+        one_pass(args, student, world)
+    platform.stop()
     if args.runs:
         runs(args)
 

@@ -8,8 +8,8 @@ The student's weights and activations are bfloat16, its linear layers in FP8 by 
 
 - One pass (teacher-forced), of each of the models `--students`: it answers one batch of prompts once, the teachers
   score the answers, and every way computes loss and gradients of the same batch from the same weights. The float32 row
-  says how far bfloat16 itself is off. `|d log p|` is the mean change of a response token's log-probability; `cosine` and
-  `norm` compare the gradients of all weights together, `worst` is the smallest cosine of one of the layers' weight
+  says how far bfloat16 itself is off. `|d log p|` is the mean change of a response token's log-probability; `cosine`
+  and `norm` compare the gradients of all weights together, `worst` is the smallest cosine of one of the layers' weight
   matrices; the last columns are relative errors of rounding (Frobenius), the mean over the layers of the model.
   `delayed` has seen the batch once.
 - Runs, with `--runs`: distillation from the same start on the same prompts, each way sampling its own answers. `curve`

@@ -9,7 +9,8 @@ import torch
 
 from fire_megatron.checkpoint.files import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.maps import output_key
-from fire_megatron.checkpoint.shards import Shard, model_shards
+from fire_megatron.checkpoint.quantized import is_quantized, quantize_into
+from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
@@ -58,6 +59,34 @@ def open_checkpoint(folder: str | Path, shards: Sequence[Shard], *, grid: ModelG
     return reader
 
 
+def read_parameter(
+    reader: ShardReader, parameter: torch.nn.Parameter, parts: Sequence[Shard], *, masters: str = ""
+) -> None:
+    """Fill a parameter from its parts' places in a checkpoint, cast to its dtype; a quantised one is quantised.
+
+    Args:
+        reader: of the checkpoint.
+        parameter: one of the model's.
+        parts: all its shards.
+        masters: prefix of the float32 weights that an optimizer quantised the parameter from, where the checkpoint has
+            them; read for quantised parameters only, so that these come out as they were.
+
+    Raises:
+        CheckpointError: a part cannot be read.
+    """
+    if not is_quantized(parameter):
+        for shard in parts:
+            reader.read_into(shard.view, shard.key, offset=shard.offset)
+        return
+    exact = bool(masters) and masters + parts[0].key in reader.tensors
+    dtype = torch.float32 if exact else parameter.dtype
+    values = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+    for shard in parts:
+        key = masters + shard.key if exact else shard.key
+        reader.read_into(shard.within(values), key, offset=shard.offset)
+    quantize_into(parameter, values)
+
+
 def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None:
     """Fill this rank's part of a model, cast to the model's dtype; rows of vocabulary padding become zero.
 
@@ -73,8 +102,8 @@ def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None
     problem = None
     try:
         with torch.no_grad():
-            for shard in shards:
-                reader.read_into(shard.view, shard.key, offset=shard.offset)
+            for parameter, parts in by_parameter(shards):
+                read_parameter(reader, parameter, parts)
     except CheckpointError as error:
         problem = str(error)
     raise_on_any(problem, CheckpointError, group=grid.span)

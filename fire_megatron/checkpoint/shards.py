@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from fire_megatron.checkpoint.quantized import stand_ins
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.grid import ModelGrid
 
@@ -29,7 +30,7 @@ class Shard:
     """The parameter that it is a part of (half of it, for the gate and the up projection)."""
     view: torch.Tensor
     """The part, sharing the parameter's memory, with as many dimensions as the whole; may reach into the vocabulary's
-    padding."""
+    padding. Of a quantised parameter only the place of a part, without memory."""
     replicas: dist.ProcessGroup
     """The ranks that hold this very part: the data-parallel ones, of an expert those that hold the expert."""
     writes: bool
@@ -38,7 +39,7 @@ class Shard:
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same part of another tensor laid out as the parameter, such as an optimizer moment."""
-        start = self.view.storage_offset() - self.parameter.storage_offset()
+        start = self.view.storage_offset() - (0 if self.view.is_meta else self.parameter.storage_offset())
         assert tensor.is_contiguous()
         return tensor.as_strided(self.view.shape, self.view.stride(), tensor.storage_offset() + start)
 
@@ -60,8 +61,9 @@ def model_shards(model: FireGPT, *, grid: ModelGrid) -> list[Shard]:
     """All parts that this rank holds. Layers keep their global numbers, so that any pipeline split reads the same
     names (megatron-core's ``non_homogeneous_layers``). No communication."""
     group = grid.pg.dp_cp
-    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": group})
     parameters = dict(model.named_parameters())
+    with stand_ins(model):
+        state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": group})
     shards = []
     for name, entry in state.items():
         if name not in parameters:
@@ -83,3 +85,12 @@ def model_shards(model: FireGPT, *, grid: ModelGrid) -> list[Shard]:
     forgotten = [name for name, parameter in parameters.items() if id(parameter) not in held]
     assert not forgotten, f"megatron-core's sharded_state_dict leaves out {forgotten}"
     return shards
+
+
+def by_parameter(shards: Sequence[Shard]) -> Iterator[tuple[torch.nn.Parameter, list[Shard]]]:
+    """Shards of each parameter together, in the model's order, which the ranks of a replica share."""
+    order: dict[int, list[Shard]] = {}
+    for shard in shards:
+        order.setdefault(id(shard.parameter), []).append(shard)
+    for group in order.values():
+        yield group[0].parameter, group

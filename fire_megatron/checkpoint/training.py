@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from fire_megatron.checkpoint.amax import read_amax, write_amax
 from fire_megatron.checkpoint.files import (
     MARKER,
     WEIGHTS,
@@ -28,8 +28,9 @@ from fire_megatron.checkpoint.files import (
     swap_in,
     write_json,
 )
-from fire_megatron.checkpoint.load import check_tensors, open_checkpoint
+from fire_megatron.checkpoint.load import check_tensors, open_checkpoint, read_parameter
 from fire_megatron.checkpoint.optimizer_state import (
+    MASTER,
     initialise,
     own_slice,
     set_steps_taken,
@@ -37,7 +38,8 @@ from fire_megatron.checkpoint.optimizer_state import (
     steps_taken,
     whole_state,
 )
-from fire_megatron.checkpoint.shards import Shard, model_shards
+from fire_megatron.checkpoint.quantized import is_quantized
+from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, read_common, write_metadata
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.gpt import FireGPT
@@ -103,17 +105,9 @@ def _tidy(checkpoints: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _by_parameter(shards: list[Shard]) -> Iterator[tuple[torch.nn.Parameter, list[Shard]]]:
-    """Shards of each parameter together, in the model's order, which the ranks of a replica share."""
-    order: dict[int, list[Shard]] = {}
-    for shard in shards:
-        order.setdefault(id(shard.parameter), []).append(shard)
-    for group in order.values():
-        yield group[0].parameter, group
-
-
 def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronOptimizer) -> None:
     """Write what this rank is to write. The ranks that hold the same parameter take turns as writers, one a parameter.
+    Quantised weights are written as what they were quantised from, so that any run or export can go on from them.
 
     Raises:
         OSError: this rank cannot write; only after its part in the other ranks' reduces.
@@ -129,17 +123,19 @@ def _write_shards(writer: ShardWriter, shards: list[Shard], optimizer: MegatronO
             except OSError as error:
                 failure = error
 
-    for turn, (parameter, parts) in enumerate(_by_parameter(shards)):
+    for turn, (parameter, parts) in enumerate(by_parameter(shards)):
         group = parts[0].replicas
         owner = turn % group.size()
         mine = group.rank() == owner
         writes = [shard for shard in parts if shard.writes]
-        if mine:
-            for shard in writes:
-                write(shard.key, shard, shard.view)
+        quantized = is_quantized(parameter)
+        for shard in writes if mine and not quantized else ():
+            write(shard.key, shard, shard.view)
         for name, whole in whole_state(optimizer, parameter, group=group, owner=owner):
             for shard in writes if mine and whole is not None else ():
                 write(f"{_OPTIMIZER}{name}.{shard.key}", shard, shard.within(whole))
+                if quantized and name == MASTER:
+                    write(shard.key, shard, shard.within(whole).to(parameter.dtype))
     if failure is not None:
         raise failure
 
@@ -181,6 +177,8 @@ def save_training_state(
     def write() -> list:
         with ShardWriter(temporary / WEIGHTS, rank=grid.span.rank()) as writer:
             _write_shards(writer, model_shards(model, grid=grid), optimizer)
+            if grid.pg.tp_dp_cp.rank() == 0:
+                write_amax(writer, model)
             return writer.close()
 
     entries = [e for part in all_gather_objects(_attempt(write, target, grid), group=grid.span) for e in part]
@@ -243,10 +241,10 @@ def load_training_state(
     initialise(optimizer)
     try:
         with torch.no_grad():
-            for parameter, parts in _by_parameter(shards):
-                for shard in parts:
-                    reader.read_into(shard.view, shard.key, offset=shard.offset)
+            for parameter, parts in by_parameter(shards):
+                read_parameter(reader, parameter, parts, masters=f"{_OPTIMIZER}{MASTER}.")
                 _read_state(reader, parameter, parts, optimizer)
+            read_amax(reader, model)
     except CheckpointError as error:
         problem = str(error)
     raise_on_any(problem, CheckpointError, group=grid.span)

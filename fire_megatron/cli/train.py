@@ -101,11 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     # torch takes seconds to import; mistakes in a recipe should not.
     from fire_megatron.platform import launch
+    from fire_megatron.platform.apex import refuse_other_apex
 
     rank, recipe, problem = 0, None, None
     try:
         rank = launch.launched_rank()
         try:
+            refuse_other_apex()
             recipe = load_recipe(args.recipe, args.overrides)
             check_recipe(recipe, world_size=launch.launched_world_size())
         except UserError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
 from fire_megatron.config.errors import Problem, RecipeProblems
+from fire_megatron.config.fp8 import fp8_problems
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, SourceConfig
@@ -26,6 +27,9 @@ class Context:
     """Ranks that the launcher started; None when that is not known, as in a dry run."""
     models: Mapping[str, Mapping[str, Any]]
     """``config.json`` of every role whose checkpoint has a readable one, by the role's key."""
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    """In a plan for another machine: by the role's key, a folder that has the architecture of a checkpoint which is not
+    on this one."""
 
     @property
     def roles(self) -> dict[str, RoleConfig]:
@@ -49,18 +53,23 @@ class Context:
         return self.number(role, "num_experts") or self.number(role, "num_local_experts")
 
 
-def check_recipe(recipe: Recipe, *, world_size: int | None) -> None:
+def check_recipe(recipe: Recipe, *, world_size: int | None, elsewhere: Mapping[str, Path] | None = None) -> None:
     """Check what one section alone cannot know, reading JSON files but no weights.
 
     Args:
         recipe: as loaded.
         world_size: ranks of the run; None skips the checks that need it.
+        elsewhere: in a plan for another machine, folders with the architectures of checkpoints that are not on this
+            one, by the role's key; this machine's files are not checked then.
 
     Raises:
         RecipeProblems: every problem found.
     """
-    found = {key: read_json_object(Path(role.checkpoint) / "config.json") for key, role in roles(recipe).items()}
-    context = Context(recipe, world_size, {key: values for key, values in found.items() if values is not None})
+    elsewhere = elsewhere or {}
+    folders = {key: elsewhere.get(key, Path(role.checkpoint)) for key, role in roles(recipe).items()}
+    found = {key: read_json_object(folder / "config.json") for key, folder in folders.items()}
+    models = {key: values for key, values in found.items() if values is not None}
+    context = Context(recipe, world_size, models, elsewhere)
     problems = [problem for check in CHECKS for problem in check(context)]
     if problems:
         raise RecipeProblems(problems)
@@ -85,7 +94,7 @@ def _labels(context: Context) -> Iterator[Problem]:
 
 
 def _prompt_files(context: Context) -> Iterator[Problem]:
-    for key, source in context.sources.items():
+    for key, source in () if context.elsewhere else context.sources.items():
         path = Path(source.path)
         if not path.exists():
             yield Problem(f"{key}.path", f"{path} does not exist{looked_in(path)}; correct the path")
@@ -97,7 +106,7 @@ def _prompt_files(context: Context) -> Iterator[Problem]:
 
 def _checkpoints(context: Context) -> Iterator[Problem]:
     for key, role in context.roles.items():
-        text = checkpoint_problem(Path(role.checkpoint))
+        text = None if key in context.elsewhere else checkpoint_problem(Path(role.checkpoint))
         if text:
             yield Problem(f"{key}.checkpoint", text)
 
@@ -253,34 +262,9 @@ def _layer_specs(context: Context) -> Iterator[Problem]:
             yield Problem(f"{key}.layer_spec", "te needs CUDA and run.device is cpu; use auto or local")
 
 
-def _fp8_emulation(context: Context) -> Iterator[Problem]:
-    """Emulated FP8 is for CPUs; see models/fp8_emulation.py."""
+def _fp8(context: Context) -> Iterator[Problem]:
     for key, role in context.roles.items():
-        fp8, layers = role.precision.fp8, context.number(key, "num_hidden_layers")
-        if fp8 is None or not fp8.emulate:
-            continue
-        section = f"{key}.precision.fp8"
-        if context.recipe.run.device == "cuda":
-            yield Problem(
-                f"{section}.emulate",
-                "true is FP8 on a CPU and run.device is cuda; leave it out for Transformer Engine's FP8, or set "
-                "run.device: cpu",
-            )
-        if role.layer_spec == "te":
-            yield Problem(
-                f"{section}.emulate",
-                f"true, but {key}.layer_spec is te, whose layers round by themselves; leave out one of them",
-            )
-        if key != "student" and fp8.recipe == "delayed":
-            yield Problem(
-                f"{section}.recipe",
-                f"delayed takes its scales from earlier updates and {key} is not trained; use tensorwise",
-            )
-        if layers is not None and 2 * fp8.first_last_bf16 >= layers:
-            yield Problem(
-                f"{section}.first_last_bf16",
-                f"{fp8.first_last_bf16} at each end of a model of {layers} layers leaves none in FP8; lower it",
-            )
+        yield from fp8_problems(context.recipe, key, role, layers=context.number(key, "num_hidden_layers"))
 
 
 def _hook_names(context: Context) -> Iterator[Problem]:
@@ -325,7 +309,7 @@ def _counts(context: Context) -> Iterator[Problem]:
 
 def _writable(context: Context) -> Iterator[Problem]:
     for key, name in (("run.dir", context.recipe.run.dir), ("checkpoint.dir", context.recipe.checkpoint.dir)):
-        if name is None:
+        if name is None or context.elsewhere:
             continue
         folder = Path(name).absolute()
         while not folder.exists() and folder != folder.parent:
@@ -358,7 +342,7 @@ CHECKS: tuple[Callable[[Context], Iterator[Problem]], ...] = (
     _sharing,
     _lengths,
     _layer_specs,
-    _fp8_emulation,
+    _fp8,
     _hook_names,
     _micro_batches,
     _counts,

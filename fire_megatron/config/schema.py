@@ -70,20 +70,21 @@ class FP8Config(Section):
     format: Literal["hybrid", "e4m3"] = "hybrid"
     """`hybrid` is E4M3 for inputs and weights and E5M2 for gradients; `e4m3` is E4M3 for all of them."""
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """How values are scaled into the format's range: `delayed` by the largest magnitude of earlier steps, `tensorwise`
-    by that of the tensor itself, `blockwise` of 128 values or 128 x 128 (Hopper with CUDA 12.9, Blackwell), `mxfp8` of
-    32 values (Blackwell)."""
+    """How values are scaled into the format's range: `delayed` by the largest magnitude of earlier steps (a student's
+    alone), `tensorwise` by that of the tensor itself, `blockwise` of 128 values or 128 x 128 (Hopper with CUDA 12.9,
+    Blackwell), `mxfp8` of 32 values (Blackwell)."""
     first_last_bf16: Count = 0
     """Layers at each end of the model that stay in `precision.dtype`; not with `delayed`."""
     amax_history: Size = 1024
-    """Steps whose largest magnitudes `delayed` looks back on."""
+    """Passes whose largest magnitudes `delayed` looks back on: micro-batches on a GPU, updates where emulated."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """Which of them `delayed` scales by."""
     margin: Count = 0
     """Powers of two that `delayed` leaves free above the largest magnitude."""
     param_gather: bool = False
     """Whether the weights of these layers are themselves FP8: a byte a weight in memory, and on the wire where replicas
-    gather what each has updated (megatron-core's fp8_param_gather). A student's needs `optimizer.distributed`."""
+    gather what each has updated (megatron-core's fp8_param_gather). With recipe `tensorwise` or `blockwise`; a
+    student's needs `optimizer.distributed`."""
     emulate: bool = False
     """Round to FP8 on a CPU, to study and test its effect without a GPU: products are of rounded values and as slow as
     without. Refused on a GPU."""
@@ -307,6 +308,9 @@ class MetricsConfig(Section):
     """TensorBoard files in `tensorboard` of the run's folder, when the package is installed."""
     samples: Count = 0
     """Answers of each step written to `samples.jsonl` in the run's folder."""
+    gpu_interval: NonNegative = 1.0
+    """Seconds between samples of each rank's GPU (utilisation, memory, power and so on, by nvidia-ml-py); 0 takes none.
+    Without a GPU nothing is sampled."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fire_megatron.platform import device_kind
+
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """``(logits_CV, which tokens) -> (scalar, report_RC)``: the chunk's share of the loss, differentiable with respect to
 the logits, and R numbers a token to be reported, without gradient. It may let backward write over the logits."""
@@ -43,7 +45,7 @@ def chunks(
         segments: lengths that add up to N.
     """
     assert not segments or sum(segments) == tokens, (segments, tokens)
-    elements, most = _CHUNK.get(device.type, _CHUNK["cuda"])
+    elements, most = _CHUNK.get(device_kind(device), _CHUNK["cuda"])
     most = chunk_tokens or max(1, min(most, elements // max(columns, 1)))
     slices, first = [], 0
     for length in segments or [tokens]:
@@ -54,7 +56,7 @@ def chunks(
 
 
 def _tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS["cuda"]) // max(width, 1))
+    step = max(1, _TILE_ELEMENTS.get(device_kind(device), _TILE_ELEMENTS["cuda"]) // max(width, 1))
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -71,7 +73,7 @@ class OutputLayer:
         self.weight_VH = weight_VH.detach()
         self.columns = len(weight_VH) if columns is None else columns
         widest = torch.promote_types(weight_VH.dtype, torch.float32)
-        self.dtype = dtype or (widest if weight_VH.device.type == "cpu" else weight_VH.dtype)
+        self.dtype = dtype or (widest if device_kind(weight_VH.device) == "cpu" else weight_VH.dtype)
         self._buffer = torch.empty(0, dtype=self.dtype, device=weight_VH.device)
 
     def _rows(self) -> Iterator[tuple[slice, torch.Tensor]]:

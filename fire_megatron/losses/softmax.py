@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.parallel.collectives import all_gather_stacked
+from fire_megatron.platform import device_kind
 
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 """Logits whose full-precision copies exist at a time: what stays in a core's cache, or what fills a GPU."""
@@ -25,7 +26,7 @@ FLOOR = -1e30
 
 def default_block(columns: int, device: torch.device) -> int:
     """Tokens of a block of so many columns."""
-    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // max(columns, 1))
+    return max(1, _BLOCK_ELEMENTS.get(device_kind(device), _BLOCK_ELEMENTS["cuda"]) // max(columns, 1))
 
 
 def blocks(logits_TV: torch.Tensor, block_tokens: int | None, span: slice | None = None) -> Iterator[slice]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import astuple, dataclass
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
@@ -108,6 +108,17 @@ def merge(into: dict[str, Value], values: Mapping[str, Value]) -> dict[str, Valu
             raise TypeError(f"metric {key} is a {type(have).__name__} here and a {type(value).__name__} there")
         into[key] = value if have is None else have + value  # type: ignore[operator]
     return into
+
+
+def to_plain(values: Mapping[str, Value]) -> dict[str, list[Any]]:
+    """The values as lists for JSON; :func:`from_plain` takes them back."""
+    return {key: [type(value).__name__, *astuple(value)] for key, value in values.items()}
+
+
+def from_plain(plain: Mapping[str, list[Any]]) -> dict[str, Value]:
+    """What :func:`to_plain` was given."""
+    kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Last)}
+    return {key: kinds[kind](*numbers) for key, (kind, *numbers) in plain.items()}
 
 
 def reduce_metrics(metrics: Mapping[str, Value], *, group: dist.ProcessGroup | None) -> dict[str, float]:

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.config.schema import RoleConfig
 from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
+from fire_megatron.models.fp8 import SET_BY_PRECISION, check_fp8, engine_fp8, fp8_settings, own_amax_group
 from fire_megatron.models.fp8_emulation import EmulatedFP8, check_device
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
@@ -48,6 +49,7 @@ _SET_ELSEWHERE = {
     "pipeline_dtype": "precision.dtype",
     "bf16": "precision.dtype",
     "fp16": "precision.dtype",
+    **dict.fromkeys(SET_BY_PRECISION, "precision.fp8"),
     **dict.fromkeys(
         (
             "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
@@ -67,6 +69,7 @@ _NOT_READ = {
         ("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "softmax_type", "attention_backend"),
         "the core attention is scaled_dot_product_attention and does not read it",
     ),
+    "fp8_output_proj": "the loss projects to the vocabulary itself",
     **dict.fromkeys(
         ("hidden_dropout", "attention_dropout"), "log-probabilities are compared between passes, so there is no dropout"
     ),
@@ -133,12 +136,12 @@ def resolve_layer_spec(setting: str, device: Device, *, role: str) -> str:
     Raises:
         RecipeError: ``te`` is asked for and Transformer Engine is not usable here.
     """
+    if setting == "local":
+        return setting
     engine = detect_capabilities(device)[0]
     if setting == "te" and engine.version is None:
         raise RecipeError(f"{role}.layer_spec is 'te' but Transformer Engine is {engine.detail}; use 'local' or 'auto'")
-    if setting == "auto":
-        return "te" if engine.version else "local"
-    return setting
+    return "te" if engine.version else "local"
 
 
 def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
@@ -198,17 +201,17 @@ def _check_tensor_split(shape: ModelShape, tensor: int) -> None:
 
 def _check_engine_settings(shape: ModelShape, role: RoleConfig, layout: Layout, spec: str) -> None:
     """What a role asks of Transformer Engine that it, or this model, does not have."""
-    for key in ("fp8", "fp4"):
-        if role.megatron.get(key) and spec != "te":
-            raise RecipeError(
-                f"megatron.{key}: low-precision layers are Transformer Engine's, which is not used here (the layer "
-                "spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
-            )
-        if role.megatron.get(key) and "moe" in (role.megatron.get("recompute_modules") or ()):
-            raise RecipeError(
-                f"megatron.recompute_modules: 'moe' with {key} reads process groups that only megatron-core's own "
-                "set-up makes; leave 'moe' out, or take recompute_granularity: full"
-            )
+    if role.megatron.get("fp4") and spec != "te":
+        raise RecipeError(
+            "megatron.fp4: low-precision layers are Transformer Engine's, which is not used here (the layer spec is "
+            "'local'); remove it, or run on a GPU with Transformer Engine installed"
+        )
+    low = "precision.fp8" if engine_fp8(role) else "megatron.fp4" if role.megatron.get("fp4") else None
+    if low and "moe" in (role.megatron.get("recompute_modules") or ()):
+        raise RecipeError(
+            f"megatron.recompute_modules: 'moe' with {low} reads process groups that only megatron-core's own set-up "
+            "makes; leave 'moe' out, or take recompute_granularity: full"
+        )
     if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
         raise RecipeError(
             f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "
@@ -264,7 +267,9 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
     settings |= expert_settings(shape, role.megatron, expert=layout.expert, spec=spec)
+    settings |= fp8_settings(role)
     _check_engine_settings(shape, role, layout, spec)
+    check_fp8(shape, role, tensor=layout.tensor, spec=spec)
     try:
         return TransformerConfig(**{**settings, **role.megatron})
     except (ValueError, TypeError, AssertionError) as error:
@@ -315,6 +320,7 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     """
     check_device(role.precision.fp8, device)
     config = transformer_config(shape, role, grid.layout, device=device)
+    own_amax_group(config, grid.pg)
     spec = resolve_layer_spec(role.layer_spec, device, role="the role")
     first = get_transformer_layer_offset(config, vp_stage=None, pp_rank=grid.pp_rank)
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=grid.pp_rank)

@@ -65,7 +65,7 @@ FROM_CHECKPOINT = (
 """Fields of TransformerConfig about experts that the model's own config.json decides."""
 TRAINING_ONLY = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
 """Fields that change gradients alone, so that they mean nothing to a teacher."""
-_ENGINE_ONLY = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion")
+ENGINE_ONLY = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion")
 """Fields that turn on Transformer Engine's kernels."""
 _CHOICES: Mapping[str, tuple[Any, str]] = {
     "moe_router_load_balancing_type": (
@@ -118,7 +118,7 @@ def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, expert: 
         return {}
     if shape.experts.count % expert:
         raise LayoutError(f"parallel.expert={expert} does not divide the model's {shape.experts.count} experts")
-    for key in _ENGINE_ONLY if spec != "te" else ():
+    for key in ENGINE_ONLY if spec != "te" else ():
         if overrides.get(key):
             raise RecipeError(
                 f"megatron.{key} is {overrides[key]!r}: its kernels are Transformer Engine's, which is not used here "
@@ -148,7 +148,10 @@ class Router(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As megatron-core's, with the weight on the compute device from the start."""
         super().__init__(*args, **kwargs)
-        self.weight.data = self.weight.data.to(compute_device())
+        if not self.config.init_model_with_meta_device:
+            weight = torch.nn.Parameter(self.weight.detach().to(compute_device()))
+            weight.__dict__.update(self.weight.__dict__)  # megatron-core's marks, such as sequence_parallel
+            self.weight = weight
         self.begin(1.0)
 
     def begin(self, tokens: float) -> None:

@@ -37,7 +37,6 @@ from fire_megatron.models.fp8_linear import (
     format_of,
 )
 from fire_megatron.models.fp8_quantize import delayed_scale
-from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.platform import Device, compute_device
 
 Linear = ColumnParallelLinear | RowParallelLinear
@@ -154,11 +153,11 @@ class EmulatedFP8:
                 "FP8; lower it"
             )
         self.layers: dict[str, Linear] = {}
-        """Every layer in FP8 of this rank by its name in the whole model."""
+        """Every layer in FP8 of this rank by its layer's global number from 0 on and its name there."""
         keys: set[str] = set()
         for layer in layers:
             if kept < layer.layer_number <= num_layers - kept:  # counted from 1 over all stages
-                for name, module in layer.named_modules(prefix=f"layers.{layer.layer_number - 1}"):
+                for name, module in layer.named_modules(prefix=str(layer.layer_number - 1)):
                     if isinstance(module, Linear):
                         own, namesakes = _names(name, layer, ep_rank)
                         self.layers[own] = module
@@ -194,16 +193,3 @@ class EmulatedFP8:
         """See :meth:`Scales.update`; nothing, and no communication, where scales are of the moment."""
         if self.scales is not None:
             self.scales.update(group=group)
-
-    def state(self, *, group: dist.ProcessGroup) -> dict[str, dict[str, torch.Tensor]]:
-        """What a run continues with, of all stages' layers: see :meth:`Scales.state`. Collective over ``group``, the
-        pipeline's ranks, where there is any."""
-        if self.scales is None:
-            return {}
-        parts = all_gather_objects(self.scales.state(), group=group)
-        return {key: value for part in parts for key, value in part.items()}
-
-    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Continue from :meth:`state`."""
-        if self.scales is not None:
-            self.scales.load(state)

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_
 from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from fire_megatron.models.fp8 import paused
 from fire_megatron.models.fp8_emulation import EmulatedFP8
 from fire_megatron.models.layers import CoreAttention, KVCache
 from fire_megatron.models.packed import PackParams
@@ -206,8 +207,8 @@ class FireGPT(GPTModel):
 
     @contextlib.contextmanager
     def cached(self, cache: KVCache) -> Iterator[None]:
-        """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism is off inside,
-        since a decode step has one token a row and nothing to split, and so is emulated FP8."""
+        """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism and FP8 are off
+        inside, since a decode step has one token a row: nothing to split, and no blocks to multiply in."""
         attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         for attention in attentions:
             attention.cache = cache
@@ -220,7 +221,8 @@ class FireGPT(GPTModel):
         for module, name in switched:
             setattr(module, name, False)
         try:
-            with self.emulated_fp8.off() if self.emulated_fp8 else contextlib.nullcontext():
+            emulated = self.emulated_fp8.off() if self.emulated_fp8 else contextlib.nullcontext()
+            with paused(self.config), emulated:
                 yield
         finally:
             for attention in attentions:

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from fire_megatron.data.packing import Pack, pack_rows
+from fire_megatron.models.fp8 import release_quantized_weights, shares_amax, token_multiple
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
@@ -41,17 +42,20 @@ def _forward_step(last_stage: LastStage, packs: Any, model: torch.nn.Module) -> 
 
 def padding_pack(model: torch.nn.Module, grid: ModelGrid) -> Pack:
     """A micro-batch without rows, for a replica that has none left while others wait for it."""
-    multiple = grid.layout.tensor if get_model_config(model).sequence_parallel else 1
     return pack_rows(
         (), (), (),
-        multiple=multiple, device=compute_device(), context=grid.layout.context, context_rank=grid.cp_rank,
+        multiple=token_multiple(get_model_config(model)), device=compute_device(),
+        context=grid.layout.context, context_rank=grid.cp_rank,
     )  # fmt: skip
 
 
-def _in_lockstep(packs: Sequence[Pack], model: torch.nn.Module, grid: ModelGrid) -> Sequence[Pack]:
-    """As many micro-batches as any replica has that shares this one's experts: each forward pass is a collective of
-    all of them. One exchange of counts where experts are spread over ranks, nothing elsewhere."""
-    most = largest(len(packs), group=grid.pg.ep)
+def _in_lockstep(
+    packs: Sequence[Pack], model: torch.nn.Module, grid: ModelGrid, *, forward_only: bool
+) -> Sequence[Pack]:
+    """As many micro-batches as any replica has that takes part in this one's passes: those that share its experts, and
+    in training with delayed scaling of FP8 all of them. One exchange of counts there, nothing elsewhere."""
+    together = shares_amax(get_model_config(model)) and not forward_only
+    most = largest(len(packs), group=grid.pg.tp_dp_cp if together else grid.pg.ep)
     return [*packs, *(padding_pack(model, grid) for _ in range(most - len(packs)))]
 
 
@@ -63,7 +67,8 @@ def run_pipeline(
     Args:
         model: this rank's stage, wrapped for data parallelism in training.
         packs: the micro-batches; the same on every rank of a replica, at least one. Replicas that share experts
-            (``grid.pg.ep``) call this together, each with its own number of them.
+            (``grid.pg.ep``), and in training with delayed scaling of FP8 all replicas, call this together, each with
+            its own number of them.
         last_stage: called by the last stage with each micro-batch's final hidden states at the positions that predict a
             response token.
         grid: the role's groups.
@@ -73,7 +78,7 @@ def run_pipeline(
         What ``last_stage`` returned (in training its third item), one a micro-batch; empty on other stages.
     """
     assert packs, "every rank runs at least one micro-batch, if only of padding"
-    batches = _in_lockstep(packs, model, grid)
+    batches = _in_lockstep(packs, model, grid, forward_only=forward_only)
     pipeline = grid.layout.pipeline
     schedule = get_forward_backward_func(pp_size=pipeline, vp_size=None)
     config = get_model_config(model)
@@ -89,4 +94,5 @@ def run_pipeline(
         p2p_communicator=P2PCommunicator(grid.pg.pp, config) if pipeline > 1 else None,
         pg_collection=grid.pg,
     )
+    release_quantized_weights(model)
     return list(results)[: len(packs)] if grid.is_last_stage else []

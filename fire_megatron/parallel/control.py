@@ -25,6 +25,7 @@ class Control:
         self._store, self._speaks = store, speaks
         self._prefix = f"fire/control/{next(_numbers)}"
         self._next = 0
+        self._unread = 1
 
     def announce(self, **order: Any) -> None:
         """Write the next order: names and plain values. A no-op on ranks that do not give orders."""
@@ -57,3 +58,17 @@ class Control:
         """The signal that another rank has passed on."""
         key = f"{self._prefix}/stop"
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def report(self, values: dict[str, Any]) -> None:
+        """Tell the rank that gives the orders something: plain values, which it reads when it gets to it."""
+        number = self._store.add(f"{self._prefix}/reports", 1)
+        self._store.set(f"{self._prefix}/report/{number}", json.dumps(values))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What other ranks have reported since the last call. Does not wait; empty on ranks that do not give orders."""
+        read = []
+        while self._speaks and self._store.check([key := f"{self._prefix}/report/{self._unread}"]):
+            read.append(json.loads(self._store.get(key)))
+            self._store.delete_key(key)
+            self._unread += 1
+        return read

@@ -149,16 +149,6 @@ class ModelGrid:
         return dist.get_process_group_ranks(self.pg.pp)[-1]
 
 
-def _new_group(enumeration: list[list[int]], timeout: datetime.timedelta) -> dist.ProcessGroup | None:
-    """Create every group of the enumeration (all ranks of the world join) and return this rank's own."""
-    mine = None
-    for ranks in enumeration:
-        group = dist.new_group(ranks, timeout=timeout)
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
-
-
 def _set_megatron_globals() -> None:
     """Two process-wide objects that megatron-core wants whatever the groups; neither names one."""
     # 0.16.1's sequence-parallel gathers take their scratch space from here.
@@ -222,8 +212,17 @@ class GridFactory:
         # Dimensions of size 1 make many of the groups coincide; each distinct partition exists once.
         key = tuple(tuple(ranks) for ranks in enumeration)
         if key not in self._groups:
-            self._groups[key] = _new_group(enumeration, self._timeout)
+            self._groups[key] = self._new_group(enumeration)
         return self._groups[key]
+
+    def _new_group(self, enumeration: list[list[int]]) -> dist.ProcessGroup | None:
+        """Create every group of the enumeration (all ranks of the world join) and return this rank's own."""
+        mine = None
+        for ranks in enumeration:
+            group = dist.new_group(ranks, timeout=self._timeout)
+            if dist.get_rank() in ranks:
+                mine = group
+        return mine
 
     def _build(self, layout: Layout) -> ModelGrid:
         tensor, context, data, pipeline = layout.tensor, layout.context, layout.data, layout.pipeline

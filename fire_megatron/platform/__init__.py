@@ -3,13 +3,16 @@
 from fire_megatron.platform.capabilities import Capability, capability_report, detect_capabilities
 from fire_megatron.platform.device import (
     Device,
+    GpuIdentity,
     compute_device,
+    device_kind,
+    gpu_identity,
     peak_memory_mb,
     reset_peak_memory,
     select_device,
     synchronize,
 )
-from fire_megatron.platform.launch import World, start, stop
+from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
 from fire_megatron.platform.watch import Watch
@@ -17,18 +20,22 @@ from fire_megatron.platform.watch import Watch
 __all__ = [
     "Capability",
     "Device",
+    "GpuIdentity",
     "Offload",
     "Watch",
     "World",
     "capability_report",
     "compute_device",
     "detect_capabilities",
+    "device_kind",
     "get_rng_state",
+    "gpu_identity",
     "peak_memory_mb",
     "reset_peak_memory",
     "seed_everything",
     "select_device",
     "set_rng_state",
+    "simulate",
     "start",
     "stop",
     "synchronize",

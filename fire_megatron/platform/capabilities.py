@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
 
+from fire_megatron.platform.apex import EXTENSION, find_apex, import_problem
 from fire_megatron.platform.device import Device
 
 
@@ -29,15 +28,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _importable(module: str) -> str | None:
-    """None when ``module`` imports, else the reason that it does not."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a broken binary extension raises whatever it likes
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
-
-
 def _transformer_engine(device: Device) -> Capability:
     fallback = "layer spec 'local': megatron-core layers, our RMSNorm and scaled_dot_product_attention"
     version = _version("transformer-engine")
@@ -45,41 +35,76 @@ def _transformer_engine(device: Device) -> Capability:
         return Capability("transformer-engine", None, f"not installed; {fallback}")
     if not device.is_cuda:
         return Capability("transformer-engine", None, f"{version} installed, needs a GPU; {fallback}")
-    problem = _importable("transformer_engine.pytorch")
+    problem = import_problem("transformer_engine.pytorch")
     if problem:
         return Capability("transformer-engine", None, f"{version} does not import ({problem}); {fallback}")
-    return Capability("transformer-engine", version, "layer spec 'te'")
+    return Capability("transformer-engine", version, "layer spec 'te', where a role does not ask for 'local'")
 
 
 def _apex(device: Device) -> Capability:
-    """NVIDIA's apex, told by its own modules: the ``apex`` of the package index is another project."""
-    fallback = "torch kernels instead"
-    package = importlib.util.find_spec("apex")
+    """NVIDIA's apex; one that is not is refused before a run begins."""
+    engine = _transformer_engine(device).version is not None
+    fallback = f"{'Transformer Engine' if engine else 'torch'} kernels instead"
+    package = find_apex()
     if package is None:
         return Capability("apex", None, f"not installed; {fallback}")
-    # Looked for in its folder, without importing the package: the other apex raises when it is imported.
-    folder, find = package.submodule_search_locations, importlib.machinery.PathFinder.find_spec
-    if not all(find(f"apex.{name}", folder) for name in ("multi_tensor_apply", "optimizers")):
-        return Capability("apex", None, f"an unrelated package named apex is installed (uninstall it); {fallback}")
+    if package.is_folder:
+        return Capability("apex", None, f"not installed (a mere folder, {package.place}, is ignored); {fallback}")
+    if not package.is_nvidias:
+        return Capability("apex", None, f"an unrelated package, {package}: uninstall it; {fallback}")
+    version = package.version or "unknown"
     if not device.is_cuda:
-        return Capability("apex", None, f"installed, needs a GPU; {fallback}")
-    problem = _importable("amp_C")
+        return Capability("apex", None, f"{version} installed, needs a GPU; {fallback}")
+    problem = import_problem(EXTENSION)
     if problem:
-        return Capability("apex", None, f"its CUDA extension does not import ({problem}); {fallback}")
-    return Capability("apex", _version("apex") or "unknown", "fused optimizer and norm kernels")
+        return Capability("apex", None, f"{version}: its CUDA extension does not import ({problem}); {fallback}")
+    used = "installed, but Transformer Engine's optimizer comes first" if engine else "fused optimizer kernels"
+    return Capability("apex", version, used)
 
 
 def _flash_attention(device: Device) -> Capability:
+    """Release 2 or 3, which have distributions and modules of their own."""
     fallback = "torch scaled_dot_product_attention"
-    version = _version("flash-attn")
-    if version is None:
+    releases = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
+    have = {name: version for name in releases if (version := _version(name)) is not None}
+    if not have:
         return Capability("flash-attn", None, f"not installed; {fallback}")
+    installed = " and ".join(have.values())
     if not device.is_cuda:
-        return Capability("flash-attn", None, f"{version} installed, needs a GPU; {fallback}")
-    problem = _importable("flash_attn")
+        return Capability("flash-attn", None, f"{installed} installed, needs a GPU; {fallback}")
+    problems = {name: import_problem(releases[name]) for name in have}
+    working = [have[name] for name, problem in problems.items() if problem is None]
+    if not working:
+        reasons = ", ".join(str(problem) for problem in problems.values())
+        return Capability("flash-attn", None, f"{installed} does not import ({reasons}); {fallback}")
+    if _transformer_engine(device).version is None:
+        used = f"installed, but only Transformer Engine's attention would call it; {fallback}"
+    else:
+        used = f"Transformer Engine's attention may choose it; sampling and float32 take {fallback}"
+    return Capability("flash-attn", " and ".join(working), used)
+
+
+def _nvidia_ml_py(device: Device) -> Capability:
+    """NVML's bindings, whose module has the name ``pynvml``."""
+    name, version, fallback = "nvidia-ml-py", _version("nvidia-ml-py"), "no gpu/... metrics"
+    if version is None:
+        return Capability(name, None, f"not installed; {fallback}")
+    if not device.is_cuda:
+        return Capability(name, None, f"{version} installed, needs a GPU; {fallback}")
+    problem = import_problem("pynvml")
     if problem:
-        return Capability("flash-attn", None, f"{version} does not import ({problem}); {fallback}")
-    return Capability("flash-attn", version, f"installed, but the core attention calls {fallback}")
+        return Capability(name, None, f"{version} does not import ({problem}); {fallback}")
+    nvml = importlib.import_module("pynvml")
+    try:
+        nvml.nvmlInit()
+        nvml.nvmlShutdown()
+    except Exception as error:  # no driver library in a container, for instance
+        return Capability(
+            name,
+            None,
+            f"{version}: the driver does not answer ({error}); {fallback}",
+        )
+    return Capability(name, version, "gpu/... metrics, unless metrics.gpu_interval is 0")
 
 
 def detect_capabilities(device: Device) -> tuple[Capability, ...]:
@@ -93,6 +118,6 @@ def capability_report(device: Device) -> str:
         f"device              {device.describe()}",
         f"torch               {_version('torch')}, megatron-core {_version('megatron-core')}",
     ]
-    for found in detect_capabilities(device):
+    for found in (*detect_capabilities(device), _nvidia_ml_py(device)):  # which starts NVML, once
         lines.append(f"{found.name:<19} {found.version or '-'}: {found.detail}")
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 megatron-core asks for ``torch.cuda.current_device()``, allocates with ``device='cuda'``, and its optimizer
 compares ``param.type()`` with ``'torch.cuda.FloatTensor'``. In a process that computes on CPU each of these
 means "the compute device", so here they are answered with the CPU. Nothing is emulated: the same modules,
-schedules and collectives run, on gloo. Factories are wrapped one by one rather than by a TorchFunctionMode,
+schedules and collectives run, on gloo. A plan (``fire_megatron/plan``) has the meta device in the CPU's place, on which
+tensors have shapes and no memory. Factories are wrapped one by one rather than by a TorchFunctionMode,
 which would add Python overhead to every single torch call of the decode loop.
 """
 
@@ -22,6 +23,10 @@ _FACTORIES = (
     "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
 _installed = False
+_target = torch.device("cpu")
+"""What stands for ``cuda``."""
+_kind = "cpu"
+"""Kind of device whose place the meta device takes."""
 
 
 class _Stream:
@@ -49,12 +54,22 @@ class _Stream:
         return None
 
 
-def _on_cpu(device: Any) -> Any:
-    """Map any spelling of a CUDA device to the CPU and leave everything else alone."""
+def target() -> torch.device:
+    """The device that stands for ``cuda``."""
+    return _target
+
+
+def kind() -> str:
+    """``cpu`` or ``cuda``: the kind of device that the meta device stands for."""
+    return _kind
+
+
+def _on_target(device: Any) -> Any:
+    """Map any spelling of a CUDA device to the one in its place and leave everything else alone."""
     if isinstance(device, torch.device):
-        return torch.device("cpu") if device.type == "cuda" else device
+        return _target if device.type == "cuda" else device
     if isinstance(device, str) and device.startswith("cuda"):
-        return "cpu"
+        return _target
     return device
 
 
@@ -62,7 +77,7 @@ def _wrap_factory(function: Callable) -> Callable:
     @functools.wraps(function)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs["device"] = _on_target(kwargs["device"])
         return function(*args, **kwargs)
 
     return factory
@@ -72,8 +87,8 @@ def _wrap_to(function: Callable) -> Callable:
     @functools.wraps(function)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        return function(self, *(_on_cpu(a) for a in args), **kwargs)
+            kwargs["device"] = _on_target(kwargs["device"])
+        return function(self, *(_on_target(a) for a in args), **kwargs)
 
     return to
 
@@ -82,8 +97,7 @@ def _wrap_type(function: Callable) -> Callable:
     @functools.wraps(function)
     def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
-            name = function(self)
-            return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + function(self).rpartition(".")[2]
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
         return function(self, dtype, *args, **kwargs)
@@ -131,7 +145,10 @@ def _patch_megatron_experts(stream: _Stream) -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        if not torch.is_tensor(tensor):
+            return tensor
+        tensor = tensor.cpu()  # no-op, except in a plan
+        return tensor.numpy() if as_numpy else tensor
 
     moe_utils.te_general_gemm = (
         None  # else the router multiplies with Transformer Engine's kernel, where it is installed
@@ -170,16 +187,22 @@ def _patch_megatron_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = uneven_reduce_scatter
 
 
-def install() -> None:
-    """Point ``cuda`` at the CPU in this process. Idempotent; never called in a process that uses a GPU."""
-    global _installed
+def install(device: str = "cpu", *, kind: str = "cpu") -> None:
+    """Point ``cuda`` at the CPU, or at ``meta``, in this process, which uses no GPU. Idempotent.
+
+    Args:
+        device: what stands for ``cuda``; another call may change it.
+        kind: of the device that ``meta`` stands for.
+    """
+    global _installed, _target, _kind
+    _target, _kind = torch.device(device), kind
     if _installed:
         return
     _installed = True
     stream = _Stream()
     cuda = torch.cuda
     cuda.is_available = lambda: False  # also on a machine with GPUs, when the recipe asks for the CPU
-    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_device = target
     cuda.synchronize = lambda *a, **k: None
     cuda.empty_cache = lambda: None
     cuda.current_stream = lambda *a, **k: stream

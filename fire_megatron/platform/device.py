@@ -5,6 +5,7 @@ This package is the only one that touches ``torch.cuda``.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fire_megatron.config.errors import LayoutError
+from fire_megatron.platform import cpu_seam
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,34 @@ def select_device(setting: str, *, local_rank: int = 0) -> Device:
     return Device("cuda", local_rank)
 
 
+@dataclass(frozen=True)
+class GpuIdentity:
+    """How NVML may be asked for a GPU, of which it counts all, also those that this process does not see."""
+
+    names: tuple[str, ...]
+    """Its UUID, or that of its MIG instance, in each form that it may have; the likeliest first."""
+    bus_id: str | None
+    """Its place on the PCI bus, as ``00000000:17:00.0``; None where torch does not tell."""
+
+
+def gpu_identity(device: Device) -> GpuIdentity | None:
+    """Which GPU of the node a process computes on, whatever CUDA_VISIBLE_DEVICES says; None on a CPU."""
+    if not device.is_cuda:
+        return None
+    properties = torch.cuda.get_device_properties(device.index)
+    names = []
+    # Of a MIG instance CUDA may tell the UUID of the whole GPU. It makes one instance visible, named here.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if device.index < len(visible) and visible[device.index].strip().startswith("MIG-"):
+        names.append(visible[device.index].strip())
+    uuid = getattr(properties, "uuid", None)
+    if uuid is not None:
+        names += [f"GPU-{uuid}", f"MIG-{uuid}"]
+    place = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    bus_id = None if None in place else "{:08X}:{:02X}:{:02X}.0".format(*place)
+    return GpuIdentity(tuple(names), bus_id)
+
+
 def peak_memory_mb(device: Device) -> float:
     """Peak memory of this process in MiB: allocated GPU memory, or resident memory on CPU."""
     if device.is_cuda:
@@ -84,8 +114,13 @@ def reset_peak_memory(device: Device) -> None:
 
 
 def compute_device() -> torch.device:
-    """The device on which this process builds its models: its GPU, or the CPU once the seam is installed."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device on which this process builds its models: its GPU, or what the seam has put in its place."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu_seam.target()
+
+
+def device_kind(device: torch.device) -> str:
+    """``cpu`` or ``cuda``, by which sizes and formats are chosen; of a simulated device, what it simulates."""
+    return cpu_seam.kind() if device.type == "meta" else device.type
 
 
 def synchronize(device: Device) -> None:

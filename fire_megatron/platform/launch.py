@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import cpu_seam
+from fire_megatron.platform.apex import hide_unusable_apex
 from fire_megatron.platform.device import Device, select_device
 from fire_megatron.platform.watch import Watch
 
@@ -163,6 +164,7 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
     local_rank = _variable("LOCAL_RANK", "SLURM_LOCALID", default=0)
     local_size = _variable("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1)
     chosen = select_device(device, local_rank=local_rank)
+    hide_unusable_apex(on_gpu=chosen.is_cuda)
     if not chosen.is_cuda:
         _set_threads(threads, local_size)
         _keep_freed_memory()
@@ -171,6 +173,16 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
         store, patience = _meeting_point(timeout), datetime.timedelta(seconds=timeout)
         dist.init_process_group(chosen.backend, store=store, rank=rank, world_size=size, timeout=patience)
     return World(rank, size, local_rank, local_size, chosen)
+
+
+def simulate(kind: str) -> None:
+    """Have this process compute on tensors without memory, to plan a run, not to run it.
+
+    Args:
+        kind: ``cpu`` or ``cuda``, the device that the run is planned for.
+    """
+    _quiet_third_parties()
+    cpu_seam.install("meta", kind=kind)
 
 
 def watch(world: World, *, roles: str, timeout: float) -> Watch:

@@ -10,7 +10,14 @@ from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.transfer import Transfer
 
 
-def serve_student(pool: TeacherPool, transfer: Transfer, control: Control, *, idle: Callable[[], None]) -> str | None:
+def serve_student(
+    pool: TeacherPool,
+    transfer: Transfer,
+    control: Control,
+    *,
+    idle: Callable[[], None],
+    done: Callable[[], None] = lambda: None,
+) -> str | None:
     """The life of a rank that holds teachers and none of the student: do as the student says, until it says stop.
 
     Args:
@@ -18,6 +25,7 @@ def serve_student(pool: TeacherPool, transfer: Transfer, control: Control, *, id
         transfer: of their states.
         control: the student's orders.
         idle: called between orders, and about once a second while there is none.
+        done: called after each order.
 
     Returns:
         Why the run ends, if not because it is done.
@@ -37,3 +45,4 @@ def serve_student(pool: TeacherPool, transfer: Transfer, control: Control, *, id
                     transfer.serve(name)
             case "stop":
                 return order["error"]
+        done()

@@ -17,6 +17,7 @@ from fire_megatron.data.rollouts import KeptStates
 from fire_megatron.losses.fused import OutputLayer, map_chunks
 from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_parallel import score_log_prob_and_entropy
+from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import all_gather_flat, broadcast_flat
@@ -167,13 +168,12 @@ class Teacher:
         alone = self.grid.pg.ep.size() == 1  # else other replicas may need this one's experts for rows of theirs
         if tokens == 0 and alone:
             return torch.zeros(0, device=compute_device())
-        multiple = self.grid.layout.tensor if self.model.config.sequence_parallel else 1
         packs = [
             pack_rows(
                 prompts,
                 responses,
                 rows,
-                multiple=multiple,
+                multiple=token_multiple(self.model.config),
                 device=compute_device(),
                 context=self.grid.layout.context,
                 context_rank=self.grid.cp_rank,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import RecipeError, UserError
@@ -139,16 +140,30 @@ def _limit_by_label(prompts: list[Prompt], limit: int) -> list[Prompt]:
     return kept
 
 
-def _check_roles(recipe: Recipe, device: Device, num_ranks: int) -> dict[str, ModelShape]:
-    """Read every role's architecture, try its configuration and look at its files; no weights are read."""
+def check_roles(
+    recipe: Recipe, *, device: Device, num_ranks: int, elsewhere: Mapping[str, Path] | None = None
+) -> dict[str, ModelShape]:
+    """Read every role's architecture, try its configuration and look at its files; no weights are read.
+
+    Args:
+        recipe: as loaded and checked by config/.
+        device: where the run computes.
+        num_ranks: ranks of the run.
+        elsewhere: by recipe path, a folder with the architecture of a checkpoint that is not on this machine.
+
+    Raises:
+        UserError: a model that cannot be built so, or is not whole.
+    """
+    elsewhere = elsewhere or {}
     shapes = {}
     for path, role in roles(recipe).items():
-        shape = read_hf_config(role.checkpoint)
+        shape = read_hf_config(elsewhere.get(path, role.checkpoint))
         check_megatron_overrides(path, role.megatron)
         resolve_layer_spec(role.layer_spec, device, role=path)
         try:
             transformer_config(shape, role, role_layout(role, num_ranks), device=device)
-            open_whole(role.checkpoint, shape)
+            if path not in elsewhere:
+                open_whole(role.checkpoint, shape)
         except UserError as error:
             raise type(error)(f"{path}: {error}") from error
         shapes[path] = shape
@@ -205,6 +220,6 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
         UserError: recipe, data, layout or checkpoint are not usable.
     """
     hooks = _load_plugins(recipe)
-    shapes, inputs = _check_roles(recipe, device, num_ranks), read_inputs(recipe)
+    shapes, inputs = check_roles(recipe, device=device, num_ranks=num_ranks), read_inputs(recipe)
     notes = _check_vocabularies(recipe, shapes, inputs.tokenizer)
     return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes))

@@ -86,7 +86,9 @@ def _loaded(
     """This rank's part of a role. Collective over the role's ranks; what any of them finds wrong, all of them raise."""
     model, problem = None, None
     try:
-        model = build_model(shape, role, grid, device=world.device)
+        # FP8 weights of a model that only scores need neither a transposed copy nor what they were made from.
+        with torch.set_grad_enabled(path == "student"):
+            model = build_model(shape, role, grid, device=world.device)
     except UserError as error:
         problem = str(error)
     except torch.OutOfMemoryError:

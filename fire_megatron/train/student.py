@@ -22,6 +22,7 @@ from fire_megatron.losses.reduction import global_token_count
 from fire_megatron.metrics.values import Last, Value, merge
 from fire_megatron.models.build import DTYPES
 from fire_megatron.models.experts import begin_update, router_metrics
+from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import broadcast_flat, world_narrowed_to
@@ -48,6 +49,7 @@ def build_optimizer(
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        fp8_recipe=get_model_config(model).fp8_recipe if get_model_config(model).fp8 else None,
     )
     with world_narrowed_to(grid.span):
         optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=grid.pg)
@@ -75,14 +77,17 @@ class Student:
         stage. Collective over the grid."""
         self.model, self.grid, self.settings = model, grid, optimizer
         self.objective = Objective(model, loss, heads or {})
-        config = get_model_config(model)
+        config, fp8 = get_model_config(model), precision.fp8
+        gathers_fp8 = fp8 is not None and fp8.param_gather
         self.ddp = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                # A single replica has nobody to share with, and would copy all gradients and weights to itself.
-                use_distributed_optimizer=optimizer.distributed and grid.pg.dp_cp.size() > 1,
+                # A single replica has nobody to share with, and would copy all gradients and weights to itself; but
+                # only the distributed optimizer quantises weights anew.
+                use_distributed_optimizer=optimizer.distributed and (grid.pg.dp_cp.size() > 1 or gathers_fp8),
                 overlap_grad_reduce=False,
+                fp8_param_gather=gathers_fp8,
             ),
             model,
             pg_collection=grid.pg,
@@ -103,25 +108,20 @@ class Student:
         """Gradient memory, which an update begins by setting to zero."""
         yield from (buffer.grad_data for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers))
 
-    def memory(self) -> Iterator[torch.Tensor]:
-        """What lasts from step to step: weights and optimizer state."""
+    def weights(self) -> Iterator[torch.Tensor]:
+        """The model's memory."""
         yield from self.model.parameters()
         for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers):
             yield from () if buffer.param_data is None else (buffer.param_data,)
+
+    def memory(self) -> Iterator[torch.Tensor]:
+        """What lasts from step to step: weights and optimizer state."""
+        yield from self.weights()
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             for group in part.optimizer.param_groups if part.optimizer is not None else ():
                 for parameter in group["params"]:
                     yield parameter
                     yield from (x for x in part.optimizer.state.get(parameter, {}).values() if torch.is_tensor(x))
-
-    def fp8_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What emulated FP8 continues a run with, the same on every rank. Collective over the pipeline."""
-        return {} if self.model.emulated_fp8 is None else self.model.emulated_fp8.state(group=self.grid.pg.pp)
-
-    def load_fp8_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Continue from :meth:`fp8_state` of a run in any layout."""
-        if self.model.emulated_fp8 is not None:
-            self.model.emulated_fp8.load(state)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next update."""
@@ -137,13 +137,12 @@ class Student:
         else:
             order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
             batches = split_by_rows(order, self.settings.micro_batch_size)
-        multiple = self.grid.layout.tensor if self.model.config.sequence_parallel else 1
         return [
             pack_rows(
                 rows.rollouts.prompt_tokens,
                 rows.rollouts.responses,
                 sorted(batch, key=lambda row: rows.targets[row].teachers),  # stable
-                multiple=multiple,
+                multiple=token_multiple(self.model.config),
                 device=compute_device(),
                 context=self.grid.layout.context,
                 context_rank=self.grid.cp_rank,

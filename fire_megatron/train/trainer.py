@@ -38,6 +38,7 @@ from fire_megatron.platform.watch import SAVING
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.transfer import Transfer
+from fire_megatron.train.gpus import RunGpus
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
@@ -77,6 +78,7 @@ class Trainer:
         if latest is not None:
             on_all_ranks(self._resume, latest)
         self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
+        self.gpus = RunGpus(world.device, recipe.metrics, self.prepared.control)
         self.stop = StopRequest()
         self._clock: dict[str, float] = {}
 
@@ -141,7 +143,6 @@ class Trainer:
             error.args = (f"{error}\ndelete {checkpoint} to continue from the step saved before it",)
             raise
         self._require_same_order(checkpoint, state.extra["order"])
-        run.student.load_fp8_state(state.extra.get("fp8", {}))
         set_rng_state(state.rng, device=self.world.device)
         self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
         self._say(f"resumed from {checkpoint} after step {self.step}")
@@ -177,7 +178,7 @@ class Trainer:
                 run.student.model,
                 run.student.optimizer,
                 rng=get_rng_state(device=self.world.device),
-                extra={"order": self._order, "first_eval": self.first_eval, "fp8": run.student.fp8_state()},
+                extra={"order": self._order, "first_eval": self.first_eval},
                 source=Path(self.recipe.student.checkpoint),
                 keep=self.recipe.checkpoint.keep,
                 grid=run.grid,
@@ -194,22 +195,25 @@ class Trainer:
         # Given back only at an end in good order: a launcher that sees one rank fail signals the others, which shall
         # live long enough to say which it was.
         self.stop.install()
-        if self.prepared.student is None:
-            done = self._serve()
-        else:
-            try:
-                done = self._train()
-            except UserError as error:
-                self.run.router.announce(do="stop", error=str(error))
-                raise
-            finally:
-                self.logger.close()
-            self.run.router.announce(do="stop", error=None)
+        with self.gpus:
+            done = self._serve() if self.prepared.student is None else self._lead()
         self.stop.restore()
         return done
 
+    def _lead(self) -> bool:
+        """On the student's ranks, which tell the others when it is over."""
+        try:
+            done = self._train()
+        except UserError as error:
+            self.run.router.announce(do="stop", error=str(error))
+            raise
+        finally:
+            self.logger.close()
+        self.run.router.announce(do="stop", error=None)
+        return done
+
     def _train(self) -> bool:
-        """The loop, on the student's ranks."""
+        """The loop."""
         evaluation = self.recipe.evaluation
         try:
             if self.step == 0 and self.run.held_out and evaluation.at_start:
@@ -232,15 +236,15 @@ class Trainer:
 
     def _serve(self) -> bool:
         """On ranks that hold teachers only."""
-        prepared = self.prepared
-        assert prepared.control is not None
-        control = prepared.control
+        pool, control = self.prepared.pool, self.prepared.control
+        assert control is not None
 
         def idle() -> None:
             if self.stop.signal_name:
                 control.ask_to_stop(self.stop.signal_name)
 
-        problem = serve_student(prepared.pool, Transfer(prepared.pool, prepared.grid), control, idle=idle)
+        transfer = Transfer(pool, self.prepared.grid)
+        problem = serve_student(pool, transfer, control, idle=idle, done=self.gpus.report)
         if problem is not None:
             error = TrainingError(problem)
             error.everywhere = True
@@ -258,6 +262,7 @@ class Trainer:
         metrics |= {f"time/{phase}": Max(spent) for phase, spent in self._clock.items()}
         metrics["time/step"] = Max(seconds)
         metrics["memory/peak_mb"] = Max(peak_memory_mb(self.world.device))
+        metrics |= self.gpus.values()
         reduced = reduce_metrics(metrics, group=self.run.grid.span)
         reduced["rollout/tokens_per_second"] = reduced["rollout/tokens"] / reduced["time/rollout"]
         if self.run.held_out and (due or (last and evaluation.at_end)):

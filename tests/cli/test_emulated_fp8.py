@@ -64,8 +64,8 @@ def test_a_continued_run_has_the_scales_that_it_had(inputs, tmp_path):
     [
         (emulated("tensorwise"), ["run.device=cuda"], "student.precision.fp8.emulate"),
         (emulated("tensorwise"), ["student.layer_spec=te"], "student.layer_spec is te"),
-        (emulated("tensorwise") | {"first_last_bf16": 1}, [], "1 at each end of a model of 2 layers"),
-        (None, ["teachers.math.precision.fp8={recipe: delayed, emulate: true}"], "teachers.math is not trained"),
+        (emulated("tensorwise") | {"first_last_bf16": 1}, [], "1 layers at each end of the model's 2"),
+        (None, ["teachers.math.precision.fp8={recipe: delayed, emulate: true}"], "a teacher has none; take tensorwise"),
     ],
 )
 def test_refusals(inputs, tmp_path, capsys, fp8, overrides, message):

@@ -15,11 +15,13 @@ from experts import SPEC, make_student, run_step
 from models import VOCABULARY
 from roles import Roles, Spec, layouts, share, whole_gradients
 
+from fire_megatron.checkpoint.training import load_training_state, save_training_state
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.metrics.values import reduce_metrics
+from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.train.student import Student
@@ -71,6 +73,13 @@ def build(roles, layout, fp8, *, sequence=None, micro_batch_size=1):
     return Student(model, grid, loss=LossConfig(hooks=()), optimizer=settings, precision=PrecisionConfig(fp8=fp8)), grid
 
 
+def remembered(student, grid):
+    """Scales and histories of all stages' layers."""
+    scales = student.model.emulated_fp8.scales if student.model.emulated_fp8 else None
+    parts = all_gather_objects(scales.state() if scales else {}, group=grid.pg.pp)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def step(roles, layout, recipe, **options):
     """Loss, gradients and scales of an update. With ``delayed`` of the second one over the same rows, and the scales
     that the first, which is not rounded, has left for it."""
@@ -78,7 +87,7 @@ def step(roles, layout, recipe, **options):
     student, grid = build(roles, layout, fp8, **options)
     rows = rows_of(range(grid.dp_rank, ROWS, layout.data))
     tokens = student.count_tokens(rows, Reducer(grid.pg.dp))
-    metrics, scales = student.accumulate_gradients(rows, tokens=tokens), student.fp8_state()
+    metrics, scales = student.accumulate_gradients(rows, tokens=tokens), remembered(student, grid)
     if recipe == "delayed":
         metrics = student.accumulate_gradients(rows, tokens=tokens)
     loss = reduce_metrics(metrics, group=grid.span)["loss"]
@@ -145,18 +154,22 @@ def test_tensorwise_scales_are_those_of_the_tensors_of_a_rank(roles, world):
     assert distance(together[1], apart[1]) <= SAME["tensorwise"] and distance(together[1], whole[1]) > 0.1
 
 
-def test_scales_move_to_another_layout(roles, world):
+def test_a_saved_step_has_the_scales_for_any_layout(roles, world, tmp_path):
     fp8 = FP8Config(recipe="delayed", emulate=True)
     first, *others = layouts(world.size, pipelines=(1, 2))
     student, grid = build(roles, first, fp8)
     rows = rows_of(range(grid.dp_rank, ROWS, first.data))
     student.accumulate_gradients(rows, tokens=50.0)
-    saved = student.fp8_state()
+    saved = remembered(student, grid)
     assert len(saved) == 8 and all(bool((state["scale"] > 0).all()) for state in saved.values())
+    step = save_training_state(
+        Path(share(str(tmp_path))), 1, student.model, student.optimizer,
+        rng={}, extra={}, source=roles.checkpoint(BLOCKS), keep=1, grid=grid,
+    )  # fmt: skip
     for layout in others:
-        other, _ = build(roles, layout, fp8)
-        other.load_fp8_state(saved)
-        again = other.fp8_state()
+        other, grid = build(roles, layout, fp8)
+        load_training_state(step, other.model, other.optimizer, grid=grid)
+        again = remembered(other, grid)
         assert again.keys() == saved.keys()
         assert all(torch.equal(again[key][name], saved[key][name]) for key in saved for name in saved[key])
 
@@ -167,7 +180,7 @@ def test_an_expert_has_its_own_scale_in_any_layout(roles, world):
         student, grid = make_student(roles, layout, fp8=FP8Config(recipe="delayed", emulate=True))
         for _ in range(2):
             metrics = run_step(student, grid, count=4)
-        results.append((metrics["loss"], whole_gradients(student, grid), student.fp8_state()))
+        results.append((metrics["loss"], whole_gradients(student, grid), remembered(student, grid)))
     (loss, gradients, state), (reference_loss, reference_gradients, reference_state) = results
     assert loss == pytest.approx(reference_loss, rel=1e-2) and state.keys() == reference_state.keys()
     assert sum("local_experts" in key for key in state) == 2 * 2 * SPEC.hf().config.num_experts

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import dense
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from gpu_runs import REPOSITORY, assert_close, need_gpus, run
+from models import save_megatron
+from tiny_run import make_inputs
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 needs_te = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
 )
@@ -25,38 +26,11 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("gpu"), head_dim=32)
 
 
-def run(
-    inputs: Path, name: str, *, device: str, layer_spec: str = "local", dtype: str = "float32", loss=None, **megatron
-):
-    """Metrics of a run of the tiny recipe, greedy so that rounding does not choose other tokens."""
-    values = tiny_recipe(
-        inputs, inputs / name, run__device=device, rollout__temperature=0.0, optimizer__lr=1e-4, checkpoint__final=False
-    )
-    values["loss"] = loss or {}
-    for role in (values["student"], *values["teachers"].values()):
-        role |= {"layer_spec": layer_spec, "precision": {"dtype": dtype}, "megatron": dict(megatron)}
-    recipe = write_recipe(inputs / f"{name}.yaml", values)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*launch, "-m", "fire_megatron.train", "--recipe", str(recipe)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return read_metrics(inputs / name)
-
-
-KEYS = ("loss", "grad_norm", "teacher/math/reverse_kl", "teacher/code/reverse_kl", "fire/keep_ratio")
-
-
 @pytest.mark.parametrize("layer_spec", ["local", pytest.param("te", marks=needs_te)])
 def test_float32_equals_the_cpu(inputs, layer_spec):
     cpu = run(inputs, f"cpu-{layer_spec}", device="cpu")
     gpu = run(inputs, f"gpu-{layer_spec}", device="cuda", layer_spec=layer_spec)
-    for key in KEYS:
-        assert gpu[0].get(key) == pytest.approx(cpu[0].get(key), rel=2e-3, abs=1e-4), key
+    assert_close(gpu[0], cpu[0])
 
 
 @pytest.mark.parametrize("layer_spec", ["local", pytest.param("te", marks=needs_te)])
@@ -67,13 +41,21 @@ def test_bfloat16_trains(inputs, layer_spec):
 
 
 @needs_te
+def test_grouped_experts_equal_the_cpu(inputs):
+    """All experts of a layer in one kernel, against one after the other."""
+    if not (inputs / "experts").exists():
+        save_megatron("qwen3-moe", inputs / "experts", num_hidden_layers=2, head_dim=32)
+    student = {"student__checkpoint": str(inputs / "experts")}
+    cpu = run(inputs, "cpu-experts", device="cpu", **student)
+    gpu = run(inputs, "gpu-experts", device="cuda", layer_spec="te", **student)
+    assert_close(gpu[0], cpu[0])
+
+
+@needs_te
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fused_attention_of_packs_equals_ours(ranks):
     """Also with each row on two GPUs, where there are two."""
-    import torch
-
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
+    need_gpus(ranks)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [*launch, str(Path(__file__).with_name("te_attention.py"))],
@@ -92,8 +74,7 @@ def test_divergences_equal_the_cpu(inputs, loss):
     name = loss["estimator"]
     cpu = run(inputs, f"cpu-{name}", device="cpu", loss=loss)
     gpu = run(inputs, f"gpu-{name}", device="cuda", loss=loss)
-    for key in ("loss", "loss/divergence", "grad_norm"):
-        assert gpu[0][key] == pytest.approx(cpu[0][key], rel=2e-3, abs=1e-4), key
+    assert_close(gpu[0], cpu[0], keys=("loss", "loss/divergence", "grad_norm"))
 
 
 @pytest.mark.parametrize("kind", dense.KINDS)

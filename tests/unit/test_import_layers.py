@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teachers", "rollout"),
     ("evaluation",),
     ("train",),
+    ("plan",),
     ("cli",),
 )
 """From the bottom up; layers of one row do not import each other."""

@@ -1,5 +1,6 @@
 """Metric values add up to what reducing over ranks gives."""
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fire_megatron.metrics.values import Last, Max, Mean, Min, Sum, Value, merge, reduce_metrics
+from fire_megatron.metrics.values import Last, Max, Mean, Min, Sum, Value, from_plain, merge, reduce_metrics, to_plain
 
 
 def test_each_kind_adds_up_in_its_own_way() -> None:
@@ -53,3 +54,8 @@ def test_the_union_of_the_ranks_keys_is_reduced(monkeypatch: pytest.MonkeyPatch)
     reduced = reduce_metrics(ranks[1], group=members)  # type: ignore[arg-type]
     assert reduced == {"loss": 1.5, "low": -1.0, "lr": 0.1, "peak": 7.0, "teacher/code/rows": 6}
     assert ranks[0]["loss"] == Mean(4.0, 2), "what was given stays as it was"
+
+
+def test_values_travel_as_plain_lists() -> None:
+    values: dict[str, Value] = {"a": Mean(1.5, 2), "b": Sum(2.0), "c": Max(3.0), "d": Min(4.0), "e": Last(5.0)}
+    assert from_plain(json.loads(json.dumps(to_plain(values)))) == values

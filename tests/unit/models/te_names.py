@@ -1,43 +1,27 @@
 """Run by test_te_spec.py: the names and shapes of a Transformer Engine model, built where there is no GPU.
 
-Transformer Engine's modules can be built, not run, without a GPU once torch.cuda's questions are answered as on one.
 Prints, as JSON, the names and whole shapes that the model has and that a checkpoint has, and how its attention is
 called.
 """
 
 import argparse
 import json
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from te_world import grid_of, pretend_gpu
 
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.config.schema import RoleConfig
 from fire_megatron.data.packing import pack_rows
-from fire_megatron.models import build, experts, layers
+from fire_megatron.models import build
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.layers import CoreAttention, KVCache
 from fire_megatron.models.packed import packed_seq_params
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import Device, cpu_seam
-
-
-def pretend_gpu() -> None:
-    """Answer as an H100 would, with the CPU as the device."""
-    cpu_seam.install()
-    build.compute_device = experts.compute_device = layers.compute_device = lambda: torch.device("cpu")
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.Stream = lambda *_, **__: None
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
-        name="H100", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0
-    )
+from fire_megatron.platform import Device
 
 
 def check_coverage(shards: list[Shard], expert: int) -> None:
@@ -95,9 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     shape, ranks = read_hf_config(args.folder), args.tensor * max(args.context, args.expert)
     pretend_gpu()
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    layout = Layout(tensor=args.tensor, context=args.context, expert=args.expert, num_ranks=ranks)
-    grid = GridFactory(timeout=10.0).grid(layout)
+    grid = grid_of(0, ranks, tensor=args.tensor, context=args.context, expert=args.expert)
     megatron = {"moe_grouped_gemm": False} if args.sequential else {}
     role = RoleConfig(checkpoint=args.folder, layer_spec="te", megatron=megatron)
     model = build.build_model(shape, role, grid, device=Device("cuda"))

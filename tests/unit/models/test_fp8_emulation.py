@@ -147,15 +147,14 @@ def test_layers_in_fp8(checkpoint, grid):
     dense = [f"mlp.{name}" for name in ("linear_fc1", "linear_fc2")]
     experts = [f"mlp.experts.local_experts.{i}.{name}" for i in range(6) for name in ("linear_fc1", "linear_fc2")]
     attention = [f"self_attention.{name}" for name in ("linear_qkv", "linear_proj")]
-    expected = {f"layers.{i}.{name}" for i in range(3) for name in (attention + (dense if i == 1 else experts))}
+    expected = {f"{i}.{name}" for i in range(3) for name in (attention + (dense if i == 1 else experts))}
     assert set(model.emulated_fp8.layers) == expected
     assert {id(m) for m in model.modules() if "_forward_impl" in vars(m)} == {
         id(m) for m in model.emulated_fp8.layers.values()
     }
     kept = make(checkpoint, grid, replace(TENSORWISE, first_last_bf16=1))
-    assert set(kept.emulated_fp8.layers) == {name for name in expected if name.startswith("layers.1.")}
+    assert set(kept.emulated_fp8.layers) == {name for name in expected if name.startswith("1.")}
     assert make(checkpoint, grid, None).emulated_fp8 is None
-    assert make(checkpoint, grid, replace(TENSORWISE, emulate=False)).emulated_fp8 is None
     assert model.config.fp8 is None
 
 

@@ -48,3 +48,17 @@ def test_a_signal_goes_the_other_way(both):
     while here.asked_to_stop() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert here.asked_to_stop() == "SIGTERM"
+
+
+def test_reports_go_the_other_way_and_are_read_once(both):
+    here, there = both
+    assert here.reports() == []
+    for i in range(3):
+        there.report({"gpu/energy_j": ["Sum", i]})
+    read, deadline = [], time.monotonic() + 10
+    while len(read) < 3 and time.monotonic() < deadline:
+        read += here.reports()
+    assert read == [{"gpu/energy_j": ["Sum", i]} for i in range(3)]
+    assert here.reports() == []
+    there.report({})
+    assert there.reports() == [], "only one rank reads"

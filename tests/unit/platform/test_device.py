@@ -7,12 +7,21 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fire_megatron.config.errors import LayoutError
-from fire_megatron.platform import Device, compute_device, peak_memory_mb, select_device, synchronize
+from fire_megatron.platform import (
+    Device,
+    GpuIdentity,
+    compute_device,
+    gpu_identity,
+    peak_memory_mb,
+    select_device,
+    synchronize,
+)
 
 
 @pytest.fixture
@@ -102,3 +111,28 @@ def test_the_cpu_on_a_machine_with_gpus():
         "platform.stop()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).resolve().parents[3])
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ("GPU-5f1c", "MIG-5f1c")),
+        ("3,5", ("GPU-5f1c", "MIG-5f1c")),
+        ("MIG-77aa", ("GPU-5f1c", "MIG-5f1c")),  # there is no second one
+        ("0, MIG-77aa", ("MIG-77aa", "GPU-5f1c", "MIG-5f1c")),
+    ],
+)
+def test_what_nvml_knows_a_gpu_by(visible, names, monkeypatch):
+    properties = SimpleNamespace(uuid="5f1c", pci_domain_id=0, pci_bus_id=0x17, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: properties, 0: SimpleNamespace()}.__getitem__)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_identity(Device("cuda", 1)) == GpuIdentity(names, "00000000:17:00.0")
+    assert gpu_identity(Device("cpu")) is None
+
+
+def test_a_torch_that_does_not_tell(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_identity(Device("cuda")) == GpuIdentity((), None)

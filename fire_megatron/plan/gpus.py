@@ -1,0 +1,53 @@
+"""What GPUs have, from their makers' data sheets, and what of it a run can be expected to get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in a node of eight with NVLink, and its share of the network."""
+
+    name: str
+    memory_gib: float
+    """As CUDA reports it."""
+    bf16_tflops: float
+    """Dense."""
+    fp8_tflops: float | None
+    """Dense; None where there is no FP8."""
+    memory_gb_s: float
+    nvlink_gb_s: float
+    """In one direction."""
+    network_gb_s: float
+    """In one direction, of a GPU's own adapter."""
+    mxfp8: bool = False
+    """Whether it multiplies blocks of 32 with a scale each."""
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40", 39.4, 312, None, 1555, 300, 25),
+        Gpu("a100-80", 79.2, 312, None, 2039, 300, 25),
+        Gpu("h100", 79.1, 989, 1979, 3350, 450, 50),
+        Gpu("h200", 139.8, 989, 1979, 4800, 450, 50),
+        Gpu("b200", 178.3, 2250, 4500, 8000, 900, 50, mxfp8=True),
+    )
+}
+"""By name. Sources: NVIDIA's data sheets of A100, H100, H200 and HGX B200 (SXM), DGX systems' network."""
+
+RESERVED_GIB = 2.5
+"""CUDA's context, NCCL's buffers and the libraries' workspaces."""
+FRAGMENTATION = 0.05
+"""Of what comes and goes, memory that the allocator holds and cannot use."""
+PRODUCTS = 0.45
+"""Of the peak FLOP/s, what matrix products and attention of training and scoring reach."""
+BANDWIDTH = 0.7
+"""Of the memory's and the links' bandwidth, what is reached."""
+LAUNCH_S = 6e-6
+"""Seconds to launch a kernel from Python; what is shorter on the GPU waits for it."""
+LATENCY_S = {"node": 10e-6, "network": 20e-6}
+"""Seconds of a collective besides its bytes."""
+HOST_GB_S = 50.0
+"""Between a GPU and pinned host memory."""

@@ -1,0 +1,302 @@
+"""The plan of a run: every kind of rank, what it needs, whether that fits, and what a step takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fire_megatron.config.checkpoints import is_converted
+from fire_megatron.config.checks import check_recipe
+from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.roles import roles
+from fire_megatron.config.schema import Recipe, RoleConfig
+from fire_megatron.models.build import check_megatron_overrides
+from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.parallel.grid import Layout
+from fire_megatron.plan.gpus import FRAGMENTATION, RESERVED_GIB, Gpu
+from fire_megatron.plan.rank import RankPlan, plan_rank, planned_role
+from fire_megatron.plan.timing import StepTime, step_time
+from fire_megatron.plan.workload import Workload
+from fire_megatron.platform import Device
+from fire_megatron.train.inputs import check, check_roles, role_layout
+
+Say = Callable[[str], None]
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked recipe and what it is planned for."""
+
+    recipe: Recipe
+    shapes: Mapping[str, ModelShape]
+    folders: Mapping[str, Path]
+    """Where each role's architecture was read, by recipe path."""
+    workload: Workload
+    world_size: int
+    kind: str
+    """``cuda`` or ``cpu``."""
+    gpu: Gpu | None
+    gpus_per_node: int
+    notes: tuple[str, ...]
+    """What was read, and what could not be checked on this machine."""
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Of each role, by recipe path."""
+        return {path: role_layout(role, self.world_size) for path, role in roles(self.recipe).items()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Ranks that are alike: the same stages of the same roles."""
+
+    ranks: tuple[int, ...]
+    plan: RankPlan
+    """Of the first of them."""
+    peaks: Mapping[str, int]
+    """Most bytes in use in each phase."""
+    capacity: int | None
+    """Bytes that a GPU has for it; None where no GPU was named."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in use."""
+        return max(self.peaks.values())
+
+    @property
+    def busiest(self) -> str:
+        """The phase of the peak."""
+        return max(self.peaks, key=self.peaks.__getitem__)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU has that much."""
+        return self.capacity is None or self.peak <= self.capacity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was found."""
+
+    job: Job
+    kinds: tuple[Kind, ...]
+    time: StepTime | None
+    """None where no GPU was named."""
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    world_size: int,
+    gpu: Gpu | None = None,
+    gpus_per_node: int = 8,
+    models: Path | None = None,
+    prompt_tokens: int | None = None,
+    response_tokens: int | None = None,
+) -> Job:
+    """Check a recipe as its run would.
+
+    Args:
+        recipe: as loaded.
+        world_size: ranks of the run.
+        gpu: which GPU; None plans without a limit and without times.
+        gpus_per_node: ranks of a node.
+        models: folder with ``NAME/config.json`` for checkpoints that are not on this machine.
+        prompt_tokens: of every prompt; None takes the longest allowed.
+        response_tokens: of every answer; None takes the longest allowed.
+
+    Raises:
+        UserError: what the run would end with.
+    """
+    elsewhere = _elsewhere(recipe, models)
+    check_recipe(recipe, world_size=world_size, elsewhere=elsewhere)
+    for path, role in roles(recipe).items():
+        check_megatron_overrides(path, role.megatron)
+        _check_gpu(path, role, gpu)
+    for name, value in (("prompt", prompt_tokens), ("response", response_tokens)):
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name}-tokens: {value} is not a number of tokens; give at least 1")
+    # Of Transformer Engine's layers only the parameters matter here, which this machine can build without it.
+    local = replace(
+        recipe,
+        student=planned_role(recipe.student),
+        teachers={name: planned_role(teacher) for name, teacher in recipe.teachers.items()},
+    )
+    kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
+    counts: dict[str, int] | None = None
+    if elsewhere:
+        shapes = check_roles(local, device=Device(kind), num_ranks=world_size, elsewhere=elsewhere)
+        notes = [f"{path}.checkpoint: not on this machine; architecture of {at}" for path, at in elsewhere.items()]
+        notes.append("not checked: weights, tokenizers, prompt files, whether run.dir can be written")
+    else:
+        _, shapes, inputs = check(local, device=Device(kind), num_ranks=world_size)
+        notes, counts = list(inputs.notes), {}
+        for prompt in inputs.prompts:
+            counts[prompt.label] = counts.get(prompt.label, 0) + 1
+    load = Workload.of(recipe, prompt_tokens=prompt_tokens, response_tokens=response_tokens, counts=counts)
+    folders = {path: elsewhere.get(path, Path(role.checkpoint)) for path, role in roles(recipe).items()}
+    return Job(recipe, shapes, folders, load, world_size, kind, gpu, gpus_per_node, tuple(notes))
+
+
+def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
+    """Folders with the architectures of checkpoints that are not here, by recipe path."""
+    found = {}
+    for path, role in roles(recipe).items():
+        folder = Path(role.checkpoint)
+        if is_converted(folder):
+            continue
+        candidates = [folder, *([models / folder.name] if models is not None else [])]
+        for candidate in candidates:
+            if (candidate / "config.json").is_file():
+                found[path] = candidate
+                break
+    return found
+
+
+def _check_gpu(path: str, role: RoleConfig, gpu: Gpu | None) -> None:
+    fp8 = role.precision.fp8
+    if gpu is None or fp8 is None:
+        return
+    if fp8.emulate:
+        raise RecipeError(f"{path}.precision.fp8.emulate: true, but emulation is for CPUs; remove it to plan for a GPU")
+    if gpu.fp8_tflops is None:
+        raise RecipeError(f"{path}.precision.fp8: {gpu.name} has no FP8; remove it, or plan for another GPU")
+    if fp8.recipe == "mxfp8" and not gpu.mxfp8:
+        raise RecipeError(f"{path}.precision.fp8.recipe: mxfp8 needs Blackwell, and {gpu.name} is not; use tensorwise")
+
+
+def make_plan(job: Job, say: Say = lambda text: None) -> Plan:
+    """Build and run every kind of rank.
+
+    Args:
+        job: from :func:`prepare`.
+        say: told of progress.
+    """
+    kinds = []
+    alike = like_ranks(job)
+    for number, ranks in enumerate(alike, 1):
+        say(f"rank {ranks[0]}, for {len(ranks)} alike ({number} of {len(alike)})")
+        kinds.append(plan_kind(job, ranks))
+    time = None
+    if job.gpu is not None:
+        time = step_time(job.recipe, [kind.plan for kind in kinds], job.gpu, job.gpus_per_node)
+    return Plan(job, tuple(kinds), time)
+
+
+def like_ranks(job: Job) -> list[tuple[int, ...]]:
+    """All ranks, those together that hold the same stages of the same roles."""
+    by_stage: dict[tuple, list[int]] = {}
+    layouts = job.layouts
+    for rank in range(job.world_size):
+        key = tuple(
+            (path, (rank - layout.first_rank) // (layout.num_ranks // layout.pipeline))
+            for path, layout in layouts.items()
+            if rank in layout.ranks
+        )
+        by_stage.setdefault(key, []).append(rank)
+    return [tuple(ranks) for ranks in by_stage.values()]
+
+
+def plan_kind(job: Job, ranks: Sequence[int]) -> Kind:
+    """The first of some ranks that are alike, for all of them."""
+    plan = plan_rank(job.recipe, job.shapes, job.workload, rank=ranks[0], world_size=job.world_size, kind=job.kind)
+    peaks = {name: _peak(job.recipe, plan, name) for name in plan.phases}
+    capacity = None if job.gpu is None else int((job.gpu.memory_gib - RESERVED_GIB) * GIB)
+    return Kind(tuple(ranks), plan, peaks, capacity)
+
+
+def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
+    """Bytes of each role that are on the device all through a phase; of roles that share a model, the first has it."""
+    held: dict[str, int] = {}
+    away = {memory.key for path, memory in plan.roles.items() if roles(recipe)[path].offload}
+    at_work = {"student" if not phase.startswith("scoring") else f"teachers.{phase.partition(' ')[2]}"}
+    working = {plan.roles[path].key for path in at_work if path in plan.roles}
+    for path, memory in plan.roles.items():
+        if memory.key not in away or memory.key in working:
+            held[path] = memory.bytes
+            working.discard(memory.key)
+            away.add(memory.key)  # counted
+    return held
+
+
+def _peak(recipe: Recipe, plan: RankPlan, phase: str) -> int:
+    moving = plan.phases[phase].trace.peak
+    return plan.scratch + sum(resident(recipe, plan, phase).values()) + int(moving * (1 + FRAGMENTATION))
+
+
+def span_text(ranks: Sequence[int]) -> str:
+    """``0-7, 16-23``."""
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in _runs(ranks))
+
+
+def _runs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    first = last = ranks[0]
+    for rank in (*ranks[1:], None):
+        if rank is not None and rank == last + 1:
+            last = rank
+            continue
+        yield first, last
+        first = last = rank  # type: ignore[assignment]
+
+
+def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
+    """The plan for programs."""
+    job = plan.job
+    return json.dumps(
+        {
+            "name": job.recipe.run.name,
+            "world_size": job.world_size,
+            "gpu": None if job.gpu is None else asdict(job.gpu),
+            "gpus_per_node": job.gpus_per_node,
+            "workload": asdict(job.workload),
+            "notes": list(job.notes),
+            "fits": all(kind.fits for kind in plan.kinds),
+            "roles": {
+                path: {"ranks": span_text(layout.ranks), "data": layout.data, **asdict(layout)}
+                for path, layout in job.layouts.items()
+            },
+            "kinds": [_kind_json(kind) for kind in plan.kinds],
+            "seconds": None if plan.time is None else asdict(plan.time) | {"total": plan.time.total},
+            "advice": list(advice),
+        },
+        indent=1,
+    )
+
+
+def _kind_json(kind: Kind) -> dict[str, Any]:
+    phases = {}
+    for name, phase in kind.plan.phases.items():
+        trace = phase.trace
+        phases[name] = {
+            "peak_bytes": kind.peaks[name],
+            "moving_bytes": trace.peak,
+            "kv_cache_bytes": phase.kv_cache,
+            "loss_bytes": phase.loss,
+            "flops": trace.flops,
+            "pieces": phase.pieces,
+            "collectives": [
+                {
+                    "operation": c.operation,
+                    "group": kind.plan.groups.get(c.ranks, "other"),
+                    "ranks": len(c.ranks),
+                    "bytes": trace.bytes[c],
+                    "calls": calls,
+                }
+                for c, calls in trace.calls.items()
+                if trace.bytes[c] and len(c.ranks) > 1
+            ],
+        }
+    return {
+        "ranks": span_text(kind.ranks),
+        "count": len(kind.ranks),
+        "fits": kind.fits,
+        "peak_bytes": kind.peak,
+        "scratch_bytes": kind.plan.scratch,
+        "capacity_bytes": kind.capacity,
+        "roles": {path: asdict(memory) | {"bytes": memory.bytes} for path, memory in kind.plan.roles.items()},
+        "phases": phases,
+    }

@@ -1,0 +1,449 @@
+"""One rank of a planned run: its parts of the roles, built and run on tensors without memory.
+
+What runs is what the real run runs: sampling, scoring and update, by the same functions on the same classes. A phase of
+many equal pieces (decode steps, micro-batches) is run with one and with two of them, which tells the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from megatron.core.utils import get_model_config
+
+from fire_megatron.config.roles import roles
+from fire_megatron.config.schema import Recipe, RoleConfig
+from fire_megatron.evaluation.heldout import replica_rows
+from fire_megatron.losses.fused import OutputLayer
+from fire_megatron.models.build import DTYPES, build_model
+from fire_megatron.models.experts import ENGINE_ONLY
+from fire_megatron.models.gpt import FireGPT
+from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.models.layers import CoreAttention
+from fire_megatron.parallel.collectives import all_gather_rows
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
+from fire_megatron.plan.workload import Workload
+from fire_megatron.plan.world import SimulatedGrids, simulated_rank, stages_send
+from fire_megatron.platform import Device, compute_device
+from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.teachers.states import StateKind, split_columns
+from fire_megatron.teachers.teacher import Keep, Teacher
+from fire_megatron.train.inputs import role_layout, used_vocabulary
+from fire_megatron.train.objective import MicroBatch
+from fire_megatron.train.student import Student
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """What a role holds from step to step on a rank, in bytes."""
+
+    parameters: int
+    """Number of parameters."""
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    heads: int = 0
+    """The teachers' output weights, for the exact divergence."""
+    key: str = ""
+    """Equal for roles that share a model."""
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.heads
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a step on a rank."""
+
+    trace: Trace
+    """Of the whole phase; its peak is above what lasts, the key/value cache included."""
+    pieces: int
+    """Decode steps or micro-batches."""
+    rows: int = 0
+    """Of this rank's replica."""
+    kv_cache: int = 0
+    """Bytes of keys and values."""
+    loss: int = 0
+    """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
+    optimizer: Trace = field(default_factory=Trace)
+    """In an update, its part after the gradients have been reduced."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What a rank needs and does."""
+
+    rank: int
+    roles: Mapping[str, RoleMemory]
+    """By recipe path, those that the rank holds."""
+    phases: Mapping[str, Phase]
+    """``sampling``, ``scoring <teacher>``, ``exchange``, ``update``: those that the rank takes part in, in order."""
+    scratch: int
+    """Bytes of buffers that the first use leaves behind."""
+    groups: Mapping[tuple[int, ...], str]
+    """What groups of ranks are for, by their ranks."""
+
+
+def planned_role(role: RoleConfig) -> RoleConfig:
+    """A role whose layers can be built on any machine: Transformer Engine's have the same parameters."""
+    settings = {k: v for k, v in role.megatron.items() if k not in ENGINE_ONLY and not k.startswith(("fp8", "fp4"))}
+    return replace(role, layer_spec="local", megatron=settings, precision=replace(role.precision, fp8=None))
+
+
+def plan_rank(
+    recipe: Recipe, shapes: Mapping[str, ModelShape], workload: Workload, *, rank: int, world_size: int, kind: str
+) -> RankPlan:
+    """Build and run a rank's parts.
+
+    Args:
+        recipe: checked for this world.
+        shapes: architecture of each role, by recipe path.
+        workload: a step.
+        rank: which one.
+        world_size: ranks of the run.
+        kind: ``cpu`` or ``cuda``.
+    """
+    with simulated_rank(rank, world_size, kind):
+        return _Rank(recipe, shapes, workload, rank, world_size, kind).plan()
+
+
+def local_tokens(rows: int, row_tokens: int, model: FireGPT, grid: ModelGrid) -> int:
+    """Tokens of a pack of equal rows that this rank's stages hand on."""
+    tensor, context = grid.layout.tensor, grid.layout.context
+    split = tensor if model.config.sequence_parallel else 1
+    if context > 1:
+        row_tokens += -row_tokens % (2 * context)
+    multiple = split if context == 1 else context * (split if split % 2 == 0 else 2 * split)
+    total = rows * row_tokens
+    return (total + -total % multiple) // context // split
+
+
+class _Rank:
+    def __init__(
+        self,
+        recipe: Recipe,
+        shapes: Mapping[str, ModelShape],
+        workload: Workload,
+        rank: int,
+        world_size: int,
+        kind: str,
+    ) -> None:
+        self.recipe, self.shapes, self.load, self.rank, self.kind = recipe, shapes, workload, rank, kind
+        self.scratch = 0
+        factory = SimulatedGrids()
+        self.grids: dict[str, ModelGrid] = {}
+        for path, role in roles(recipe).items():
+            layout = role_layout(role, world_size)
+            if rank in layout.ranks:
+                self.grids[path] = factory.grid(layout)
+        self.state_kind = StateKind.of(recipe.loss)
+        self.models = {path: self._model(path) for path in self.grids}
+        self.teachers = {
+            path.partition(".")[2]: Teacher(
+                path.partition(".")[2],
+                model,
+                self.grids[path],
+                micro_batch_tokens=recipe.teachers[path.partition(".")[2]].micro_batch_tokens,
+                state_kind=self.state_kind,
+            )
+            for path, model in self.models.items()
+            if path != "student"
+        }
+        self.student = self._student() if "student" in self.models else None
+
+    def _model(self, path: str) -> FireGPT:
+        role = planned_role(roles(self.recipe)[path])
+        model = build_model(self.shapes[path], role, self.grids[path], device=Device(self.kind))
+        model.used_vocab_size = used_vocabulary(self.shapes)
+        return model
+
+    def _student(self) -> Student:
+        model, recipe = self.models["student"], self.recipe
+        heads = {}
+        if recipe.loss.estimator == "full" and model.post_process:
+            heads = {name: OutputLayer(self._head(name, model), model.used_columns) for name in recipe.teachers}
+        return Student(
+            model,
+            self.grids["student"],
+            loss=recipe.loss,
+            optimizer=recipe.optimizer,
+            precision=planned_role(recipe.student).precision,
+            heads=heads,
+        )
+
+    def _head(self, name: str, student: FireGPT) -> torch.Tensor:
+        """A teacher's output weight on the student's last stage: the teacher's own, where it is here (see
+        :func:`fire_megatron.teachers.heads.teacher_heads`)."""
+        own, config, path = self.models.get(f"teachers.{name}"), self.recipe.teachers[name], f"teachers.{name}"
+        rows = student.used_columns
+        lent = own is not None and own.post_process and not config.offload
+        if lent and (own.vocab_start, own.used_columns) == (student.vocab_start, rows):
+            return own.output_weight
+        dtype = DTYPES[config.precision.dtype]
+        return torch.empty((rows, self.shapes[path].hidden), dtype=dtype, device=compute_device())
+
+    def plan(self) -> RankPlan:
+        """Run every phase."""
+        phases: dict[str, Phase] = {}
+        if self.student is not None:
+            phases["sampling"] = self._sampling()
+        for name, teacher in self.teachers.items():
+            phases[f"scoring {name}"] = self._scoring(name, teacher)
+        if self.student is not None:
+            phases["exchange"] = self._exchange()
+            phases["update"] = self._update()
+        memory = {path: self._memory(path) for path in self.models}  # after an update, which makes Adam's state
+        groups: dict[tuple[int, ...], str] = {}
+        for grid in self.grids.values():
+            for name in _GROUP_NAMES:
+                group = getattr(grid.pg, name)
+                if group is not None and group.size() > 1:
+                    groups.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), _GROUP_NAMES[name])
+            groups.setdefault(tuple(grid.layout.ranks), "all ranks of the role")
+        return RankPlan(self.rank, memory, phases, self.scratch, groups)
+
+    def _memory(self, path: str) -> RoleMemory:
+        model, student, role = self.models[path], self.student, roles(self.recipe)[path]
+        parameters = sum(p.numel() for p in model.parameters())
+        if path != "student" or student is None:
+            form = (role.checkpoint, self.grids[path].layout, role.precision, role.layer_spec, role.vocab_multiple)
+            return RoleMemory(
+                parameters, storage_bytes(model.parameters()), key=f"{form} {sorted(role.megatron.items())}"
+            )
+        weights = storage_bytes(student.weights())
+        teachers = [p for other, m in self.models.items() if other != "student" for p in m.parameters()]
+        heads = [head.weight_VH for head in student.objective.heads.values()]
+        return RoleMemory(
+            parameters=parameters,
+            weights=weights,
+            gradients=storage_bytes(student.gradients()),
+            optimizer=storage_bytes(student.memory()) - weights,
+            heads=storage_bytes([*heads, *teachers]) - storage_bytes(teachers),
+            key=path,
+        )
+
+    def _traced(self, action: Callable[[], object], model: FireGPT, tokens: list[int]) -> Trace:
+        with Tracing() as tracing, stages_send(tokens, model.config.hidden_size):
+            action()
+        return tracing.trace
+
+    def _of_all_layers(self, model: FireGPT, run: Callable[[], Trace]) -> Trace:
+        """What ``run`` takes of the whole stage. Of layers that are alike, two and three tell the rest (the first one's
+        peak is its own)."""
+        block, config = model.decoder, model.config
+        layers, count = block.layers, len(block.layers)
+        in_groups = config.recompute_granularity == "full" and (
+            config.recompute_method != "uniform" or config.recompute_num_layers != 1
+        )
+        few = (count, count)
+        if count > _MANY_LAYERS and not in_groups and len({type(layer.mlp) for layer in layers}) == 1:
+            few = (2, 3)
+        traces = []
+        try:
+            for number in (few[0], *few[: 1 + (few[0] < few[1])]):
+                block.layers, block.num_layers_per_pipeline_rank = layers[:number], number
+                traces.append(run())
+        finally:
+            block.layers, block.num_layers_per_pipeline_rank = layers, count
+        first, less, more = traces[0], traces[1], traces[-1]
+        self.scratch = max(self.scratch, first.live - less.live)  # what later runs find there
+        total = Trace.total((count - few[0], more), (1 + few[0] - count, less))
+        total.peak = more.peak + (count - few[1]) * (more.peak - less.peak)
+        return total
+
+    # ---- phases -----------------------------------------------------------------------------------------------
+
+    def _sampling(self) -> Phase:
+        rows = len(replica_rows(self.load.rows, self.grids["student"]))
+        size = min(rows, self.recipe.rollout.batch_size or rows)
+        whole, rest = divmod(rows, size) if size else (0, 0)
+        steps = self.load.response_tokens
+        batches = [(count, times) for count, times in ((size, whole), (rest, 1)) if count and times]
+        model = self.models["student"]
+        trace = Trace.total(*((times, self._of_all_layers(model, partial(self._batch, n))) for n, times in batches))
+        cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
+        trace.peak += cache
+        return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache)
+
+    def _batch(self, rows: int) -> Trace:
+        """Sampling of rows together; its peak is above the key/value cache. Everything is linear in the number of rows
+        and in that of steps."""
+        steps, few = self.load.response_tokens, min(rows, _FEW_ROWS)
+        one = self._generate(few, 1)
+        two = self._generate(few, 2) if steps > 1 else one
+        trace = Trace.total((1, one), (steps - 1, two), (1 - steps, one))
+        trace.peak = max(
+            t.peak - self._kv_cache(few, self.load.prompt_tokens + n) for t, n in ((one, 1), (two, min(2, steps)))
+        )
+        if rows > few:
+            less, more = self._batch(few - 1), rows - few
+            peak = trace.peak + more * (trace.peak - less.peak)
+            trace = Trace.total((1 + more, trace), (-more, less))
+            trace.peak = peak
+        return trace
+
+    def _generate(self, rows: int, steps: int) -> Trace:
+        config = replace(self.recipe.rollout, max_new_tokens=steps, batch_size=0)
+        engine = MegatronEngine(self.models["student"], self.grids["student"], config, stop_ids=(), seed=0)
+        prompts = self.load.prompts(rows)
+        return self._traced(lambda: engine.generate(prompts, range(rows), step=0), self.models["student"], [])
+
+    def _kv_cache(self, rows: int, length: int) -> int:
+        model = self.models["student"]
+        layers = sum(isinstance(module, CoreAttention) for module in model.modules())
+        groups = model.config.num_query_groups // self.grids["student"].layout.tensor
+        return 2 * layers * rows * groups * length * model.config.kv_channels * model.config.params_dtype.itemsize
+
+    def _scoring(self, name: str, teacher: Teacher) -> Phase:
+        grid, tokens = teacher.grid, self.load.row_tokens
+        replicas = grid.layout.data
+        rows = _ceil(round(self.load.rows * self.load.shares[name]), replicas)
+        if rows == 0:
+            return Phase(Trace(), 0)
+        tensor = self.recipe.student.parallel.tensor
+
+        def score(sizes: list[int]) -> Trace:
+            count = sum(sizes) * replicas
+            prompts = [torch.zeros(self.load.prompt_tokens, dtype=torch.int64)] * count
+            responses = [torch.zeros(self.load.response_tokens, dtype=torch.int64)] * count
+            keep = Keep(range(count), tensor) if self.state_kind.name != "none" else None
+            sent = [local_tokens(size, tokens, teacher.model, grid) for size in sizes]
+            return self._traced(lambda: teacher.score(prompts, responses, keep=keep), teacher.model, sent)
+
+        size = max(1, teacher.micro_batch_tokens // tokens)
+        trace = self._of_all_layers(teacher.model, lambda: _in_pieces(score, rows, size, most=1))
+        return Phase(trace, pieces=_ceil(rows, size), rows=rows)
+
+    def _exchange(self) -> Phase:
+        """The kept rows on their way to the replicas that train on them."""
+        grid = self.grids["student"]
+        count = _ceil(self.load.kept, grid.row_replicas)
+        responses = [torch.zeros(self.load.response_tokens, dtype=torch.int64)] * count
+        floats = [torch.zeros(4 * self.load.response_tokens)] * count
+        device = compute_device()
+
+        def gather() -> None:
+            all_gather_rows(responses, dtype=torch.int64, device=device, group=grid.row_group)
+            all_gather_rows(floats, dtype=torch.float32, device=device, group=grid.row_group)
+
+        return Phase(self._traced(gather, self.models["student"], []), 1)
+
+    def _update(self) -> Phase:
+        recipe, grid, student = self.recipe, self.grids["student"], self.student
+        assert student is not None
+        parts = recipe.optimizer.mini_batches
+        rows = _ceil(_ceil(self.load.kept, parts), grid.layout.data)
+        budget = recipe.optimizer.micro_batch_tokens
+        size = max(1, budget // self.load.row_tokens) if budget else recipe.optimizer.micro_batch_size
+
+        def accumulate(sizes: list[int]) -> Trace:
+            rows = self.load.training_rows(sum(sizes), self._states())
+            sent = [local_tokens(n, self.load.row_tokens, student.model, grid) for n in sizes]
+            return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0), student.model, sent)
+
+        most = grid.layout.pipeline
+        trace = self._of_all_layers(student.model, lambda: _in_pieces(accumulate, rows, size, most=most))
+        traces = [(parts, trace)]
+        if parts > 1 and student.objective.reads_old:
+            traces.append((parts, self._log_probs(student, rows, size)))
+        with Tracing():
+            student.update()  # the first makes Adam's state
+        applied = self._traced(student.update, student.model, [])
+        whole = Trace.total(*traces, (parts, applied))
+        return Phase(
+            whole,
+            _ceil(rows, size) * parts,
+            rows=rows,
+            loss=self._loss(student, min(size, rows)),
+            optimizer=Trace.total((parts, applied)),
+        )
+
+    def _log_probs(self, student: Student, rows: int, size: int) -> Trace:
+        def score(sizes: list[int]) -> Trace:
+            rows = self.load.training_rows(sum(sizes))
+            sent = [local_tokens(n, self.load.row_tokens, student.model, student.grid) for n in sizes]
+            return self._traced(lambda: student.log_probs(rows), student.model, sent)
+
+        return self._of_all_layers(student.model, lambda: _in_pieces(score, rows, size, most=1))
+
+    def _loss(self, student: Student, rows: int) -> int:
+        """Peak of the loss of a micro-batch alone."""
+        if not student.model.post_process:
+            return 0
+        batch = self.load.training_rows(rows, self._states())
+        (pack,) = student.packs(batch)[:1]
+        width = get_model_config(student.model).hidden_size
+        dtype = student.model.config.params_dtype
+        hidden = torch.empty(len(pack.select), width, dtype=dtype, device=compute_device(), requires_grad=True)
+        return self._traced(
+            lambda: student.objective(hidden, MicroBatch(pack, batch, None, 1.0)), student.model, []
+        ).peak
+
+    def _states(self) -> dict[str, torch.Tensor] | None:
+        """What each teacher sends of a row to this rank."""
+        if self.state_kind.name == "none":
+            return None
+        grid, states = self.grids["student"], {}
+        for name, config in self.recipe.teachers.items():
+            hidden = self.state_kind.name == "hidden"
+            width = self.shapes[f"teachers.{name}"].hidden if hidden else 2 * self.state_kind.k + 1
+            dtype = DTYPES[config.precision.dtype] if hidden else torch.int32
+            whole = torch.empty(self.load.response_tokens, width, dtype=dtype, device="meta")
+            states[name] = split_columns(whole, grid.layout.tensor)[grid.tp_rank]
+        return states
+
+
+_MANY_LAYERS = 8
+"""Layers of a stage above which a few stand for all."""
+_FEW_ROWS = 2
+"""Rows of a batch that are really sampled; more of them are more of the same."""
+
+_GROUP_NAMES = {
+    "tp": "tensor",
+    "pp": "pipeline",
+    "cp": "context",
+    "ep": "expert",
+    "dp": "data",
+    "dp_cp": "data x context",
+    "tp_cp": "tensor x context",
+    "tp_ep": "tensor x expert",
+    "expt_dp": "data of experts",
+    "mp": "tensor x pipeline",
+    "tp_dp_cp": "tensor x data x context",
+    "tp_ep_pp": "tensor x expert x pipeline",
+    "embd": "first and last stage",
+}
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _in_pieces(run: Callable[[list[int]], Trace], rows: int, size: int, *, most: int) -> Trace:
+    """A phase over ``rows`` rows, ``size`` in each micro-batch and what is left in a last one.
+
+    Args:
+        run: runs micro-batches of so many rows each.
+        rows: of this replica.
+        size: rows of a micro-batch.
+        most: micro-batches that may be alive together.
+    """
+    whole, rest = divmod(rows, size)
+    if whole == 0:
+        return run([rest])
+    one, two = run([size]), run([size, size])
+    terms = [(1, one), (whole - 1, two), (1 - whole, one)]
+    if rest:
+        terms += [(1, run([size, rest])), (-1, one)]
+    total = Trace.total(*terms)
+    together = min(whole, most)
+    if together > 2:
+        total.peak = max(total.peak, run([size] * together).peak)
+    elif whole == 1:
+        total.peak = one.peak
+    return total

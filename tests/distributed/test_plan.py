@@ -1,0 +1,148 @@
+"""What a plan says, against what a real run of the same recipe allocates and sends, on every rank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import plan_ranks
+import pytest
+import torch
+from roles import share
+from tiny_run import make_inputs, tiny_recipe, write_recipe
+
+from fire_megatron.config.load import load_recipe
+from fire_megatron.data.records import Prompt
+from fire_megatron.data.rollouts import Target, TrainingRows
+from fire_megatron.evaluation.heldout import replica_rows
+from fire_megatron.models import layers
+from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
+from fire_megatron.platform import launch
+from fire_megatron.teachers.states import split_columns
+from fire_megatron.train.select import rebalance
+from fire_megatron.train.setup import prepare
+
+pytestmark = pytest.mark.world_size(4)
+
+PROMPT, RESPONSE = 12, 5
+CASES = {
+    "tp2-pp2": {"student__parallel": {"tensor": 2, "pipeline": 2}},
+    "tp2-dp2-moving": {"student__parallel": {"tensor": 2}, "optimizer__mini_batches": 2},
+    "pp2-dp2-tokens": {"student__parallel": {"pipeline": 2}, "optimizer__micro_batch_tokens": 40},
+    "cp2-dp2": {"student__parallel": {"context": 2}, "teachers__math__parallel": {"pipeline": 2}},
+    "pp4-full": {"student__parallel": {"pipeline": 4}, "loss__estimator": "full"},
+    "dp4-bf16-topk": {"loss__estimator": "topk", "loss__top_k": 8, "student__precision": {"dtype": "bfloat16"}},
+    "recompute": {"student__parallel": {"pipeline": 2}, "student__megatron": {"recompute_granularity": "selective"}},
+}
+
+
+@pytest.fixture(scope="module")
+def plans(world, tmp_path_factory):
+    """Recipe and plan of each case: made by rank 0 in a process of its own, which the others wait for outside of
+    collectives, since that may take longer than these may."""
+    folder = Path(share(str(tmp_path_factory.mktemp("plan"))))
+    result = folder / "plans.json"
+    if world.is_main:
+        inputs = make_inputs(folder, num_hidden_layers=4, hidden_size=64)
+        for name, changes in CASES.items():
+            common = {"rollout__prompts_per_step": 16, "loss__hooks": [], "rollout__max_new_tokens": RESPONSE}
+            if "optimizer__micro_batch_tokens" not in changes:
+                common["optimizer__micro_batch_size"] = 2
+            write_recipe(folder / f"{name}.yaml", tiny_recipe(inputs, folder / name, **common, **changes))
+        command = [sys.executable, plan_ranks.__file__, "4", str(PROMPT), str(RESPONSE)]
+        command += [str(folder / f"{name}.yaml") for name in CASES]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        part = result.with_suffix(".part")
+        part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
+        part.rename(result)
+    deadline = time.monotonic() + 320
+    while not result.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = json.loads(result.read_text())
+    assert isinstance(found, list), found
+    recipes = [load_recipe(folder / f"{name}.yaml") for name in CASES]
+    return dict(zip(CASES, zip(recipes, found, strict=True), strict=True))
+
+
+def traced(action):
+    """What an action did, and what it returned."""
+    with Tracing() as tracing:
+        result = action()
+    return tracing.trace, result
+
+
+def measured(recipe, world):
+    """The real step of this rank, phase by phase, with rows of one length."""
+    watch = launch.watch(world, roles="", timeout=60)
+    run = prepare(recipe, world, watch, lambda text: None).student
+    student, grid, engine = run.student, run.grid, run.engine
+    engine.stop_ids = frozenset()
+    total = recipe.rollout.prompts_per_step
+    mine = replica_rows(total, grid)
+    prompts = [Prompt(i, "math", tuple((i + j) % 50 + 3 for j in range(PROMPT)), "") for i in mine]
+    phases: dict[str, Trace] = {}
+    caches = []
+    buffers = layers.KVCache._buffers
+    layers.KVCache._buffers = lambda self, *a: caches.append(self) or buffers(self, *a)
+    try:
+        phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, step=0))
+    finally:
+        layers.KVCache._buffers = buffers
+    kv_cache = storage_bytes(x for pair in caches[-1]._layers.values() for x in pair)
+    for name, teacher in run.router.pool.teachers.items():
+        rows = total // 2
+        responses = [torch.arange(RESPONSE) + 3] * rows
+        phases[f"scoring {name}"], _ = traced(
+            lambda t=teacher, r=responses, n=rows: t.score([torch.arange(PROMPT) + 3] * n, r)
+        )
+    count = len(rollouts)
+    rows = TrainingRows(
+        rollouts, (Target(("math",)),) * count, rollouts.log_probs, tuple(torch.ones(RESPONSE) for _ in range(count))
+    )
+    shared = with_states(rebalance(rows, grid=grid), run)
+    count = recipe.optimizer.mini_batches
+    parts = [shared.take(range(i, len(shared), count)) for i in range(count)]
+
+    def gradients(part):
+        old = student.log_probs(part) if count > 1 else None
+        student.accumulate_gradients(part, tokens=100.0, old=old)
+
+    # The first update makes Adam's state, which is not an activation.
+    traces = [traced(action)[0] for part in parts for action in (lambda part=part: gradients(part), student.update)]
+    phases["update"] = Trace.total(*((1, trace) for trace in traces))
+    phases["update"].peak = max(trace.peak for trace in traces[::2])
+    weights = storage_bytes(student.weights())
+    memory = {
+        "weights": weights,
+        "gradients": storage_bytes(student.gradients()),
+        "optimizer": storage_bytes(student.memory()) - weights,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+    }
+    return memory, kv_cache, phases
+
+
+def with_states(rows, run):
+    """Rows with what their teacher would have sent to this rank."""
+    info = run.router.pool.infos["math"]
+    if info.state_kind.name == "none":
+        return rows
+    whole = torch.zeros(RESPONSE, info.state_width, dtype=info.state_dtype)
+    mine = split_columns(whole, run.grid.layout.tensor)[run.grid.tp_rank]
+    return replace(rows, states=({"math": mine},) * len(rows))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_what_a_run_does(plans, world, name):
+    recipe, plan = plans[name]
+    memory, kv_cache, phases = measured(recipe, world)
+    mine = plan[world.rank]
+    print("measured", {phase: plan_ranks.plain(trace) for phase, trace in phases.items()}, "planned", mine)
+    assert {key: mine["roles"]["student"][key] for key in memory} == memory
+    assert mine["kv_cache"] == kv_cache
+    for phase, trace in phases.items():
+        assert mine["phases"][phase]["bytes"] == plan_ranks.plain(trace)["bytes"], phase
+    assert mine["phases"]["update"]["peak"] == pytest.approx(phases["update"].peak, rel=0.15)

@@ -1,0 +1,112 @@
+"""FP8 settings in megatron-core's words, with either release and without Transformer Engine."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import fp8_utils
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.transformer_config import TransformerConfig
+from models import SIZES
+
+from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.schema import FP8Config, PrecisionConfig, RoleConfig
+from fire_megatron.models import fp8, pipeline
+from fire_megatron.models.build import check_megatron_overrides, transformer_config
+from fire_megatron.models.hf_config import read_hf_config
+from fire_megatron.parallel.grid import Layout
+from fire_megatron.platform import Device
+
+
+def config_of(role=None, **settings):
+    base = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "bf16": True, "params_dtype": torch.bfloat16}
+    return TransformerConfig(**base, **settings, **(fp8.fp8_settings(role) if role else {}))
+
+
+def role_of(**values):
+    return RoleConfig(checkpoint="none", precision=PrecisionConfig(dtype="bfloat16", fp8=FP8Config(**values)))
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("format", ["hybrid", "e4m3"])
+def test_settings_are_megatron_cores(recipe, format):
+    config = config_of(role_of(recipe=recipe, format=format, margin=2, amax_history=16, amax_algorithm="most_recent"))
+    assert (config.fp8, config.fp8_recipe, config.fp8_margin) == (format, recipe, 2)
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "most_recent")
+    assert not config.fp8_param and not config.first_last_layers_bf16
+
+
+def test_layers_at_the_ends_stay_in_bfloat16():
+    config = config_of(role_of(first_last_bf16=2, param_gather=True))
+    assert config.fp8_param
+    assert [fp8_utils.is_first_last_bf16_layer(config, i) for i in range(8)] == [True] * 2 + [False] * 4 + [True] * 2
+
+
+def test_emulation_and_no_fp8_leave_megatron_core_alone():
+    assert fp8.fp8_settings(role_of(emulate=True)) == {} == fp8.fp8_settings(RoleConfig(checkpoint="none"))
+
+
+def test_the_context_is_ours_wherever_a_forward_pass_looks_for_it():
+    """A release of megatron-core that names it otherwise, or looks elsewhere, must not pass unnoticed."""
+    assert fp8_utils.get_fp8_context is fp8.fp8_context is transformer_block.get_fp8_context
+    assert fp8._megatrons.__module__ == "megatron.core.fp8_utils"
+    with pytest.raises(AttributeError, match="fire_fp8"):  # a model that was given no ranks of its own
+        fp8.fp8_context(config_of(role_of()))
+    assert isinstance(fp8.fp8_context(config_of()), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tensor", "multiple"), [("tensorwise", 1, 16), ("delayed", 4, 64), ("mxfp8", 2, 64), (None, 4, 4)]
+)
+def test_packs_are_cut_in_blocks(recipe, tensor, multiple):
+    role = role_of(recipe=recipe) if recipe else None
+    config = config_of(role, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1)
+    assert fp8.token_multiple(config) == multiple
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forward_only", "packs"), [("delayed", False, 5), ("delayed", True, 2), ("tensorwise", False, 2)]
+)
+def test_replicas_train_in_lockstep_with_delayed_scaling(recipe, forward_only, packs, monkeypatch):
+    """Each pass ends with a collective of the whole stage there, and replicas differ in their number of passes."""
+    counts = {"stage": 5, "experts": 2}
+    monkeypatch.setattr(pipeline, "largest", lambda value, *, group: counts[group])
+    model = SimpleNamespace(config=config_of(role_of(recipe=recipe)))
+    grid = SimpleNamespace(
+        pg=SimpleNamespace(tp_dp_cp="stage", ep="experts"), layout=SimpleNamespace(context=1), cp_rank=0
+    )
+    batches = pipeline._in_lockstep(["one", "two"], model, grid, forward_only=forward_only)
+    assert len(batches) == packs and batches[:2] == ["one", "two"]
+    assert all(pack.token_ids.shape == (1, 16) and len(pack.select) == 0 for pack in batches[2:])
+
+
+@pytest.mark.parametrize("key", fp8.SET_BY_PRECISION)
+def test_megatron_fields_that_precision_decides_are_refused(key):
+    with pytest.raises(RecipeError, match=rf"student\.megatron\.{key}.*student\.precision\.fp8"):
+        check_megatron_overrides("student", {key: 1})
+
+
+def test_local_layers_are_refused(write_config):
+    shape = read_hf_config(write_config(**SIZES))
+    with pytest.raises(RecipeError, match=r"precision\.fp8.*Transformer Engine.*emulate"):
+        transformer_config(shape, role_of(), Layout(), device=Device("cpu"))
+
+
+def test_recompute_of_experts_with_fp8_is_refused(write_config):
+    role = RoleConfig(
+        checkpoint="none",
+        precision=PrecisionConfig(dtype="bfloat16", fp8=FP8Config()),
+        megatron={"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    )
+    with pytest.raises(RecipeError, match=r"recompute_modules.*'moe' with precision\.fp8"):
+        transformer_config(read_hf_config(write_config(**SIZES)), role, Layout(), device=Device("cpu"))
+
+
+def test_fp8_copies_of_weights_are_given_up_after_a_pass():
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    layers[0]._fp8_workspaces = {"weight": torch.ones(2)}
+    fp8.release_quantized_weights(layers)
+    assert layers[0]._fp8_workspaces == {}

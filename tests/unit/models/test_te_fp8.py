@@ -1,0 +1,129 @@
+"""FP8 of Transformer Engine where there is no GPU: what can be built, loaded and saved, and the ranks that a model's
+largest magnitudes are put together over. What only a GPU can show is in tests/gpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import save_megatron
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[2]
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mistral")
+RECIPES = {
+    "delayed": "TEDelayedScaling",
+    "tensorwise": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+ROUNDING = 16 / 448 + 1e-4
+"""Half the distance of the largest E4M3 numbers, over the largest."""
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Of one process for all cases, since starting it takes most of the time."""
+    folder = tmp_path_factory.mktemp("te-fp8")
+    for family in FAMILIES:
+        sizes = {"moe_intermediate_size": 64} if family == "qwen3-moe" else {}
+        save_megatron(family, folder / family, head_dim=32, intermediate_size=128, **sizes)
+    save_megatron("qwen3", folder / "odd")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "te_fp8.py"), str(folder), *FAMILIES],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_recipe_has_the_tensors_of_the_checkpoint_at_tp2_pp2(report, family):
+    assert report["names"][family] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_saved_by_local_layers_loads_bit_by_bit_at_tp2_pp2(report, family):
+    assert report["loads"][family] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_amax_is_reduced_over_the_models_own_stage(report, recipe):
+    found = report["amax"][f"student {recipe}"]
+    assert found["trained"] == [[RECIPES[recipe], [0, 1, 2, 3]]] * 2
+    assert found["tokens"] == 2 * (32 if recipe == "mxfp8" else 16), "a pack of 14 tokens, on two tensor ranks"
+
+
+def test_the_teachers_group_is_its_own(report):
+    assert report["amax"]["teacher tensorwise"]["trained"] == [["Float8CurrentScaling", [8, 9]]] * 2
+
+
+def test_amax_over_tensor_ranks_alone(report):
+    assert report["amax"]["student tp_only"]["trained"] == [["TEDelayedScaling", [2, 3]]] * 2
+
+
+def test_first_layers_in_bfloat16_and_recomputed_layers(report):
+    first, second = report["amax"]["student first_last"]["trained"]
+    assert first == [None, None] and second == ["Float8CurrentScaling", [0, 1, 2, 3]]
+    assert report["amax"]["student recompute"]["trained"] == [["Float8CurrentScaling", [0, 1, 2, 3]]] * 2
+
+
+def test_sampling_is_not_in_fp8(report):
+    assert {name: case["sampled"] for name, case in report["amax"].items()} == {
+        name: [[None, None]] * 2 for name in report["amax"]
+    }
+
+
+def test_fp8_weights_are_quantised_from_the_checkpoint_and_masters_are_not(report):
+    found = report["weights"]
+    assert found["quantised"] == ["Float8Tensor", "Parameter"]
+    assert 0 < found["error"] < ROUNDING
+    assert found["masters"] and not found["kept"], "float32 weights begin with the checkpoint's values"
+    assert found["distributed"] == [True, True, "tensorwise"]
+
+
+def test_fp8_weights_are_saved_as_what_they_were_quantised_from(report):
+    found = report["weights"]
+    assert found["resumed"] and found["in bfloat16"]
+    assert 0 < found["resumed error"] < ROUNDING
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_weights_load_in_parts(report, family):
+    assert all(0 < far < ROUNDING for far in report["weight shards"][family])
+
+
+def test_scales_of_delayed_scaling_resume_in_any_layout(report):
+    found = report["histories"]
+    assert found["before"] == [], "before the first pass there is nothing"
+    assert found["same"] == found["tensors"] == 4 * 4 * 4, "layers, matrices, tensors"
+    assert found["last stage"] == [2, 3] and found["last same"]
+    assert found["longer"], "a history of another length begins anew"
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("8 tensorwise", ("precision.fp8.recipe", "'tensorwise'", "8.9 or higher")),
+        ("9 mxfp8", ("precision.fp8.recipe", "'mxfp8'", "10.0 or higher", "take another recipe")),
+        ("odd", ("precision.fp8", "blocks of 32", "query heads of 48", "2 tensor-parallel ranks", "parallel.tensor")),
+    ],
+)
+def test_what_this_gpu_or_this_model_cannot_do_is_refused(report, case, words):
+    assert all(word in report["refusals"][case] for word in words), report["refusals"][case]
+
+
+def test_what_this_gpu_can_do_is_not_refused(report):
+    assert report["refusals"]["10 mxfp8"] == report["refusals"]["9 blockwise"] == ""

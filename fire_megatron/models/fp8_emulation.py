@@ -7,8 +7,8 @@ FP8 machine's.
 With recipe ``delayed`` a tensor's largest magnitude (amax) is reduced over the tensor-, context- and data-parallel
 ranks of this pipeline stage of this role (megatron-core's amax group, ``get_amax_reduction_group`` with context
 parallelism) once an update, when gradients are final: a point that all of them reach, however many micro-batches each
-has had. Transformer Engine does it after every forward and backward pass, which needs replicas in lockstep and makes a
-micro-batch's scales depend on those before it.
+has had. Transformer Engine does it after every forward and backward pass, which needs replicas in lockstep
+(models/fp8.py) and makes a micro-batch's scales depend on those before it.
 """
 
 from __future__ import annotations

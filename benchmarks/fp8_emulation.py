@@ -2,7 +2,7 @@
 """What emulated FP8 changes, against bfloat16 without it in the same run: one pass on the same answers, and whole runs.
 
     make quickstart   # or: make demo, and tools/convert.py for student, math and code
-    python benchmarks/fp8_emulation.py --models demo/megatron [--steps 6 --prompts 8 --new-tokens 32 --runs]
+    python benchmarks/fp8_emulation.py --models demo/megatron [--runs --run-student DIR]
 
 The student's weights and activations are bfloat16, its linear layers in FP8 by each recipe.
 
@@ -42,7 +42,7 @@ FP8 = {f"{name} hybrid": {"recipe": name, "format": "hybrid"} for name in RECIPE
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder of converted student, math and code")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=8, help="answers a step")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--students", nargs="*", default=["student", "math"], help="models of the one pass")
@@ -72,6 +72,7 @@ def _settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rollout.prompts_per_step": args.prompts,
         "rollout.max_new_tokens": args.new_tokens,
         "evaluation.max_new_tokens": args.new_tokens,
+        "evaluation.num_prompts": 8,
         "checkpoint.final": "false",
         "metrics.console": "false",
     }
@@ -215,6 +216,8 @@ def runs(args: argparse.Namespace) -> None:
     """A run each way; prints the table."""
     ways: dict[str, dict[str, Any]] = {"bfloat16": {}, "bfloat16, another seed": {"run.seed": 4321}}
     ways |= {way: {"student.precision.fp8": json.dumps({**fp8, "emulate": True})} for way, fp8 in FP8.items()}
+    if args.run_student:
+        ways = {way: {**changes, "student.checkpoint": args.run_student.resolve()} for way, changes in ways.items()}
     found = {}
     print(
         f"Runs: {args.steps} steps of {args.prompts} answers of up to {args.new_tokens} tokens, 2 processes", flush=True

@@ -64,12 +64,12 @@ def rounded(x, fmt, config, *, along, weight=False):
     return quantize(x, fmt, torch.finfo(fmt).max / x.abs().max() / margin).values().double()
 
 
-def tiny_product(config, group):
-    """A layer's product; a delayed one has seen operands of the same magnitude once."""
-    fake = torch.nn.Linear(1, 1)
-    emulated = EmulatedFP8.__new__(EmulatedFP8)
-    emulated.scales = Scales(["a"], config) if config.recipe == "delayed" else None
-    return emulated, EmulatedLinear(emulated._rounding("a", config)), fake
+def tiny_product(config):
+    """The product of a lone layer, and what remembers for it."""
+    emulated = EmulatedFP8([], config, num_layers=1, ep_rank=0)
+    if config.recipe == "delayed":
+        emulated.scales = Scales(["a"], config)
+    return emulated, EmulatedLinear(emulated._rounding("a", config))
 
 
 @pytest.mark.parametrize("config", [*RECIPES, replace(RECIPES[2], margin=2)], ids=lambda c: f"{c.recipe}-{c.format}")
@@ -80,7 +80,7 @@ def test_products_are_of_rounded_operands(config, dtype, grid):
     w = (torch.randn(144, 160, generator=generator) * 0.02).to(dtype).requires_grad_()
     b = torch.randn(144, generator=generator).to(dtype).requires_grad_()
     dy = (torch.randn(37, 2, 144, generator=generator) * 1e-6).to(dtype)
-    emulated, product, _ = tiny_product(config, grid.pg.tp_dp_cp)
+    emulated, product = tiny_product(config)
     if emulated.scales is not None:
         y = product(x, w)
         assert torch.equal(y, (x.float() @ w.float().t()).to(dtype)), "nothing seen yet"

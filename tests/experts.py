@@ -9,7 +9,7 @@ from models import VOCABULARY
 from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference
 
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig
+from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.metrics.values import reduce_metrics
@@ -74,9 +74,10 @@ def make_student(
     megatron: dict[str, Any] = AUXILIARY,
     source: Any = SPEC,
     dtype: str = "float32",
+    fp8: FP8Config | None = None,
 ) -> tuple[Student, ModelGrid]:
     """This rank's part of a student, with the auxiliary losses on; ``distributed`` is the optimizer's."""
-    model, grid = roles.build(source, layout, vocab_multiple=4, megatron=megatron, dtype=dtype)
+    model, grid = roles.build(source, layout, vocab_multiple=4, megatron=megatron, dtype=dtype, fp8=fp8)
     model.used_vocab_size = VOCABULARY
     settings = OptimizerConfig(
         lr=1e-3, eps=1e-3, weight_decay=0.1, clip_grad=0.5, micro_batch_size=micro_batch_size, distributed=distributed

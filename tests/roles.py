@@ -17,7 +17,7 @@ from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
-from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
+from fire_megatron.config.schema import FP8Config, ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
 from fire_megatron.data.rollouts import Rollouts, Scores
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
@@ -127,6 +127,7 @@ class Roles:
         vocab_multiple: int = 128,
         megatron: dict[str, Any] | None = None,
         dtype: str = "float32",
+        fp8: FP8Config | None = None,
     ) -> tuple[FireGPT, ModelGrid]:
         """This rank's part of a model (or of a converted checkpoint), loaded."""
         path = self.checkpoint(model) if isinstance(model, Spec) else model
@@ -136,7 +137,7 @@ class Roles:
             parallel=parallel_config(layout, sequence=sequence),
             vocab_multiple=vocab_multiple,
             megatron=megatron or {},
-            precision=PrecisionConfig(dtype=dtype),
+            precision=PrecisionConfig(dtype=dtype, fp8=fp8),
         )
         return load_role(path, role, grid, self.world), grid
 

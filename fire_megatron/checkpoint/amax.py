@@ -1,7 +1,8 @@
 """Scales of delayed FP8 scaling, and the largest magnitudes of earlier steps that they come from, saved with a step.
 
 All ranks of a pipeline stage hold the same, since they put their magnitudes together, so that one of them writes under
-the layer's global number and any layout reads. Transformer Engine's own way (``_extra_state``) is a pickle.
+the layer's global number and any layout reads. Transformer Engine's own way (``_extra_state``) is a pickle. Scales of
+emulated FP8 have names of their own, since they count updates where Transformer Engine counts passes.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter
 from fire_megatron.models.fp8 import fp8_context, shares_amax
+from fire_megatron.models.fp8_emulation import Scales
 from fire_megatron.models.gpt import FireGPT
 
 _PREFIX = "fp8."
+_EMULATED = ".emulated."
 _STATES = ("scaling_fwd", "scaling_bwd")
 _TENSORS = ("scale", "amax_history")
 
@@ -34,12 +37,42 @@ def _tensors(key: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
             yield f"{key}.{state}.{tensor}", getattr(module.fp8_meta[state], tensor)
 
 
+def _scales(model: FireGPT) -> Scales | None:
+    """What emulated delayed scaling remembers, where a model has that."""
+    return model.emulated_fp8.scales if model.emulated_fp8 is not None else None
+
+
+def _emulated(model: FireGPT) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the checkpoint, float32 tensor) of emulated scaling; none before the first update's end."""
+    scales = _scales(model)
+    for key, state in scales.state().items() if scales is not None else ():
+        for name, tensor in state.items() if len(state["history"]) else ():
+            yield f"{_PREFIX}{key}{_EMULATED}{name}", tensor
+
+
+def _read_emulated(reader: ShardReader, model: FireGPT) -> None:
+    """The part of :func:`read_amax` for emulated scaling, which goes on from a history of any length."""
+    scales = _scales(model)
+    if scales is None:
+        return
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key in scales.rows:
+        for name in ("scale", "history"):
+            stored = f"{_PREFIX}{key}{_EMULATED}{name}"
+            if stored in reader.tensors:
+                tensor = found.setdefault(key, {})[name] = torch.empty(reader.tensors[stored].shape)
+                reader.read_into(tensor, stored, offset=(0,) * tensor.dim())
+    scales.load(found)
+
+
 def write_amax(writer: ShardWriter, model: FireGPT) -> None:
     """Write a stage's scales and histories. To be called on one rank of each stage.
 
     Raises:
         OSError: the file system refuses.
     """
+    for name, tensor in _emulated(model):
+        writer.write(name, tensor, offset=(0,) * tensor.dim(), global_shape=tensor.shape)
     for key, module in _linear_layers(model):
         for name, tensor in _tensors(key, module):
             writer.write(name, tensor, offset=(0,) * tensor.dim(), global_shape=tensor.shape)
@@ -52,6 +85,7 @@ def read_amax(reader: ShardReader, model: FireGPT) -> None:
     Raises:
         CheckpointError: they cannot be read.
     """
+    _read_emulated(reader, model)
     for key, module in _linear_layers(model):
         with torch.no_grad(), fp8_context(model.config):  # makes the tensors that a first pass would make
             module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))

@@ -28,9 +28,31 @@ def fp8_problems(recipe: Recipe, key: str, role: RoleConfig, *, layers: int | No
                 f"{fp8.first_last_bf16} layers at each end of the model's {layers}, over {stages} pipeline stages; at "
                 f"most {most} leave a layer in FP8 and fit the first and the last stage",
             )
-    if not fp8.emulate:
+    if key != "student" and fp8.recipe == "delayed":
+        yield Problem(
+            f"{key}.precision.fp8.recipe",
+            "delayed takes its scales from earlier training passes, and a teacher has none; take tensorwise",
+        )
+    if fp8.emulate:
+        yield from _emulation(recipe, key, role)
+    else:
         yield from _engine(recipe, key, role)
         yield from _fp8_weights(recipe, key, role)
+
+
+def _emulation(recipe: Recipe, key: str, role: RoleConfig) -> Iterator[Problem]:
+    """FP8 as a CPU emulates it; where ``run.device`` is ``auto``, models/build.py looks again."""
+    name = f"{key}.precision.fp8.emulate"
+    if recipe.run.device == "cuda":
+        yield Problem(
+            name,
+            "true is FP8 on a CPU and run.device is cuda; leave it out for Transformer Engine's FP8, or set "
+            "run.device=cpu",
+        )
+    if role.layer_spec == "te":
+        yield Problem(
+            name, f"true, but {key}.layer_spec is te, whose layers round by themselves; leave out one of them"
+        )
 
 
 def _engine(recipe: Recipe, key: str, role: RoleConfig) -> Iterator[Problem]:
@@ -47,12 +69,6 @@ def _engine(recipe: Recipe, key: str, role: RoleConfig) -> Iterator[Problem]:
         yield Problem(
             f"{key}.precision.dtype",
             f"{role.precision.dtype}, but between FP8 products values are bfloat16; set it to bfloat16",
-        )
-    if key != "student" and fp8.recipe == "delayed":
-        yield Problem(
-            f"{name}.recipe",
-            "delayed takes its scales from earlier training passes, and a teacher has none: all would stay 1; take "
-            "tensorwise",
         )
 
 

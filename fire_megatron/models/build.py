@@ -25,6 +25,7 @@ from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.config.schema import RoleConfig
 from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
 from fire_megatron.models.fp8 import SET_BY_PRECISION, check_fp8, engine_fp8, fp8_settings, own_amax_group
+from fire_megatron.models.fp8_emulation import EmulatedFP8, check_device
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention, RMSNorm
@@ -317,6 +318,7 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     Raises:
         LayoutError, RecipeError: see :func:`transformer_config`.
     """
+    check_device(role.precision.fp8, device)
     config = transformer_config(shape, role, grid.layout, device=device)
     own_amax_group(config, grid.pg)
     spec = resolve_layer_spec(role.layer_spec, device, role="the role")
@@ -325,7 +327,7 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     layers, norms = zip(
         *(_layer_spec(config, spec, shape.has_experts(i)) for i in range(first, first + count)), strict=True
     )
-    return FireGPT(
+    model = FireGPT(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=list(layers), layer_norm=norms[0]),
         vocab_size=padded_vocab_size(shape.vocab_size, multiple=role.vocab_multiple, tensor=grid.layout.tensor),
@@ -339,3 +341,9 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
         real_vocab_size=shape.vocab_size,
         inv_freq=rotary_frequencies(shape).to(compute_device()),
     )
+    fp8 = role.precision.fp8
+    if fp8 is not None and fp8.emulate:
+        model.emulated_fp8 = EmulatedFP8(
+            model.decoder.layers, fp8, num_layers=shape.num_layers, ep_rank=grid.pg.ep.rank()
+        )
+    return model

@@ -24,6 +24,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.models.fp8 import paused
+from fire_megatron.models.fp8_emulation import EmulatedFP8
 from fire_megatron.models.layers import CoreAttention, KVCache
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
@@ -61,6 +62,8 @@ class FireGPT(GPTModel):
         self.used_vocab_size = real_vocab_size
         """Entries that a softmax runs over; fewer where models of a run differ in unused entries at the end."""
         self.rotary_pos_emb.inv_freq = inv_freq
+        self.emulated_fp8: EmulatedFP8 | None = None
+        """What rounds the products of the layers; None where nothing does."""
         self._mark_tensor_parallel_weights()
         self._leave_context_to_the_core_attention()
         if self.post_process and self.config.sequence_parallel:
@@ -218,7 +221,8 @@ class FireGPT(GPTModel):
         for module, name in switched:
             setattr(module, name, False)
         try:
-            with paused(self.config):
+            emulated = self.emulated_fp8.off() if self.emulated_fp8 else contextlib.nullcontext()
+            with paused(self.config), emulated:
                 yield
         finally:
             for attention in attentions:

@@ -101,6 +101,8 @@ class Student:
         # The token count is dropped on purpose: dividing is the loss's business (losses/reduction.py).
         kwargs.pop("pg_collection", None)
         finalize_model_grads(model, None, pg_collection=self.grid.pg, **kwargs)
+        if self.model.emulated_fp8 is not None:
+            self.model.emulated_fp8.end_update(group=self.grid.pg.tp_dp_cp)
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """Gradient memory, which an update begins by setting to zero."""

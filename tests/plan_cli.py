@@ -7,20 +7,20 @@ import json
 import sys
 
 from fire_megatron.cli.main import main
-from fire_megatron.plan import rank
+from fire_megatron.plan import pieces, rank
 
 
 def call(arguments: list[str]) -> dict:
     """One call; ``--whole`` before the others runs every layer and row."""
-    whole, kept = arguments[0] == "--whole", (rank._MANY_LAYERS, rank._FEW_ROWS)
+    whole, kept = arguments[0] == "--whole", (pieces.MANY_LAYERS, rank._FEW_ROWS)
     if whole:
-        rank._MANY_LAYERS, rank._FEW_ROWS = 1000, 1000
+        pieces.MANY_LAYERS, rank._FEW_ROWS = 1000, 1000
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["plan", *arguments[whole:]])
     finally:
-        rank._MANY_LAYERS, rank._FEW_ROWS = kept
+        pieces.MANY_LAYERS, rank._FEW_ROWS = kept
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -17,7 +17,8 @@ from fire_megatron.models.build import check_megatron_overrides
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.plan.gpus import FRAGMENTATION, RESERVED_GIB, Gpu
-from fire_megatron.plan.rank import RankPlan, plan_rank, planned_role
+from fire_megatron.plan.rank import plan_rank, planned_role
+from fire_megatron.plan.records import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
 from fire_megatron.plan.workload import Workload
 from fire_megatron.platform import Device

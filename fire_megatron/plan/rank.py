@@ -6,8 +6,9 @@ many equal pieces (decode steps, micro-batches) is run with one and with two of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,11 +20,14 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import DTYPES, build_model
 from fire_megatron.models.experts import ENGINE_ONLY
+from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
+from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank, stages_send
@@ -34,61 +38,6 @@ from fire_megatron.teachers.teacher import Keep, Teacher
 from fire_megatron.train.inputs import role_layout, used_vocabulary
 from fire_megatron.train.objective import MicroBatch
 from fire_megatron.train.student import Student
-
-
-@dataclass(frozen=True)
-class RoleMemory:
-    """What a role holds from step to step on a rank, in bytes."""
-
-    parameters: int
-    """Number of parameters."""
-    weights: int
-    gradients: int = 0
-    optimizer: int = 0
-    heads: int = 0
-    """The teachers' output weights, for the exact divergence."""
-    fp8_copies: int = 0
-    """Of the weights, while the role computes: by rows and by columns where weights are not FP8 themselves."""
-    key: str = ""
-    """Equal for roles that share a model."""
-
-    @property
-    def bytes(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.heads
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A phase of a step on a rank."""
-
-    trace: Trace
-    """Of the whole phase; its peak is above what lasts, the key/value cache included."""
-    pieces: int
-    """Decode steps or micro-batches."""
-    rows: int = 0
-    """Of this rank's replica."""
-    kv_cache: int = 0
-    """Bytes of keys and values."""
-    loss: int = 0
-    """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
-    optimizer: Trace = field(default_factory=Trace)
-    """In an update, its part after the gradients have been reduced."""
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """What a rank needs and does."""
-
-    rank: int
-    roles: Mapping[str, RoleMemory]
-    """By recipe path, those that the rank holds."""
-    phases: Mapping[str, Phase]
-    """``sampling``, ``scoring <teacher>``, ``exchange``, ``update``: those that the rank takes part in, in order."""
-    scratch: int
-    """Bytes of buffers that the first use leaves behind."""
-    groups: Mapping[tuple[int, ...], str]
-    """What groups of ranks are for, by their ranks."""
 
 
 def planned_role(role: RoleConfig) -> RoleConfig:
@@ -115,14 +64,13 @@ def plan_rank(
 
 
 def local_tokens(rows: int, row_tokens: int, model: FireGPT, grid: ModelGrid) -> int:
-    """Tokens of a pack of equal rows that this rank's stages hand on."""
-    tensor, context = grid.layout.tensor, grid.layout.context
-    split = tensor if model.config.sequence_parallel else 1
+    """Tokens of a pack of equal rows that this rank's stages hand on, padded as :func:`pack_rows` pads."""
+    context, multiple = grid.layout.context, token_multiple(model.config)
     if context > 1:
         row_tokens += -row_tokens % (2 * context)
-    multiple = split if context == 1 else context * (split if split % 2 == 0 else 2 * split)
-    total = rows * row_tokens
-    return (total + -total % multiple) // context // split
+        multiple = context * math.lcm(2, multiple)
+    split = grid.layout.tensor if model.config.sequence_parallel else 1
+    return ceil(rows * row_tokens, multiple) * multiple // context // split
 
 
 class _Rank:
@@ -249,33 +197,9 @@ class _Rank:
         return tracing.trace
 
     def _of_all_layers(self, model: FireGPT, first: Callable[[], Trace], run: Callable[[], Trace]) -> Trace:
-        """What ``run`` takes of the whole stage. Of layers that are alike, two and three tell the rest (the first one's
-        peak is its own).
-
-        Args:
-            model: whose stage it is.
-            first: a part of ``run``, after which buffers are there that stay.
-            run: the phase.
-        """
-        block, config = model.decoder, model.config
-        layers, count = block.layers, len(block.layers)
-        in_groups = config.recompute_granularity == "full" and (
-            config.recompute_method != "uniform" or config.recompute_num_layers != 1
-        )
-        few = [count]
-        if count > _MANY_LAYERS and not in_groups and len({type(layer.mlp) for layer in layers}) == 1:
-            few = [2, 3]
-        traces = []
-        try:
-            for number in (few[0], *few):
-                block.layers, block.num_layers_per_pipeline_rank = layers[:number], number
-                traces.append(run() if traces else first())
-        finally:
-            block.layers, block.num_layers_per_pipeline_rank = layers, count
-        begun, less, more = traces[0], traces[1], traces[-1]
-        self.scratch = max(self.scratch, begun.live - less.live)  # what later runs find there
-        total = Trace.total((count - few[0], more), (1 + few[0] - count, less))
-        total.peak = more.peak + (count - few[-1]) * (more.peak - less.peak)
+        """See :func:`of_all_layers`; notes what buffers stay."""
+        total, scratch = of_all_layers(model, first, run)
+        self.scratch = max(self.scratch, scratch)
         return total
 
     # ---- phases -----------------------------------------------------------------------------------------------
@@ -327,7 +251,7 @@ class _Rank:
     def _scoring(self, name: str, teacher: Teacher) -> Phase:
         grid, tokens = teacher.grid, self.load.row_tokens
         replicas = grid.layout.data
-        rows = _ceil(round(self.load.rows * self.load.shares[name]), replicas)
+        rows = ceil(round(self.load.rows * self.load.shares[name]), replicas)
         if rows == 0:
             return Phase(Trace(), 0)
         tensor = self.recipe.student.parallel.tensor
@@ -341,13 +265,13 @@ class _Rank:
             return self._traced(lambda: teacher.score(prompts, responses, keep=keep), teacher.model, sent)
 
         size = max(1, teacher.micro_batch_tokens // tokens)
-        pieces = _Pieces(score, rows, size)
+        pieces = Pieces(score, rows, size)
         return Phase(self._of_all_layers(teacher.model, pieces.first, pieces), pieces=pieces.count, rows=rows)
 
     def _exchange(self) -> Phase:
         """The kept rows on their way to the replicas that train on them."""
         grid = self.grids["student"]
-        count = _ceil(self.load.kept, grid.row_replicas)
+        count = ceil(self.load.kept, grid.row_replicas)
         responses = [torch.zeros(self.load.response_tokens, dtype=torch.int64)] * count
         floats = [torch.zeros(4 * self.load.response_tokens)] * count
         device = compute_device()
@@ -362,7 +286,7 @@ class _Rank:
         recipe, grid, student = self.recipe, self.grids["student"], self.student
         assert student is not None
         parts = recipe.optimizer.mini_batches
-        rows = _ceil(_ceil(self.load.kept, parts), grid.layout.data)
+        rows = ceil(ceil(self.load.kept, parts), grid.layout.data)
         budget = recipe.optimizer.micro_batch_tokens
         size = max(1, budget // self.load.row_tokens) if budget else recipe.optimizer.micro_batch_size
 
@@ -371,7 +295,7 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, grid) for n in sizes]
             return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0), student.model, sent)
 
-        pieces = _Pieces(accumulate, rows, size)
+        pieces = Pieces(accumulate, rows, size)
         trace = self._of_all_layers(student.model, pieces.first, pieces)
         trace.peak = self._activations(pieces, alive=min(pieces.count, grid.layout.pipeline - grid.pp_rank))
         traces = [(parts, trace)]
@@ -390,7 +314,7 @@ class _Rank:
         )
 
     @staticmethod
-    def _activations(pieces: _Pieces, *, alive: int) -> int:
+    def _activations(pieces: Pieces, *, alive: int) -> int:
         """Peak of micro-batches through all layers, so many of which a stage holds before the first comes back."""
         one = pieces.first().peak
         if alive == 1:
@@ -404,7 +328,7 @@ class _Rank:
             sent = [local_tokens(n, self.load.row_tokens, student.model, student.grid) for n in sizes]
             return self._traced(lambda: student.log_probs(rows), student.model, sent)
 
-        pieces = _Pieces(score, rows, size)
+        pieces = Pieces(score, rows, size)
         return self._of_all_layers(student.model, pieces.first, pieces)
 
     def _loss(self, student: Student, rows: int) -> int:
@@ -434,8 +358,6 @@ class _Rank:
         return states
 
 
-_MANY_LAYERS = 8
-"""Layers of a stage above which a few stand for all."""
 _FEW_ROWS = 2
 """Rows of a batch that are really sampled; more of them are more of the same."""
 
@@ -454,45 +376,3 @@ _GROUP_NAMES = {
     "tp_ep_pp": "tensor x expert x pipeline",
     "embd": "first and last stage",
 }
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """A phase over ``rows`` rows, ``size`` in each micro-batch and what is left in a last one.
-
-    A call runs it: its parts are linear in the number of micro-batches, so that a few tell the rest.
-    """
-
-    run: Callable[[list[int]], Trace]
-    """Runs micro-batches of so many rows each."""
-    rows: int
-    """Of this replica."""
-    size: int
-
-    @property
-    def count(self) -> int:
-        """Micro-batches."""
-        return _ceil(self.rows, self.size)
-
-    def first(self) -> Trace:
-        """One micro-batch."""
-        return self.run([min(self.size, self.rows)])
-
-    def __call__(self) -> Trace:
-        """All of them."""
-        whole, rest = divmod(self.rows, self.size)
-        one = self.first()
-        if self.count == 1:
-            return one
-        two = self.run([self.size] * 2)
-        terms = [(whole - 1, two), (2 - whole, one)]
-        if rest:  # what it takes less what every run takes, which is 2 one - two
-            terms += [(1, self.run([rest])), (1, two), (-2, one)]
-        total = Trace.total(*terms)
-        if self.count == 2 and rest:
-            total.peak = one.peak
-        return total

@@ -20,7 +20,7 @@ from fire_megatron.plan.gpus import (
     RESERVED_GIB,
     Gpu,
 )
-from fire_megatron.plan.rank import Phase, RankPlan
+from fire_megatron.plan.records import Phase, RankPlan
 from fire_megatron.plan.trace import Collective, Trace
 
 _PASSES = {"all-reduce": 2.0}

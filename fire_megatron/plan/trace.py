@@ -262,10 +262,7 @@ class Tracing(TorchDispatchMode):
         """Follow small values through an operator, by running it on them too."""
         outputs, mutates = [x for x in outputs if x.device.type == "meta"], func._schema.is_mutable
         unknown = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._schema.name
-        if unknown or any(x.numel() > _SMALL for x in outputs):
-            values = [None]
-        else:
-            values = [self._value(x) for x in inputs]
+        values = [None] if unknown or any(x.numel() > _SMALL for x in outputs) else [self._value(x) for x in inputs]
         if any(value is None for value in values):
             for x in outputs if mutates else ():
                 self._values.drop(x.untyped_storage())

@@ -1,0 +1,63 @@
+"""What a plan says of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fire_megatron.plan.trace import Trace
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """What a role holds from step to step on a rank, in bytes."""
+
+    parameters: int
+    """Number of parameters."""
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    heads: int = 0
+    """The teachers' output weights, for the exact divergence."""
+    fp8_copies: int = 0
+    """Of the weights, while the role computes: by rows and by columns where weights are not FP8 themselves."""
+    key: str = ""
+    """Equal for roles that share a model."""
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.heads
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a step on a rank."""
+
+    trace: Trace
+    """Of the whole phase; its peak is above what lasts, the key/value cache included."""
+    pieces: int
+    """Decode steps or micro-batches."""
+    rows: int = 0
+    """Of this rank's replica."""
+    kv_cache: int = 0
+    """Bytes of keys and values."""
+    loss: int = 0
+    """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
+    optimizer: Trace = field(default_factory=Trace)
+    """In an update, its part after the gradients have been reduced."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What a rank needs and does."""
+
+    rank: int
+    roles: Mapping[str, RoleMemory]
+    """By recipe path, those that the rank holds."""
+    phases: Mapping[str, Phase]
+    """``sampling``, ``scoring <teacher>``, ``exchange``, ``update``: those that the rank takes part in, in order."""
+    scratch: int
+    """Bytes of buffers that the first use leaves behind."""
+    groups: Mapping[tuple[int, ...], str]
+    """What groups of ranks are for, by their ranks."""

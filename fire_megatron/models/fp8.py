@@ -89,6 +89,14 @@ def check_fp8(shape: ModelShape, role: RoleConfig, *, tensor: int, spec: str) ->
             f"precision.fp8.recipe: {fp8.recipe!r} does not work on this machine ({reason}); take another recipe "
             "(tensorwise works on every GPU with FP8), or remove precision.fp8"
         )
+    check_fp8_sizes(shape, role, tensor=tensor)
+
+
+def check_fp8_sizes(shape: ModelShape, role: RoleConfig, *, tensor: int) -> None:
+    """What FP8 asks of the model's sizes, on any machine; see :func:`check_fp8`."""
+    fp8 = engine_fp8(role)
+    if fp8 is None:
+        return
     unit = fp8_utils.get_fp8_align_size(fp8.recipe)
     for name, size in _inner_sizes(shape, tensor):
         if size % unit:

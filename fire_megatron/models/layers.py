@@ -72,7 +72,9 @@ class KVCache:
         """Forget all rows but these ([n] int64 indices)."""
         self.rows = len(rows)
         self.lengths = self.lengths[rows]
-        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+        for layer in list(self._layers):  # one after the other, so that old and new are never all there
+            keys, values = self._layers.pop(layer)
+            self._layers[layer] = (keys[rows], values[rows])
 
     def _buffers(self, layer: int, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self._layers:

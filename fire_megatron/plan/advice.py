@@ -12,7 +12,7 @@ from fire_megatron.config.load import recipe_from_dict, recipe_to_dict
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe
-from fire_megatron.plan.plan import Job, Kind, Plan, like_ranks, local_recipe, plan_kind
+from fire_megatron.plan.plan import Job, Kind, Plan, check_sizes, like_ranks, local_recipe, plan_kind
 from fire_megatron.platform import Device
 from fire_megatron.train.inputs import check_roles
 
@@ -79,6 +79,7 @@ def _changed(job: Job, change: str) -> Job | None:
         recipe = recipe_from_dict(values)
         check_recipe(recipe, world_size=job.world_size, elsewhere=job.folders)  # the files have been checked
         check_roles(local_recipe(recipe), device=Device(job.kind), num_ranks=job.world_size, elsewhere=job.folders)
+        check_sizes(recipe, job.shapes)
     except UserError:
         return None
     return replace(job, recipe=recipe)
@@ -92,12 +93,10 @@ def _same_rank(job: Job, kind: Kind) -> Kind | None:
 def _candidates(recipe: Recipe, kind: Kind) -> Iterator[str]:
     """Changes that may help in the phase of the peak, the cheapest in speed first."""
     phase, held = kind.busiest, kind.plan.roles
-    for path in held:
-        at_work = phase == f"scoring {path.partition('.')[2]}" or (
-            path == "student" and not phase.startswith("scoring")
-        )
-        if not at_work and not roles(recipe)[path].offload:
-            yield f"{path}.offload=true"
+    working = kind.plan.roles[kind.plan.worker(phase)].key
+    idle = [path for path, memory in held.items() if memory.key != working and not roles(recipe)[path].offload]
+    if idle:
+        yield " ".join(f"{path}.offload=true" for path in idle)
     if phase == "sampling":
         rows = recipe.rollout.batch_size or kind.plan.phases[phase].rows
         for part in (2, 4, 8):
@@ -109,9 +108,12 @@ def _candidates(recipe: Recipe, kind: Kind) -> Iterator[str]:
         name = phase.partition(" ")[2]
         yield f"teachers.{name}.micro_batch_tokens={max(1, recipe.teachers[name].micro_batch_tokens // 2)}"
         layout = recipe.teachers[name].parallel
-        yield from (f"teachers.{name}.parallel.{key}={2 * getattr(layout, key)}" for key in ("tensor", "pipeline"))
+        yield from (
+            f"teachers.{name}.parallel.{key}={2 * getattr(layout, key)}" for key in ("expert", "tensor", "pipeline")
+        )
         return
     layout = recipe.student.parallel
+    yield f"student.parallel.expert={2 * layout.expert}"
     yield f"student.parallel.tensor={2 * layout.tensor}"
     yield f"student.parallel.pipeline={2 * layout.pipeline}"
     if phase == "update":

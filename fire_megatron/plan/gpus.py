@@ -16,6 +16,8 @@ class Gpu:
     """Dense."""
     fp8_tflops: float | None
     """Dense; None where there is no FP8."""
+    fp32_tflops: float
+    """Without TF32."""
     memory_gb_s: float
     nvlink_gb_s: float
     """In one direction."""
@@ -28,11 +30,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 39.4, 312, None, 1555, 300, 25),
-        Gpu("a100-80", 79.2, 312, None, 2039, 300, 25),
-        Gpu("h100", 79.1, 989, 1979, 3350, 450, 50),
-        Gpu("h200", 139.8, 989, 1979, 4800, 450, 50),
-        Gpu("b200", 178.3, 2250, 4500, 8000, 900, 50, mxfp8=True),
+        Gpu("a100-40", 39.4, 312, None, 19.5, 1555, 300, 25),
+        Gpu("a100-80", 79.2, 312, None, 19.5, 2039, 300, 25),
+        Gpu("h100", 79.1, 989, 1979, 67, 3350, 450, 50),
+        Gpu("h200", 139.8, 989, 1979, 67, 4800, 450, 50),
+        Gpu("b200", 178.3, 2250, 4500, 80, 8000, 900, 50, mxfp8=True),
     )
 }
 """By name. Sources: NVIDIA's data sheets of A100, H100, H200 and HGX B200 (SXM), DGX systems' network."""

@@ -14,6 +14,7 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.models.build import check_megatron_overrides
+from fire_megatron.models.fp8 import check_fp8_sizes
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.plan.gpus import FRAGMENTATION, RESERVED_GIB, Gpu
@@ -22,7 +23,7 @@ from fire_megatron.plan.records import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
 from fire_megatron.plan.workload import Workload
 from fire_megatron.platform import Device
-from fire_megatron.train.inputs import check, check_roles, role_layout
+from fire_megatron.train.inputs import check, check_roles, load_plugins, role_layout
 
 Say = Callable[[str], None]
 GIB = 2**30
@@ -118,9 +119,12 @@ def prepare(
     for path, role in roles(recipe).items():
         check_megatron_overrides(path, role.megatron)
         _check_gpu(path, role, gpu)
-    for name, value in (("prompt", prompt_tokens), ("response", response_tokens)):
-        if value is not None and value < 1:
-            raise RecipeError(f"--{name}-tokens: {value} is not a number of tokens; give at least 1")
+    load_plugins(recipe)
+    limits = {"prompt": ("data.max_prompt_tokens", prompt_tokens, recipe.data.max_prompt_tokens)}
+    limits["response"] = ("rollout.max_new_tokens", response_tokens, recipe.rollout.max_new_tokens)
+    for name, (key, value, most) in limits.items():
+        if value is not None and not 1 <= value <= most:
+            raise RecipeError(f"--{name}-tokens: {value} is not from 1 to {most}, which is {key}; change one of them")
     local = local_recipe(recipe)
     kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
     counts: dict[str, int] | None = None
@@ -133,9 +137,23 @@ def prepare(
         notes, counts = list(inputs.notes), {}
         for prompt in inputs.prompts:
             counts[prompt.label] = counts.get(prompt.label, 0) + 1
+    check_sizes(recipe, shapes)
     load = Workload.of(recipe, prompt_tokens=prompt_tokens, response_tokens=response_tokens, counts=counts)
     folders = {path: elsewhere.get(path, Path(role.checkpoint)) for path, role in roles(recipe).items()}
     return Job(recipe, shapes, folders, load, world_size, kind, gpu, gpus_per_node, tuple(notes))
+
+
+def check_sizes(recipe: Recipe, shapes: Mapping[str, ModelShape]) -> None:
+    """What FP8 asks of the models' sizes, which :func:`local_recipe` hides.
+
+    Raises:
+        RecipeError: a size that it cannot divide.
+    """
+    for path, role in roles(recipe).items():
+        try:
+            check_fp8_sizes(shapes[path], role, tensor=role.parallel.tensor)
+        except RecipeError as error:
+            raise RecipeError(f"{path}.{error}") from error
 
 
 def local_recipe(recipe: Recipe) -> Recipe:
@@ -185,7 +203,8 @@ def make_plan(job: Job, say: Say = lambda text: None) -> Plan:
         kinds.append(plan_kind(job, ranks))
     time = None
     if job.gpu is not None:
-        time = step_time(job.recipe, [kind.plan for kind in kinds], job.gpu, job.gpus_per_node)
+        plans, replicas = [kind.plan for kind in kinds], job.layouts["student"].row_replicas
+        time = step_time(job.recipe, job.workload, plans, job.gpu, job.gpus_per_node, row_replicas=replicas)
     return Plan(job, tuple(kinds), time)
 
 
@@ -215,21 +234,21 @@ def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
     """Bytes of each role that are on the device all through a phase; of roles that share a model, the first has it."""
     held: dict[str, int] = {}
     away = {memory.key for path, memory in plan.roles.items() if roles(recipe)[path].offload}
-    at_work = {"student" if not phase.startswith("scoring") else f"teachers.{phase.partition(' ')[2]}"}
-    working = {plan.roles[path].key for path in at_work if path in plan.roles}
+    working = {plan.roles[plan.worker(phase)].key}
     for path, memory in plan.roles.items():
         if memory.key not in away or memory.key in working:
             held[path] = memory.bytes
             working.discard(memory.key)
             away.add(memory.key)  # counted
+        elif memory.heads:  # which do not wait on the host
+            held[path] = memory.heads
     return held
 
 
 def _peak(recipe: Recipe, plan: RankPlan, phase: str) -> int:
     moving = plan.phases[phase].trace.peak
     if phase != "sampling":  # which computes in precision.dtype
-        worker = "student" if phase in ("exchange", "update") else f"teachers.{phase.partition(' ')[2]}"
-        moving += plan.roles[worker].fp8_copies
+        moving += plan.roles[plan.worker(phase)].fp8_copies
     return plan.scratch + sum(resident(recipe, plan, phase).values()) + int(moving * (1 + FRAGMENTATION))
 
 
@@ -286,7 +305,7 @@ def _kind_json(kind: Kind) -> dict[str, Any]:
             "collectives": [
                 {
                     "operation": c.operation,
-                    "group": kind.plan.groups.get(c.ranks, "other"),
+                    "group": kind.plan.group(name, c),
                     "ranks": len(c.ranks),
                     "bytes": trace.bytes[c],
                     "calls": calls,

@@ -148,13 +148,7 @@ class _Rank:
             phases["exchange"] = self._exchange()
             phases["update"] = self._update()
         memory = {path: self._memory(path) for path in self.models}  # after an update, which makes Adam's state
-        groups: dict[tuple[int, ...], str] = {}
-        for grid in self.grids.values():
-            for name in _GROUP_NAMES:
-                group = getattr(grid.pg, name)
-                if group is not None and group.size() > 1:
-                    groups.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), _GROUP_NAMES[name])
-            groups.setdefault(tuple(grid.layout.ranks), "all ranks of the role")
+        groups = {path: _group_names(grid) for path, grid in self.grids.items()}
         return RankPlan(self.rank, memory, phases, self.scratch, groups)
 
     def _memory(self, path: str) -> RoleMemory:
@@ -216,7 +210,9 @@ class _Rank:
             *((times, self._of_all_layers(model, first, partial(self._batch, n))) for n, times in batches)
         )
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
-        trace.peak += cache
+        layers = max(1, sum(isinstance(module, CoreAttention) for module in model.modules()))
+        trace.peak += cache + cache // layers // 2  # finished rows leave one layer's cache at a time, by a copy
+        trace.flops += self._later_keys(rows)
         return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache)
 
     def _batch(self, rows: int) -> Trace:
@@ -241,6 +237,13 @@ class _Rank:
         engine = MegatronEngine(self.models["student"], self.grids["student"], config, stop_ids=(), seed=0)
         prompts = self.load.prompts(rows)
         return self._traced(lambda: engine.generate(prompts, range(rows), step=0), self.models["student"], [])
+
+    def _later_keys(self, rows: int) -> int:
+        """Operations of decode steps on the keys that were not there yet in the first of them."""
+        model, steps = self.models["student"], self.load.response_tokens
+        layers = sum(isinstance(module, CoreAttention) for module in model.modules())
+        heads = model.config.num_attention_heads // self.grids["student"].layout.tensor
+        return 4 * layers * rows * heads * model.config.kv_channels * ((steps - 1) * (steps - 2) // 2)
 
     def _kv_cache(self, rows: int, length: int) -> int:
         model = self.models["student"]
@@ -361,18 +364,22 @@ class _Rank:
 _FEW_ROWS = 2
 """Rows of a batch that are really sampled; more of them are more of the same."""
 
-_GROUP_NAMES = {
-    "tp": "tensor",
-    "pp": "pipeline",
-    "cp": "context",
-    "ep": "expert",
-    "dp": "data",
-    "dp_cp": "data x context",
-    "tp_cp": "tensor x context",
-    "tp_ep": "tensor x expert",
-    "expt_dp": "data of experts",
-    "mp": "tensor x pipeline",
-    "tp_dp_cp": "tensor x data x context",
-    "tp_ep_pp": "tensor x expert x pipeline",
+_DIMENSIONS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "dp": "data"}
+_OTHER_GROUPS = {
+    "dp_cp": "data x context", "tp_cp": "tensor x context", "tp_ep": "tensor x expert", "expt_dp": "data of experts",
+    "mp": "tensor x pipeline", "tp_dp_cp": "tensor x data x context", "tp_ep_pp": "tensor x expert x pipeline",
     "embd": "first and last stage",
-}
+}  # fmt: skip
+
+
+def _group_names(grid: ModelGrid) -> dict[tuple[int, ...], str]:
+    """What a role's groups are for, by their ranks; ``data = expert`` where two dimensions have the same."""
+    names: dict[tuple[int, ...], str] = {}
+    for table in (_DIMENSIONS, _OTHER_GROUPS):
+        found: dict[tuple[int, ...], list[str]] = {}
+        for key, name in table.items():
+            group = getattr(grid.pg, key)
+            if group is not None and group.size() > 1:
+                found.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), []).append(name)
+        names = {ranks: " = ".join(found[ranks]) for ranks in found} | names
+    return {tuple(grid.layout.ranks): "all ranks of the role"} | names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fire_megatron.plan.trace import Trace
+from fire_megatron.plan.trace import Collective, Trace
 
 
 @dataclass(frozen=True)
@@ -59,5 +59,14 @@ class RankPlan:
     """``sampling``, ``scoring <teacher>``, ``exchange``, ``update``: those that the rank takes part in, in order."""
     scratch: int
     """Bytes of buffers that the first use leaves behind."""
-    groups: Mapping[tuple[int, ...], str]
-    """What groups of ranks are for, by their ranks."""
+    groups: Mapping[str, Mapping[tuple[int, ...], str]]
+    """By recipe path: what the role's groups of ranks are for, by their ranks."""
+
+    @staticmethod
+    def worker(phase: str) -> str:
+        """Recipe path of the role that a phase is of."""
+        return f"teachers.{phase.partition(' ')[2]}" if phase.startswith("scoring") else "student"
+
+    def group(self, phase: str, collective: Collective) -> str:
+        """What the group of a phase's collective is for."""
+        return self.groups[self.worker(phase)].get(collective.ranks, "other")

@@ -92,7 +92,7 @@ def _kind(plan: Plan, kind: Kind) -> list[str]:
             size = phase.trace.bytes[c]
             if not size or len(c.ranks) == 1:
                 continue
-            row = [f"{name}: {c.operation}", kind.plan.groups.get(c.ranks, "other"), str(len(c.ranks)), gib(size)]
+            row = [f"{name}: {c.operation}", kind.plan.group(name, c), str(len(c.ranks)), gib(size)]
             row.append(f"{calls:,}")
             if plan.job.gpu is not None:
                 row.append(f"{1e3 * seconds(c, size, calls, plan.job.gpu, plan.job.gpus_per_node):,.1f} ms")
@@ -131,7 +131,7 @@ def _time(plan: Plan) -> list[str]:
         ("  update", f"{time.update:.1f} s"),
     ]
     if time.bubble:
-        rows.append(("  of which the pipeline's bubble is", f"{time.bubble:.1%}"))
+        rows.append(("  of whose products the pipeline's bubble is", f"{time.bubble:.1%}"))
     students = [kind for kind in plan.kinds if "update" in kind.plan.phases]
     spent = max(communication(k.plan.phases["update"].trace, plan.job.gpu, plan.job.gpus_per_node) for k in students)
     rows.append(("  of which collectives", f"{spent:.1f} s"))

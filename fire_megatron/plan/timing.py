@@ -6,6 +6,7 @@ which nothing hides.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,9 @@ from fire_megatron.plan.gpus import (
 )
 from fire_megatron.plan.records import Phase, RankPlan
 from fire_megatron.plan.trace import Collective, Trace
+from fire_megatron.plan.workload import Workload
 
+_RINGS = ("all-reduce", "all-gather", "reduce-scatter")
 _PASSES = {"all-reduce": 2.0}
 """How often a ring sends a message around, less one part of n: NCCL's bus bandwidth."""
 
@@ -57,8 +60,11 @@ def seconds(collective: Collective, size: int, calls: int, gpu: Gpu, gpus_per_no
     ranks = collective.ranks
     if len(ranks) < 2:
         return 0.0
-    within = ranks[0] // gpus_per_node == ranks[-1] // gpus_per_node
-    link, place = (gpu.nvlink_gb_s, "node") if within else (gpu.network_gb_s, "network")
+    a_node = Counter(rank // gpus_per_node for rank in ranks)
+    place = "node" if len(a_node) == 1 else "network"
+    # A ring leaves a node by as many adapters as it has ranks there.
+    adapters = min(a_node.values()) if collective.operation in _RINGS else 1
+    link = gpu.nvlink_gb_s if place == "node" else min(gpu.nvlink_gb_s, adapters * gpu.network_gb_s)
     point_to_point = collective.operation in ("send", "receive", "broadcast")
     passes = 1.0 if point_to_point else _PASSES.get(collective.operation, 1.0) * (1 - 1 / len(ranks))
     if collective.operation == "receive":
@@ -66,73 +72,92 @@ def seconds(collective: Collective, size: int, calls: int, gpu: Gpu, gpus_per_no
     return size * passes / (link * 1e9 * BANDWIDTH) + calls * LATENCY_S[place]
 
 
-def _work(trace: Trace, role: RoleConfig, gpu: Gpu) -> float:
+def _work(trace: Trace, role: RoleConfig, gpu: Gpu, *, fp8: bool = True) -> float:
     """Seconds of arithmetic and launches."""
-    peak = gpu.bf16_tflops
-    if role.precision.dtype == "float32":
-        peak /= 8  # float32 on the matrix units goes by way of TF32 only where torch is told to
-    elif role.precision.fp8 is not None and gpu.fp8_tflops:
+    peak = gpu.fp32_tflops if role.precision.dtype == "float32" else gpu.bf16_tflops
+    if fp8 and role.precision.fp8 is not None and gpu.fp8_tflops:
         peak = gpu.fp8_tflops * 0.8  # attention and the output layer stay in bfloat16
     return max(trace.flops / (peak * 1e12 * PRODUCTS), trace.operators * LAUNCH_S)
 
 
-def _decode_traffic(plan: RankPlan, phase: Phase, recipe: Recipe, gpu: Gpu) -> float:
-    """Seconds to read the weights and, on average, half of the key/value cache in every decode step."""
-    return phase.pieces * (plan.roles["student"].weights + phase.kv_cache / 2) / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
+def _decode_traffic(plan: RankPlan, phase: Phase, recipe: Recipe, load: Workload, gpu: Gpu) -> float:
+    """Seconds to read, in every decode step, the weights and the keys and values that are there on average."""
+    filled = (load.prompt_tokens + load.response_tokens / 2) / (load.prompt_tokens + recipe.rollout.max_new_tokens)
+    read = plan.roles["student"].weights + phase.kv_cache * filled
+    return phase.pieces * read / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
 
 
-def step_time(recipe: Recipe, plans: Sequence[RankPlan], gpu: Gpu, gpus_per_node: int) -> StepTime:
+def step_time(
+    recipe: Recipe, load: Workload, plans: Sequence[RankPlan], gpu: Gpu, gpus_per_node: int, *, row_replicas: int
+) -> StepTime:
     """Of the slowest ranks.
 
     Args:
         recipe: what the ranks were planned for.
+        load: a step.
         plans: one of each kind of rank.
         gpu: which GPU.
         gpus_per_node: ranks of a node.
+        row_replicas: replicas of the student that sample rows of their own.
     """
-    stages = recipe.student.parallel.pipeline
     sampling = exchange = update = bubble = 0.0
     scoring: dict[str, float] = {}
-    apart: dict[str, bool] = {}
     for plan in plans:
         for name, phase in plan.phases.items():
             spent = communication(phase.trace, gpu, gpus_per_node)
             if name == "sampling":
-                # A token goes through all stages before the next one; a stage's time is this one's.
-                work = max(_work(phase.trace, recipe.student, gpu), _decode_traffic(plan, phase, recipe, gpu))
-                sampling = max(sampling, stages * work + spent)
+                sampling = max(sampling, _sampling(recipe, load, plan, phase, gpu, gpus_per_node))
             elif name == "exchange":
                 exchange = max(exchange, spent)
             elif name == "update":
-                waiting = (stages - 1) / (phase.pieces / recipe.optimizer.mini_batches + stages - 1)
-                memory = plan.roles["student"]
-                traffic = (2 * memory.optimizer + memory.gradients + memory.weights) / (
-                    gpu.memory_gb_s * 1e9 * BANDWIDTH
-                )
-                work = _work(phase.trace, recipe.student, gpu) / (1 - waiting)
-                update = max(update, work + spent + traffic * recipe.optimizer.mini_batches)
-                bubble = max(bubble, waiting)
+                seconds_here, waiting = _update(recipe, plan, phase, gpu)
+                update, bubble = max(update, seconds_here + spent), max(bubble, waiting)
             else:
                 teacher = name.partition(" ")[2]
                 role = recipe.teachers[teacher]
-                depth = role.parallel.pipeline
-                work = _work(phase.trace, role, gpu) * (1 + (depth - 1) / max(phase.pieces, 1))
-                moved = plan.roles[f"teachers.{teacher}"].weights / (HOST_GB_S * 1e9) if role.offload else 0.0
+                work = _work(phase.trace, role, gpu) * (1 + (role.parallel.pipeline - 1) / max(phase.pieces, 1))
+                moved = plan.roles[plan.worker(name)].weights / (HOST_GB_S * 1e9) if role.offload else 0.0
                 scoring[teacher] = max(scoring.get(teacher, 0.0), work + spent + moved)
-                apart[teacher] = apart.get(teacher, True) and "student" not in plan.roles
-    return StepTime(sampling, _exposed(recipe, sampling, scoring, apart), scoring, update, exchange, bubble)
+    exposed = max([0.0, *(_exposed(recipe, load, plan, sampling, scoring, row_replicas) for plan in plans)])
+    return StepTime(sampling, exposed, scoring, update, exchange, bubble)
 
 
-def _exposed(recipe: Recipe, sampling: float, scoring: Mapping[str, float], apart: Mapping[str, bool]) -> float:
-    """Teachers on the student's ranks score one after the other when sampling is done, those on others while it runs,
-    except for the last group of answers."""
-    groups = 4  # router: a quarter of the answers at a time, unless rollout.group_size says otherwise
+def _sampling(recipe: Recipe, load: Workload, plan: RankPlan, phase: Phase, gpu: Gpu, gpus_per_node: int) -> float:
+    """A token goes through all stages before the next one; what one stage takes, all of them take."""
+    stages = recipe.student.parallel.pipeline
+    work = max(_work(phase.trace, recipe.student, gpu, fp8=False), _decode_traffic(plan, phase, recipe, load, gpu))
+    return stages * (work + communication(phase.trace, gpu, gpus_per_node))
+
+
+def _update(recipe: Recipe, plan: RankPlan, phase: Phase, gpu: Gpu) -> tuple[float, float]:
+    """Seconds without collectives, and the part of its products that stages wait."""
+    stages, updates, memory = recipe.student.parallel.pipeline, recipe.optimizer.mini_batches, plan.roles["student"]
+    waiting = (stages - 1) / (phase.pieces / updates + stages - 1)
+    traffic = updates * (2 * memory.optimizer + memory.gradients + memory.weights)
+    work = _work(phase.trace, recipe.student, gpu) / (1 - waiting) + traffic / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
+    if recipe.student.offload:  # away while teachers score, and back
+        work += 2 * (memory.weights + memory.optimizer) / (HOST_GB_S * 1e9)
+    return work, waiting
+
+
+def _exposed(
+    recipe: Recipe,
+    load: Workload,
+    plan: RankPlan,
+    sampling: float,
+    scoring: Mapping[str, float],
+    row_replicas: int,
+) -> float:
+    """Scoring by a rank's teachers that sampling does not hide. They take turns: on the student's ranks when sampling
+    is done, elsewhere while it runs, except for the last group of answers (all of them, where weights come and go)."""
+    here = [name.partition(" ")[2] for name in plan.phases if name.startswith("scoring")]
+    time = sum(scoring[name] for name in here)
+    if "student" in plan.roles or any(recipe.teachers[name].offload for name in here):
+        return time
+    groups = 4  # router: a quarter of a replica's answers at a time, unless rollout.group_size says otherwise
     if recipe.rollout.group_size:
-        answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
-        groups = max(1, answers // recipe.rollout.group_size)
-    together = sum(time for name, time in scoring.items() if not apart[name])
-    alone = [max(time / groups, time - sampling * (1 - 1 / groups)) for name, time in scoring.items() if apart[name]]
-    return max([together, *alone])
+        groups = max(1, -(-load.rows // row_replicas) // recipe.rollout.group_size)
+    return max(time / groups, time - sampling * (1 - 1 / groups))
 
 
 def assumptions(gpu: Gpu, gpus_per_node: int) -> list[str]:

@@ -25,7 +25,7 @@ class Workload:
     kept: int
     """Answers that the filter leaves."""
     shares: Mapping[str, float]
-    """By teacher, its part of the rows; they add up to 1."""
+    """By teacher, the part of the rows that it scores; rows of several teachers count for each."""
 
     @property
     def row_tokens(self) -> int:
@@ -51,12 +51,11 @@ class Workload:
         """
         rows = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
         dropped = sum(h.options.get("percentile", 0.0) for h in recipe.loss.hooks if h.name == "filter")
-        names = {label: name for label, name in routes(recipe).items()}
-        totals = dict.fromkeys(recipe.teachers, 0.0 if counts else 1.0)
+        names, whole = routes(recipe), sum(counts.values()) if counts else len(recipe.teachers)
+        totals = dict.fromkeys(recipe.teachers, 0 if counts else 1)
         for label, count in (counts or {}).items():
-            for part in label.split("+"):
-                totals[names[part]] += count / len(label.split("+"))
-        whole = sum(totals.values())
+            for name in {names[part] for part in label.split("+")}:
+                totals[name] += count
         return cls(
             rows=rows,
             prompt_tokens=prompt_tokens or recipe.data.max_prompt_tokens,

@@ -42,13 +42,13 @@ def simulated_rank(rank: int, size: int, kind: str) -> Iterator[None]:
         size: ranks of the world.
         kind: ``cpu`` or ``cuda``, the device that the run is planned for.
     """
-    simulate(kind)
-    dist.init_process_group("cpu:fake,meta:fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        with _meta_kernels(kind):
-            yield
-    finally:
-        dist.destroy_process_group()
+    with simulate(kind):
+        dist.init_process_group("cpu:fake,meta:fake", rank=rank, world_size=size, store=FakeStore())
+        try:
+            with _meta_kernels(kind):
+                yield
+        finally:
+            dist.destroy_process_group()
 
 
 def _attention(

@@ -59,6 +59,11 @@ def target() -> torch.device:
     return _target
 
 
+def standing_in() -> tuple[str, str]:
+    """What :func:`install` was last told: device and kind."""
+    return _target.type, _kind
+
+
 def kind() -> str:
     """``cpu`` or ``cuda``: the kind of device that the meta device stands for."""
     return _kind

@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -175,14 +176,20 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
     return World(rank, size, local_rank, local_size, chosen)
 
 
-def simulate(kind: str) -> None:
-    """Have this process compute on tensors without memory, to plan a run, not to run it.
+@contextlib.contextmanager
+def simulate(kind: str) -> Iterator[None]:
+    """Within the context, this process computes on tensors without memory, to plan a run, not to run it.
 
     Args:
         kind: ``cpu`` or ``cuda``, the device that the run is planned for.
     """
     _quiet_third_parties()
+    device, before = cpu_seam.standing_in()
     cpu_seam.install("meta", kind=kind)
+    try:
+        yield
+    finally:
+        cpu_seam.install(device, kind=before)
 
 
 def watch(world: World, *, roles: str, timeout: float) -> Watch:

@@ -58,7 +58,12 @@ def rank_roles(recipe: Recipe, world: World) -> str:
     return " and ".join(held)
 
 
-def _load_plugins(recipe: Recipe) -> list[Hook]:
+def load_plugins(recipe: Recipe) -> list[Hook]:
+    """Import the user's modules and build the hooks.
+
+    Raises:
+        RecipeError: a module that cannot be imported, or a hook that does not exist or fit.
+    """
     for module in recipe.run.plugins:
         try:
             importlib.import_module(module)
@@ -219,7 +224,7 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     Raises:
         UserError: recipe, data, layout or checkpoint are not usable.
     """
-    hooks = _load_plugins(recipe)
+    hooks = load_plugins(recipe)
     shapes, inputs = check_roles(recipe, device=device, num_ranks=num_ranks), read_inputs(recipe)
     notes = _check_vocabularies(recipe, shapes, inputs.tokenizer)
     return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes))

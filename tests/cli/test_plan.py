@@ -33,6 +33,10 @@ CALLS = {
                   "student.parallel.tensor=4", "student.parallel.pipeline=4"],
     "few": ["--world-size", "4", "--json", *NINE],
     "whole": ["--whole", "--world-size", "4", "--json", *NINE],
+    "advised": ["--advised", "--world-size", "2", "--json", "--gpu", "h100", *MODELS, *BIG, "run.device=auto",
+                "optimizer.micro_batch_size=8", "rollout.prompts_per_step=16"],
+    "too long": ["--world-size", "4", "--response-tokens", "7"],
+    "hooks": ["--world-size", "4", "student.checkpoint=x/nine", "--models", "{made}", "run.plugins=[nowhere]"],
     "too big": ["--world-size", "2", "--json", "--gpu", "h100", *MODELS, *BIG, "run.device=auto",
                 "optimizer.micro_batch_size=8", "rollout.prompts_per_step=16"],
 }  # fmt: skip
@@ -47,7 +51,8 @@ def answers(tmp_path_factory):
     shape = json.loads((inputs / "student" / "config.json").read_text()) | {"num_hidden_layers": 9, "layer_types": None}
     (inputs / "nine" / "config.json").write_text(json.dumps(shape))
     calls = [[part.format(made=inputs) for part in call] for call in CALLS.values()]
-    calls = [[*call[: call[0] == "--whole"], str(recipe), *call[call[0] == "--whole" :]] for call in calls]
+    first = [call[0] in ("--whole", "--advised") for call in calls]
+    calls = [[*call[:n], str(recipe), *call[n:]] for call, n in zip(calls, first, strict=True)]
     done = subprocess.run(
         [sys.executable, plan_cli.__file__], input=json.dumps(calls), capture_output=True, text=True, timeout=600
     )
@@ -81,6 +86,8 @@ def test_text_says_what_it_rests_on(answers):
         ("gpu", ["h1000", "h100, h200"]),
         ("no ranks", ["--world-size 0"]),
         ("mxfp8", ["student.precision.fp8.recipe", "Blackwell"]),
+        ("too long", ["--response-tokens: 7", "rollout.max_new_tokens"]),
+        ("hooks", ["run.plugins", "nowhere"]),
         ("missing", ["student.checkpoint", "nowhere/Qwen3-4B does not exist"]),
     ],
 )
@@ -114,9 +121,10 @@ def test_a_few_layers_and_rows_tell_the_rest(answers):
 
 def test_what_does_not_fit_and_what_helps(answers):
     plan = json.loads(answers["too big"]["out"])
-    assert answers["too big"]["code"] == 1 and not plan["fits"]
+    assert answers["too big"]["code"] == 4 and not plan["fits"]
     assert plan["advice"], "something helps"
-    assert plan["advice"][-1]["after"] < plan["advice"][0]["before"]
+    assert plan["advice"][-1]["fits"]
+    assert answers["advised"]["code"] == 0, "the advice, taken"
 
 
 def test_the_command_is_installed_under_its_name():

@@ -1,0 +1,108 @@
+"""Seconds from bytes and operations, worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fire_megatron.config.schema import Recipe
+from fire_megatron.config.walk import build
+from fire_megatron.plan.gpus import BANDWIDTH, GPUS, HOST_GB_S, LATENCY_S, PRODUCTS
+from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
+from fire_megatron.plan.timing import seconds, step_time
+from fire_megatron.plan.trace import Collective, Trace
+from fire_megatron.plan.workload import Workload
+
+H100 = GPUS["h100"]
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("operation", "ranks", "expected"),
+    [
+        ("all-reduce", range(8), 2 * 7 / 8 / 450),
+        ("all-gather", range(8), 7 / 8 / 450),
+        ("all-reduce", range(16), 2 * 15 / 16 / 400),  # by the eight adapters of a node
+        ("all-gather", range(0, 64, 8), 7 / 8 / 50),  # by one
+        ("all-to-all", range(16), 15 / 16 / 50),
+        ("send", (7, 8), 1 / 50),
+        ("receive", (7, 8), 0.0),
+        ("all-reduce", (3,), 0.0),
+    ],
+)
+def test_collectives(operation, ranks, expected):
+    ranks = tuple(ranks)
+    latency = 0.0 if expected == 0 else LATENCY_S["node" if ranks[0] // 8 == ranks[-1] // 8 else "network"]
+    got = seconds(Collective(operation, ranks), GB, 1, H100, 8)
+    assert got == pytest.approx(expected / BANDWIDTH + latency)
+
+
+def recipe(**teachers) -> Recipe:
+    role = {"checkpoint": "x", "precision": {"dtype": "bf16"}}
+    return build(
+        Recipe,
+        {
+            "run": {"name": "n", "dir": "d", "steps": 1},
+            "student": role,
+            "teachers": {name: role | options for name, options in teachers.items()},
+            "data": {"train": [{"path": "p"}]},
+            "rollout": {"prompts_per_step": 8, "max_new_tokens": 8},
+        },
+    )
+
+
+def phase(time: float, pieces: int = 8) -> Phase:
+    """One whose products take so long."""
+    return Phase(Trace(flops=int(time * H100.bf16_tflops * 1e12 * PRODUCTS)), pieces=pieces)
+
+
+def rank(number: int, **phases: Phase) -> RankPlan:
+    named = {name.replace("_", " "): value for name, value in phases.items()}
+    paths = {RankPlan.worker(name) for name in named}
+    roles = {path: RoleMemory(1, 0, key=path) for path in paths}
+    return RankPlan(number, roles, named, 0, {path: {} for path in paths})
+
+
+def timed(config: Recipe, *plans: RankPlan):
+    return step_time(config, Workload.of(config), plans, H100, 8, row_replicas=1)
+
+
+def test_teachers_on_the_students_ranks_take_turns():
+    together = rank(0, sampling=phase(10), scoring_a=phase(3), scoring_b=phase(4), update=phase(5))
+    time = timed(recipe(a={}, b={}), together)
+    assert time.exposed == pytest.approx(7)
+    assert time.total == pytest.approx(22)
+
+
+def test_teachers_elsewhere_score_while_the_student_samples():
+    student = rank(0, sampling=phase(10), update=phase(5))
+    apart = timed(recipe(a={}, b={}), student, rank(1, scoring_a=phase(8)), rank(2, scoring_b=phase(4)))
+    assert apart.exposed == pytest.approx(2), "the last quarter of the slower"
+    together = timed(recipe(a={}, b={}), student, rank(1, scoring_a=phase(50), scoring_b=phase(50)))
+    assert together.exposed == pytest.approx(100 - 7.5)
+    away = timed(recipe(a={"offload": True}, b={}), student, rank(1, scoring_a=phase(8), scoring_b=phase(4)))
+    assert away.exposed == pytest.approx(12)
+
+
+def test_a_pipeline_waits():
+    config = recipe(a={})
+    config = replace(config, student=replace(config.student, parallel=replace(config.student.parallel, pipeline=4)))
+    time = timed(config, rank(0, sampling=phase(1), scoring_a=phase(0), update=phase(8, pieces=8)))
+    assert time.bubble == pytest.approx(3 / 11)
+    assert time.update == pytest.approx(11)
+    assert time.sampling == pytest.approx(4), "a token passes all stages"
+
+
+def test_weights_on_the_host_come_and_go():
+    config = recipe(a={})
+    config = replace(config, student=replace(config.student, offload=True))
+    plan = rank(0, sampling=phase(0), scoring_a=phase(0), update=phase(1))
+    plan.roles["student"] = RoleMemory(1, weights=int(HOST_GB_S * GB), optimizer=0, key="student")
+    extra = HOST_GB_S / H100.memory_gb_s / BANDWIDTH
+    assert timed(config, plan).update == pytest.approx(1 + 2 + extra)
+
+
+def test_rows_of_several_teachers_count_for_each():
+    shares = Workload.of(recipe(a={}, b={}), counts={"a": 1, "a+b": 3}).shares
+    assert shares == {"a": 1.0, "b": 0.75}

@@ -6,6 +6,7 @@ until a save gets through; and in forks that are killed from outside after a ran
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -33,7 +34,12 @@ def trainer(tmp_path_factory):
     """A student with an optimizer, ready to be saved."""
     folder = make_inputs(tmp_path_factory.mktemp("kill"), num_hidden_layers=1)
     recipe = recipe_from_dict(tiny_recipe(folder, folder / "run", checkpoint__keep=KEEP, run__threads=1))
-    yield Trainer(recipe, platform.start("cpu", threads=1))
+    made = Trainer(recipe, platform.start("cpu", threads=1))
+    # What earlier tests have left, process groups and their threads among it, cannot be freed in a fork.
+    gc.collect()
+    gc.freeze()
+    yield made
+    gc.unfreeze()
     platform.stop()
 
 

@@ -8,7 +8,7 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.loss import HookConfig, LossConfig
 from fire_megatron.config.schema import OptimizerConfig
 from fire_megatron.fire import hooks
-from fire_megatron.train.inputs import _load_plugins
+from fire_megatron.train.inputs import load_plugins
 
 
 class Whole:
@@ -34,7 +34,7 @@ def test_micro_batches_by_tokens_have_no_rows_to_take_statistics_over(kind, opti
         optimizer=OptimizerConfig(**optimizer),
     )
     if kind is Whole or "micro_batch_size" in optimizer:
-        assert isinstance(_load_plugins(recipe)[1], kind)
+        assert isinstance(load_plugins(recipe)[1], kind)
         return
     with pytest.raises(RecipeError, match=r"loss.hooks.1 \(mine\): its scope is 'microbatch', .* is 64; set micro_ba"):
-        _load_plugins(recipe)
+        load_plugins(recipe)

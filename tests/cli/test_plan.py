@@ -4,6 +4,7 @@ tests/distributed/test_plan.py."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,12 @@ def answers(tmp_path_factory):
     first = [call[0] in ("--whole", "--advised") for call in calls]
     calls = [[*call[:n], str(recipe), *call[n:]] for call, n in zip(calls, first, strict=True)]
     done = subprocess.run(
-        [sys.executable, plan_cli.__file__], input=json.dumps(calls), capture_output=True, text=True, timeout=600
+        [sys.executable, plan_cli.__file__],
+        input=json.dumps(calls),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not (inputs / "run").exists(), "a plan writes nothing"

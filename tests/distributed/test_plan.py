@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -55,7 +56,8 @@ def plans(world, tmp_path_factory):
             write_recipe(folder / f"{name}.yaml", tiny_recipe(inputs, folder / name, **common, **changes))
         command = [sys.executable, plan_ranks.__file__, "4", str(PROMPT), str(RESPONSE)]
         command += [str(folder / f"{name}.yaml") for name in CASES]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        environment = {**os.environ, "PYTHONPATH": str(Path(plan_ranks.__file__).parents[1])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         part = result.with_suffix(".part")
         part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
         part.rename(result)

@@ -119,7 +119,6 @@ def prepare(
     for path, role in roles(recipe).items():
         check_megatron_overrides(path, role.megatron)
         _check_gpu(path, role, gpu)
-    load_plugins(recipe)
     limits = {"prompt": ("data.max_prompt_tokens", prompt_tokens, recipe.data.max_prompt_tokens)}
     limits["response"] = ("rollout.max_new_tokens", response_tokens, recipe.rollout.max_new_tokens)
     for name, (key, value, most) in limits.items():
@@ -129,6 +128,7 @@ def prepare(
     kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
     counts: dict[str, int] | None = None
     if elsewhere:
+        load_plugins(recipe)
         shapes = check_roles(local, device=Device(kind), num_ranks=world_size, elsewhere=elsewhere)
         notes = [f"{path}.checkpoint: not on this machine; architecture of {at}" for path, at in elsewhere.items()]
         notes.append("not checked: weights, tokenizers, prompt files, whether run.dir can be written")
@@ -307,11 +307,10 @@ def _kind_json(kind: Kind) -> dict[str, Any]:
                     "operation": c.operation,
                     "group": kind.plan.group(name, c),
                     "ranks": len(c.ranks),
-                    "bytes": trace.bytes[c],
+                    "bytes": size,
                     "calls": calls,
                 }
-                for c, calls in trace.calls.items()
-                if trace.bytes[c] and len(c.ranks) > 1
+                for c, size, calls in trace.messages()
             ],
         }
     return {

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from fire_megatron.config.roles import roles
@@ -23,7 +24,6 @@ from fire_megatron.models.experts import ENGINE_ONLY
 from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.models.layers import CoreAttention
 from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
@@ -34,7 +34,7 @@ from fire_megatron.plan.world import SimulatedGrids, simulated_rank, stages_send
 from fire_megatron.platform import Device, compute_device
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.states import StateKind, split_columns
-from fire_megatron.teachers.teacher import Keep, Teacher
+from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.train.inputs import role_layout, used_vocabulary
 from fire_megatron.train.objective import MicroBatch
 from fire_megatron.train.student import Student
@@ -94,15 +94,15 @@ class _Rank:
         self.state_kind = StateKind.of(recipe.loss)
         self.models = {path: self._model(path) for path in self.grids}
         self.teachers = {
-            path.partition(".")[2]: Teacher(
-                path.partition(".")[2],
-                model,
+            name: Teacher(
+                name,
+                self.models[path],
                 self.grids[path],
-                micro_batch_tokens=recipe.teachers[path.partition(".")[2]].micro_batch_tokens,
+                micro_batch_tokens=config.micro_batch_tokens,
                 state_kind=self.state_kind,
             )
-            for path, model in self.models.items()
-            if path != "student"
+            for name, config in sorted(recipe.teachers.items())
+            if (path := f"teachers.{name}") in self.models
         }
         self.student = self._student() if "student" in self.models else None
 
@@ -210,8 +210,7 @@ class _Rank:
             *((times, self._of_all_layers(model, first, partial(self._batch, n))) for n, times in batches)
         )
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
-        layers = max(1, sum(isinstance(module, CoreAttention) for module in model.modules()))
-        trace.peak += cache + cache // layers // 2  # finished rows leave one layer's cache at a time, by a copy
+        trace.peak += cache + cache // self._layers() // 2  # finished rows leave one layer's cache at a time, by a copy
         trace.flops += self._later_keys(rows)
         return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache)
 
@@ -238,18 +237,22 @@ class _Rank:
         prompts = self.load.prompts(rows)
         return self._traced(lambda: engine.generate(prompts, range(rows), step=0), self.models["student"], [])
 
+    def _layers(self) -> int:
+        """Of the student's stage, or of the part of it that is being run; a stage has at least one."""
+        return len(self.models["student"].decoder.layers)
+
     def _later_keys(self, rows: int) -> int:
         """Operations of decode steps on the keys that were not there yet in the first of them."""
         model, steps = self.models["student"], self.load.response_tokens
-        layers = sum(isinstance(module, CoreAttention) for module in model.modules())
         heads = model.config.num_attention_heads // self.grids["student"].layout.tensor
-        return 4 * layers * rows * heads * model.config.kv_channels * ((steps - 1) * (steps - 2) // 2)
+        return 4 * self._layers() * rows * heads * model.config.kv_channels * ((steps - 1) * (steps - 2) // 2)
 
     def _kv_cache(self, rows: int, length: int) -> int:
         model = self.models["student"]
-        layers = sum(isinstance(module, CoreAttention) for module in model.modules())
         groups = model.config.num_query_groups // self.grids["student"].layout.tensor
-        return 2 * layers * rows * groups * length * model.config.kv_channels * model.config.params_dtype.itemsize
+        return (
+            2 * self._layers() * rows * groups * length * model.config.kv_channels * model.config.params_dtype.itemsize
+        )
 
     def _scoring(self, name: str, teacher: Teacher) -> Phase:
         grid, tokens = teacher.grid, self.load.row_tokens
@@ -313,7 +316,6 @@ class _Rank:
             pieces.count * parts,
             rows=rows,
             loss=self._loss(student, min(size, rows)),
-            optimizer=Trace.total((parts, applied)),
         )
 
     @staticmethod
@@ -353,10 +355,11 @@ class _Rank:
             return None
         grid, states = self.grids["student"], {}
         for name, config in self.recipe.teachers.items():
-            hidden = self.state_kind.name == "hidden"
-            width = self.shapes[f"teachers.{name}"].hidden if hidden else 2 * self.state_kind.k + 1
-            dtype = DTYPES[config.precision.dtype] if hidden else torch.int32
-            whole = torch.empty(self.load.response_tokens, width, dtype=dtype, device="meta")
+            hidden, dtype = self.shapes[f"teachers.{name}"].hidden, DTYPES[config.precision.dtype]
+            used = used_vocabulary(self.shapes)
+            info = TeacherInfo(name, role_layout(config, dist.get_world_size()), hidden, dtype, used, self.state_kind)
+            shape = (self.load.response_tokens, info.state_width)
+            whole = torch.empty(shape, dtype=info.state_dtype, device=compute_device())
             states[name] = split_columns(whole, grid.layout.tensor)[grid.tp_rank]
         return states
 
@@ -380,6 +383,6 @@ def _group_names(grid: ModelGrid) -> dict[tuple[int, ...], str]:
         for key, name in table.items():
             group = getattr(grid.pg, key)
             if group is not None and group.size() > 1:
-                found.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), []).append(name)
+                found.setdefault(tuple(dist.get_process_group_ranks(group)), []).append(name)
         names = {ranks: " = ".join(found[ranks]) for ranks in found} | names
     return {tuple(grid.layout.ranks): "all ranks of the role"} | names

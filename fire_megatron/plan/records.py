@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fire_megatron.plan.trace import Collective, Trace
 
@@ -44,8 +44,6 @@ class Phase:
     """Bytes of keys and values."""
     loss: int = 0
     """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
-    optimizer: Trace = field(default_factory=Trace)
-    """In an update, its part after the gradients have been reduced."""
 
 
 @dataclass(frozen=True)

@@ -82,16 +82,13 @@ def _kind(plan: Plan, kind: Kind) -> list[str]:
                 gib(phase.loss),
                 gib(kind.peaks[name]),
                 f"{phase.trace.flops / 1e12:,.1f}",
-                gib(sum(phase.trace.bytes[c] for c in phase.trace.calls if len(c.ranks) > 1)),
+                gib(sum(size for _, size, _ in phase.trace.messages())),
             )
         )
     lines += ["", *_table(rows)]
     rows = []
     for name, phase in kind.plan.phases.items():
-        for c, calls in phase.trace.calls.items():
-            size = phase.trace.bytes[c]
-            if not size or len(c.ranks) == 1:
-                continue
+        for c, size, calls in phase.trace.messages():
             row = [f"{name}: {c.operation}", kind.plan.group(name, c), str(len(c.ranks)), gib(size)]
             row.append(f"{calls:,}")
             if plan.job.gpu is not None:

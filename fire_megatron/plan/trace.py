@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,6 +74,12 @@ class Trace:
     """Bytes of tensors made since the beginning that are still held."""
     peak: int = 0
     """Most of them at a time."""
+
+    def messages(self) -> Iterator[tuple[Collective, int, int]]:
+        """Collective, bytes and calls, of those that send something to another rank."""
+        for collective, calls in self.calls.items():
+            if self.bytes[collective] and len(collective.ranks) > 1:
+                yield collective, self.bytes[collective], calls
 
     @classmethod
     def total(cls, *terms: tuple[int, Trace]) -> Trace:

@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 from models import VOCABULARY, save_megatron
 
+from fire_megatron.checkpoint.saving import Saver
+from fire_megatron.checkpoint.steps import step_folder
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.train.student import Student
 
 ROWS = 9
 ROUTE = {"math": "math", "code": "code"}
@@ -53,3 +57,10 @@ def rollouts_of(mine: Sequence[int], mixed: bool = False) -> Rollouts:
         truncated=tuple(False for _ in mine),
         weight_version=0,
     )
+
+
+def save_state(student: Student, grid: ModelGrid, *, source: Path, checkpoints: Path, step: int = 1) -> Path:
+    """Save a student's state as a step of a run; returns the step's folder. Collective over the grid."""
+    saver = Saver(checkpoints, source=source, keep=1, grid=grid)
+    saver.save(step, student.model, student.optimizer, rng={}, extra={})
+    return step_folder(checkpoints, step)

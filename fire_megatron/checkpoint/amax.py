@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter
+from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.models.fp8 import fp8_context, shares_amax
 from fire_megatron.models.fp8_emulation import Scales
 from fire_megatron.models.gpt import FireGPT
@@ -65,17 +65,11 @@ def _read_emulated(reader: ShardReader, model: FireGPT) -> None:
     scales.load(found)
 
 
-def write_amax(writer: ShardWriter, model: FireGPT) -> None:
-    """Write a stage's scales and histories. To be called on one rank of each stage.
-
-    Raises:
-        OSError: the file system refuses.
-    """
-    for name, tensor in _emulated(model):
-        writer.write(name, tensor, offset=(0,) * tensor.dim(), global_shape=tensor.shape)
+def amax_tensors(model: FireGPT) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the checkpoint, float32 tensor) of a stage's scales and histories; one of its ranks writes them."""
+    yield from _emulated(model)
     for key, module in _linear_layers(model):
-        for name, tensor in _tensors(key, module):
-            writer.write(name, tensor, offset=(0,) * tensor.dim(), global_shape=tensor.shape)
+        yield from _tensors(key, module)
 
 
 def read_amax(reader: ShardReader, model: FireGPT) -> None:

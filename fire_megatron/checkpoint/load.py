@@ -16,8 +16,9 @@ from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.parallel.collectives import raise_on_any
+from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.platform import tick
 
 
 def check_tensors(reader: ShardReader, shards: Sequence[Shard], prefix: str = "") -> None:
@@ -47,16 +48,14 @@ def open_checkpoint(folder: str | Path, shards: Sequence[Shard], *, grid: ModelG
     Raises:
         CheckpointError: on every rank, if any rank finds it incomplete, cut short or unfit for the model.
     """
-    problem, reader = None, None
-    try:
+
+    def look() -> ShardReader:
         reader = ShardReader(require_checkpoint(folder) / WEIGHTS)
         reader.check_files()
         check_tensors(reader, shards)
-    except CheckpointError as error:
-        problem = str(error)
-    raise_on_any(problem, CheckpointError, group=grid.span)
-    assert reader is not None
-    return reader
+        return reader
+
+    return on_all_ranks(look, group=grid.span)
 
 
 def read_parameter(
@@ -99,14 +98,14 @@ def load_weights(model: FireGPT, folder: str | Path, *, grid: ModelGrid) -> None
     """
     shards = model_shards(model, grid=grid)
     reader = open_checkpoint(folder, shards, grid=grid)
-    problem = None
-    try:
+
+    def read() -> None:
         with torch.no_grad():
             for parameter, parts in by_parameter(shards):
+                tick()
                 read_parameter(reader, parameter, parts)
-    except CheckpointError as error:
-        problem = str(error)
-    raise_on_any(problem, CheckpointError, group=grid.span)
+
+    on_all_ranks(read, group=grid.span)
 
 
 def load_output_rows(weight: torch.Tensor, folder: str | Path, shape: ModelShape, *, first_row: int) -> None:

@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from fire_megatron.config.errors import CheckpointError
+from fire_megatron.checkpoint.checksums import Checksums, Counting, of_file
+from fire_megatron.config.errors import DamagedCheckpoint
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -52,6 +53,8 @@ class Entry:
     file: str
     position: int
     length: int
+    checksum: int | None = None
+    """Of its bytes; None where it is not known."""
 
 
 class ShardWriter:
@@ -78,11 +81,12 @@ class ShardWriter:
             data = data.clone()  # torch.save stores the whole storage that a view looks at
         stream = self._open()
         position = stream.tell()
-        _save(data, stream)
+        counted = Counting(stream)
+        _save(data, counted)
         self._entries.append(
             Entry(
                 key, tuple(global_shape), data.dtype, tuple(offset), tuple(data.shape),
-                Path(stream.name).name, position, stream.tell() - position,
+                Path(stream.name).name, position, stream.tell() - position, counted.checksum,
             )
         )  # fmt: skip
 
@@ -116,7 +120,7 @@ class ShardWriter:
         return self._entries
 
 
-def _save(value: Any, target: Path | BinaryIO) -> None:
+def _save(value: Any, target: Path | Counting) -> None:
     """``torch.save`` whose zip writer's RuntimeError, such as of a full disk, is the OSError that it was.
 
     Raises:
@@ -128,7 +132,7 @@ def _save(value: Any, target: Path | BinaryIO) -> None:
         raise OSError(f"{getattr(target, 'name', target)}: {error.__context__ or error}") from error
 
 
-def write_metadata(folder: Path, entries: Iterable[Entry], *, common: dict[str, Any]) -> None:
+def write_metadata(folder: Path, entries: Sequence[Entry], *, common: dict[str, Any]) -> None:
     """Complete a folder of ``*.distcp`` files.
 
     Args:
@@ -159,6 +163,11 @@ def write_metadata(folder: Path, entries: Iterable[Entry], *, common: dict[str, 
     (folder / "metadata.json").write_text(json.dumps(settings), encoding="utf-8")
     with (folder / METADATA).open("wb") as stream:
         pickle.dump(Metadata(tensors, storage_data=storage, version="1.0.0"), stream)
+    chunks: dict[str, dict[str, int]] = defaultdict(dict)
+    for entry in entries:
+        if entry.checksum is not None:
+            chunks[entry.file][str(entry.position)] = entry.checksum
+    Checksums(chunks, {name: of_file(folder / name) for name in (METADATA, COMMON)}).save(folder)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -200,14 +209,18 @@ class ShardReader:
             CheckpointError: it is missing, damaged, or names anything but tensors' places.
         """
         self.folder = folder
+        self._checksums = Checksums.read(folder)
         try:
+            self._checksums.check_file(folder / METADATA)
             with (folder / METADATA).open("rb") as stream:
                 metadata = _MetadataUnpickler(stream).load()
             self.tensors = _stored_tensors(metadata)
         except FileNotFoundError:
-            raise CheckpointError(f"{folder}: has no {METADATA}; the checkpoint is incomplete") from None
+            raise DamagedCheckpoint(f"{folder}: has no {METADATA}; the checkpoint is incomplete") from None
+        except DamagedCheckpoint:
+            raise
         except Exception as error:  # a damaged pickle raises almost anything
-            raise CheckpointError(f"{folder / METADATA}: cannot be read ({type(error).__name__}: {error})") from error
+            raise DamagedCheckpoint(f"{folder / METADATA}: cannot be read ({type(error).__name__}: {error})") from error
 
     def check_files(self) -> None:
         """Compare the files' sizes with the metadata.
@@ -228,7 +241,9 @@ class ShardReader:
             elif size < end:
                 problems.append(f"{path} is cut short: {size} bytes of {end}")
         if problems:
-            raise CheckpointError(f"{self.folder}: damaged checkpoint: " + "; ".join(problems[:8]) + "; copy it again")
+            raise DamagedCheckpoint(
+                f"{self.folder}: damaged checkpoint: " + "; ".join(problems[:8]) + "; copy it again"
+            )
 
     def read_into(self, target: torch.Tensor, key: str, *, offset: Sequence[int]) -> None:
         """Fill ``target`` with the part of a tensor that starts at ``offset``, cast to the target's dtype.
@@ -241,7 +256,7 @@ class ShardReader:
             offset: position of the target in the tensor.
 
         Raises:
-            CheckpointError: a chunk cannot be read.
+            DamagedCheckpoint: a chunk cannot be read, or is not what was written.
         """
         stored = self.tensors[key]
         if any(o + n > s for o, n, s in zip(offset, target.shape, stored.shape, strict=True)):
@@ -266,13 +281,18 @@ class ShardReader:
     def _chunk(self, entry: Entry) -> torch.Tensor:
         path = self.folder / entry.file
         try:
+            self._checksums.check_chunk(path, entry.position, entry.length)
             with path.open("rb") as stream:
                 view = _create_file_view(stream, entry.position, entry.length)
                 chunk = torch.load(view, map_location="cpu", weights_only=True)
+        except DamagedCheckpoint:
+            raise
         except Exception as error:  # zip, pickle and file errors alike mean a damaged file
-            raise CheckpointError(f"{path}: {entry.key} cannot be read ({error}); copy the checkpoint again") from error
+            raise DamagedCheckpoint(
+                f"{path}: {entry.key} cannot be read ({error}); copy the checkpoint again"
+            ) from error
         if not isinstance(chunk, torch.Tensor) or tuple(chunk.shape) != entry.sizes or chunk.dtype != entry.dtype:
-            raise CheckpointError(f"{path}: {entry.key} is not what {METADATA} says; copy the checkpoint again")
+            raise DamagedCheckpoint(f"{path}: {entry.key} is not what {METADATA} says; copy the checkpoint again")
         return chunk
 
 
@@ -305,9 +325,12 @@ def read_common(folder: Path) -> dict[str, Any]:
     """The values stored beside the tensors.
 
     Raises:
-        CheckpointError: ``common.pt`` is missing or damaged.
+        DamagedCheckpoint: ``common.pt`` is missing or damaged.
     """
     try:
+        Checksums.read(folder).check_file(folder / COMMON)
         return torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+    except DamagedCheckpoint:
+        raise
     except Exception as error:  # zip, pickle and file errors alike
-        raise CheckpointError(f"{folder / COMMON}: cannot be read ({error})") from error
+        raise DamagedCheckpoint(f"{folder / COMMON}: cannot be read ({error})") from error

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_megatron.config.checks import check_recipe
@@ -51,6 +52,7 @@ def _train(recipe: Recipe, world: World) -> int:
     from fire_megatron.platform import launch
     from fire_megatron.platform.watch import EXIT_CODE, FAREWELL_IN_FAILURE
     from fire_megatron.train.inputs import rank_roles
+    from fire_megatron.train.status import note_failure
     from fire_megatron.train.trainer import Trainer
 
     held = rank_roles(recipe, world)
@@ -60,6 +62,8 @@ def _train(recipe: Recipe, world: World) -> int:
         watch.close()
         return 0
     except UserError as error:
+        if world.is_main:
+            note_failure(Path(recipe.run.dir), error)
         if error.everywhere or world.size == 1:
             watch.close()
             raise

@@ -11,6 +11,8 @@ class UserError(ValueError):
 
     everywhere = False
     """Whether every rank raises the same, so that one of them is enough to tell it."""
+    passing = False
+    """Whether the same may go well when it is tried again."""
 
 
 class RecipeError(UserError):
@@ -23,6 +25,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, cut short, or not what the recipe says."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written: cut short, or other bytes. An earlier one may serve."""
 
 
 class TrainingError(UserError):

@@ -34,11 +34,15 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA when there is a GPU."""
     collective_timeout: Positive = 600.0
-    """Seconds that a rank may wait for others before the run ends with an error that names them. Also the loading of
-    the largest model must fit in, since roles with less to load wait for it."""
+    """Seconds that a rank may wait for others, or show no progress, before the run ends with an error that names it and
+    says where each rank is. Also the loading of the largest model must fit in, since roles with less to load wait for
+    it."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """`auto` continues from the newest checkpoint of the run when there is one, `must` fails when there is none,
+    """`auto` continues from the newest whole checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""
+    max_restarts: Count = 3
+    """Automatic restarts (by torchrun, `--max-restarts`, or of a job that Slurm has put back in the queue) in a row
+    without a new checkpoint, after which the run refuses to be restarted. A start by hand counts from 0."""
     threads: Threads = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: tuple[Text, ...] = ()
@@ -221,6 +225,21 @@ class RolloutConfig(Section):
 
 
 @dataclass(frozen=True)
+class GuardConfig(Section):
+    """Updates that are skipped, so that they spoil neither weights nor optimizer state."""
+
+    max_skipped: Count = 3
+    """Updates skipped in a row after which the run ends with an error; 0 ends it at the first. An update whose loss or
+    gradient is not finite is always skipped, and nothing is saved until one has been made again."""
+    spike_factor: NonNegative = 0.0
+    """Skip an update whose loss or gradient norm (before clipping) is above the median of the last `spike_window`
+    updates by more than so many times their spread (1.4826 median absolute deviations, one standard deviation of a
+    normal distribution); 0 never does. 10 is a jump by any standard."""
+    spike_window: Size = 64
+    """Updates that are looked back on; nothing is a spike before 16 of them, or as many as this if it is fewer."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
@@ -250,6 +269,8 @@ class OptimizerConfig(Section):
     """Optimizer updates made from each step's answers."""
     distributed: bool = True
     """Whether data-parallel replicas share the optimizer's state between them."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Updates that are skipped."""
 
     def _problems(self) -> Iterator[Problem]:
         if self.min_lr > self.lr:
@@ -274,6 +295,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; older ones are deleted."""
     final: bool = True
     """Whether to save after the last step."""
+    async_save: bool = False
+    """Whether to write while the training goes on: each rank first copies its share of weights and optimizer state to
+    host memory, which takes as much of that. A step counts as saved when all of it is on the disk."""
 
 
 @dataclass(frozen=True)

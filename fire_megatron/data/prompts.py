@@ -15,6 +15,7 @@ from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
+from fire_megatron.platform import tick
 
 _EXAMPLES = 5
 """Wrong rows named one by one before the rest is counted."""
@@ -204,6 +205,7 @@ def read_prompts(
         for number, (where, row) in enumerate(read_rows(Path(source.path))):
             if source.limit and number >= source.limit:
                 break
+            tick()
             try:
                 if isinstance(row, DataError):
                     raise row

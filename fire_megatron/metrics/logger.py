@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,14 +30,17 @@ def set_aside(run_dir: str | Path) -> list[Path]:
     Raises:
         RecipeError: the folder cannot be written.
     """
-    try:
+    with writing_to(run_dir):
         return _set_aside(Path(run_dir))
+
+
+@contextlib.contextmanager
+def writing_to(run_dir: str | Path) -> Iterator[None]:
+    """Turn what the file system refuses into a RecipeError about ``run.dir``."""
+    try:
+        yield
     except OSError as error:
-        raise _not_writable(run_dir, error) from error
-
-
-def _not_writable(run_dir: str | Path, error: OSError) -> RecipeError:
-    return RecipeError(f"run.dir: {run_dir} cannot be written ({error}); choose another folder")
+        raise RecipeError(f"run.dir: {run_dir} cannot be written ({error}); choose another folder") from error
 
 
 def _set_aside(folder: Path) -> list[Path]:
@@ -92,14 +96,15 @@ class MetricsLogger:
             return
         folder = Path(run_dir)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if config.jsonl:
-                self._metrics = JsonlFile(folder / METRICS_FILE, last_step=start_step)
-            if config.samples:
-                self._samples = JsonlFile(folder / SAMPLES_FILE, last_step=start_step)
-        except OSError as error:
+            with writing_to(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                if config.jsonl:
+                    self._metrics = JsonlFile(folder / METRICS_FILE, last_step=start_step)
+                if config.samples:
+                    self._samples = JsonlFile(folder / SAMPLES_FILE, last_step=start_step)
+        except RecipeError:
             self.close()
-            raise _not_writable(folder, error) from error
+            raise
         if config.console:
             self._console = open_console(total_steps=total_steps, start_step=max(start_step, 0))
         if config.tensorboard:

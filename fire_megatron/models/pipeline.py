@@ -16,7 +16,7 @@ from fire_megatron.models.fp8 import release_quantized_weights, shares_amax, tok
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import compute_device, tick
 
 LastStage = Callable[[torch.Tensor, Pack], Any]
 """(final hidden states [N, H], pack) -> result; in training a triple (loss, token count, report)."""
@@ -27,6 +27,7 @@ def _finish(last_stage: LastStage, pack: Pack, output: torch.Tensor, non_loss_da
 
 
 def _forward_step(last_stage: LastStage, packs: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    tick()
     pack = next(packs)
     trains_experts = model.training and get_model_config(model).num_moe_experts
     output = model(

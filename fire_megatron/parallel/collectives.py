@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -132,18 +132,30 @@ def world_narrowed_to(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def raise_on_any(problem: str | None, error: type[UserError], *, group: dist.ProcessGroup) -> None:
-    """Raise ``error`` on every rank of ``group`` when any rank has a problem, so that none waits for another.
+    """Raise on every rank of ``group`` when any rank has a problem, so that none waits for another.
 
     Args:
         problem: this rank's message, or None.
-        error: exception type to raise.
+        error: exception type of this rank's problem; the first one's is raised.
         group: the ranks that must agree.
     """
-    problems = [p for p in dict.fromkeys(all_gather_objects(problem, group=group)) if p]
-    if problems:
-        raised = error("\n".join(problems))
+    told = [pair for pair in all_gather_objects((problem, error), group=group) if pair[0]]
+    if told:
+        raised = told[0][1]("\n".join(dict.fromkeys(text for text, _ in told)))
         raised.everywhere = True
         raise raised
+
+
+def on_all_ranks(action: Callable[..., T], *args: object, group: dist.ProcessGroup, **kwargs: object) -> T:
+    """Run something that may find a user's mistake and that communicates with nobody; if any rank of ``group`` does,
+    every rank raises."""
+    problem, result = None, None
+    try:
+        result = action(*args, **kwargs)
+    except UserError as error:
+        problem = error
+    raise_on_any(str(problem) if problem else None, type(problem) if problem else UserError, group=group)
+    return result  # type: ignore[return-value]
 
 
 def all_gather_rows(

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.random import (
 )
 
 from fire_megatron.config.errors import LayoutError
+from fire_megatron.platform import launch
 
 IDLE = datetime.timedelta(days=30)
 """A role without work waits for ever: platform/watch.py tells when there is nobody left to wait for."""
@@ -183,11 +184,11 @@ class GridFactory:
     """Makes one ModelGrid a layout: roles with the same layout share their process groups."""
 
     def __init__(self, *, timeout: float) -> None:
-        """Args: timeout: seconds before a stalled collective of any of the groups ends the run."""
-        self._timeout = datetime.timedelta(seconds=timeout)
+        """Args: timeout: seconds that a collective of any of the groups may take."""
+        self._timeout = launch.collective_patience(timeout)
         self._grids: dict[Layout, ModelGrid] = {}
         self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
-        self._cpu_groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._cpu_groups: dict[tuple[object, ...], dist.ProcessGroup | None] = {}
 
     def grid(self, layout: Layout) -> ModelGrid:
         """The grid of this layout. Collective: every rank of the world calls it in the same order."""
@@ -195,14 +196,15 @@ class GridFactory:
             self._grids[layout] = self._build(layout)
         return self._grids[layout]
 
-    def cpu_group(self, ranks: Iterable[int]) -> dist.ProcessGroup | None:
+    def cpu_group(self, ranks: Iterable[int], *, purpose: str = "") -> dist.ProcessGroup | None:
         """gloo over these ranks, for messages that may be waited for as long as another role works; None on other
-        ranks. Collective: every rank of the world calls it in the same order."""
-        key = tuple(sorted(set(ranks)))
+        ranks. One for each purpose. Collective: every rank of the world calls it in the same order."""
+        members = sorted(set(ranks))
+        key = (purpose, *members)
         if key not in self._cpu_groups:
             # Who cannot connect is to hear of it soon; only what is sent later may be waited for.
-            group = dist.new_group(list(key), backend="gloo", timeout=self._timeout)
-            member = dist.get_rank() in key
+            group = dist.new_group(members, backend="gloo", timeout=self._timeout)
+            member = dist.get_rank() in members
             if member:
                 dist.distributed_c10d._set_pg_timeout(IDLE, group)
             self._cpu_groups[key] = group if member else None

@@ -7,6 +7,7 @@ from fire_megatron.platform.device import (
     compute_device,
     device_kind,
     gpu_identity,
+    host_copy,
     peak_memory_mb,
     reset_peak_memory,
     select_device,
@@ -15,7 +16,7 @@ from fire_megatron.platform.device import (
 from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
-from fire_megatron.platform.watch import Watch
+from fire_megatron.platform.watch import Watch, tick
 
 __all__ = [
     "Capability",
@@ -30,6 +31,7 @@ __all__ = [
     "device_kind",
     "get_rng_state",
     "gpu_identity",
+    "host_copy",
     "peak_memory_mb",
     "reset_peak_memory",
     "seed_everything",
@@ -39,4 +41,5 @@ __all__ = [
     "start",
     "stop",
     "synchronize",
+    "tick",
 ]

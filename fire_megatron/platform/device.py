@@ -123,6 +123,11 @@ def device_kind(device: torch.device) -> str:
     return cpu_seam.kind() if device.type == "meta" else device.type
 
 
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in (pageable) host memory, which shares nothing with the tensor."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
 def synchronize(device: Device) -> None:
     """Wait for the device, so that a clock read afterwards covers the work issued before."""
     if device.is_cuda:

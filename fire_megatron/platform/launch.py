@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import enum
 import logging
 import os
 import warnings
@@ -63,6 +64,21 @@ def launched_rank() -> int:
     return _variable("RANK", "SLURM_PROCID", default=0)
 
 
+class Restart(enum.Enum):
+    """How this process came to be started."""
+
+    NO = "by hand"
+    LAUNCHER = "by torchrun, after processes of this launch have failed"
+    SCHEDULER = "by Slurm, which had put the job back in the queue"
+
+
+def restart() -> Restart:
+    """What launcher and scheduler say of this start."""
+    if _variable("TORCHELASTIC_RESTART_COUNT", default=0):
+        return Restart.LAUNCHER
+    return Restart.SCHEDULER if _variable("SLURM_RESTART_COUNT", default=0) else Restart.NO
+
+
 def _meeting_point(timeout: float) -> dist.Store:
     """The key-value store that the launcher announces, or one in memory for a single plain process."""
     global _store
@@ -79,6 +95,12 @@ def _meeting_point(timeout: float) -> dist.Store:
                 "MASTER_ADDR and MASTER_PORT to the first node under srun"
             ) from error
     return _store
+
+
+def collective_patience(timeout: float) -> datetime.timedelta:
+    """How long a collective itself waits where ``run.collective_timeout`` is so many seconds. Longer, since the watch,
+    which can tell where everybody is, shall be the first to speak."""
+    return datetime.timedelta(seconds=1.25 * timeout)
 
 
 def raise_on_any_rank(problem: str | None, *, timeout: float = 600.0) -> None:
@@ -171,7 +193,7 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
         _keep_freed_memory()
         cpu_seam.install()
     if not dist.is_initialized():
-        store, patience = _meeting_point(timeout), datetime.timedelta(seconds=timeout)
+        store, patience = _meeting_point(timeout), collective_patience(timeout)
         dist.init_process_group(chosen.backend, store=store, rank=rank, world_size=size, timeout=patience)
     return World(rank, size, local_rank, local_size, chosen)
 

@@ -3,6 +3,10 @@
 A rank that waits for another cannot tell a slow one from a dead one, and its own collective may be far from its timeout
 or have none (teachers wait for work as long as the student samples). So each process counts up a number in the store
 from a thread of its own; rank 0 looks at all of them, the others at rank 0 and at the verdict that anyone may post.
+
+A process that lives may still hang: in a collective whose other side does something else, a kernel, a file system.
+Whoever does work that may take long calls :func:`tick` between its pieces; a process without a tick for as long as a
+collective may take has stalled, and the run ends with what each rank was at.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -26,10 +34,19 @@ _BEAT, _VERDICT = "fire/beat", "fire/verdict"
 FAREWELL_IN_FAILURE = 5.0
 """Seconds that rank 0 gives the others to hear why the run ends."""
 _DONE = -1
-SAVING = "saving"
-"""What a rank says that it is at while it writes a checkpoint."""
+_STALL = "no progress"
+"""How the verdict on a run that hangs begins."""
 _HURRIED = 8.0
 """Seconds without a sign of life that are enough once the launcher has begun to stop the processes."""
+_PACKAGE = str(Path(__file__).parents[1])
+_active: Watch | None = None
+"""Of this process, once it shows signs of life."""
+
+
+def tick() -> None:
+    """Say that this process gets on with what it is doing. Cheap; a no-op in a process without a watch."""
+    if _active is not None:
+        _active.ticked()
 
 
 class Watch:
@@ -41,7 +58,9 @@ class Watch:
         self._store, self._rank, self._size = store.clone(), rank, size
         self._roles, self._timeout = roles, timeout
         self._interval = min(1.0, timeout / 20)
-        self._doing, self._since = "starting", time.monotonic()
+        self._main = threading.main_thread().ident
+        self._saving = False
+        self.doing("starting")
         self._count = 0
         self._told = False
         self._seen: dict[int, tuple[int, float]] = {}
@@ -53,6 +72,8 @@ class Watch:
 
     def start(self) -> Watch:
         """Begin to show signs of life, and to look for those of the others once all of them have begun."""
+        global _active
+        _active = self
         if self._size > 1:
             # A handler written in Python runs when the main thread comes back from C++, which it may not: it may be in
             # a collective with the very rank that has died.
@@ -73,6 +94,8 @@ class Watch:
         Args:
             farewell: seconds that rank 0 gives the others to leave.
         """
+        global _active
+        _active = None
         self._end.set()
         if not self._thread.is_alive():
             return
@@ -90,15 +113,29 @@ class Watch:
                     return
                 time.sleep(0.05)
 
-    def doing(self, what: str) -> None:
-        """Say what this process is at, for the message of somebody who waits for it in vain."""
-        self._doing, self._since = what, time.monotonic()
+    def doing(self, what: str, *, patient: bool = False) -> None:
+        """Say what this process is at, for the message of somebody who waits for it in vain.
+
+        Args:
+            what: a few words.
+            patient: it waits for other roles, which may take as long as they get on.
+        """
+        self._doing, self._patient = what, patient
+        self._since = self._last_tick = time.monotonic()
+
+    def ticked(self) -> None:
+        """See :func:`tick`."""
+        self._last_tick = time.monotonic()
 
     @contextlib.contextmanager
     def unbroken(self) -> Iterator[None]:
-        """Let this process finish something, such as a checkpoint, before it leaves on account of another."""
+        """Let this process finish saving something before it leaves on account of another. On any thread."""
         with self._busy:
-            yield
+            self._saving = True
+            try:
+                yield
+            finally:
+                self._saving = False
 
     def fail(self, text: str) -> bool:
         """Tell all others why the run ends; the first to do so is heard. Returns whether this one was."""
@@ -107,15 +144,19 @@ class Watch:
         return False
 
     def describe(self, ranks: Sequence[int]) -> str:
-        """What some ranks said last that they were doing: ``rank 3 (teachers.math): scoring for 61 s``."""
-        parts = []
+        """What some ranks said last that they were doing, alike ones together: ``ranks 3, 5 (teachers.math): scoring
+        for 61 s, in parallel/mail.py:74 _wait``."""
+        alike: dict[str, list[int]] = defaultdict(list)
         for rank in ranks:
             try:
                 beat = json.loads(self._store.get(f"{_BEAT}/{rank}"))
-                parts.append(f"rank {rank} ({beat['roles']}): {beat['doing']} for {beat['seconds']:.0f} s")
+                at = f", in {beat['at']}" if beat["at"] else ""
+                alike[f" ({beat['roles']}): {beat['doing']} for {beat['seconds']:.0f} s{at}"].append(rank)
             except (RuntimeError, ValueError):
-                parts.append(f"rank {rank}: nothing is known of it")
-        return ", ".join(parts)
+                alike[": nothing is known of it"].append(rank)
+        return "; ".join(
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}{what}" for what, ranks in alike.items()
+        )
 
     def missing(self) -> list[int]:
         """Ranks that have shown no sign of life over the last seconds. Takes a few of them."""
@@ -151,7 +192,17 @@ class Watch:
         self._write(self._doing, self._count)
 
     def _write(self, doing: str, count: int) -> None:
-        beat = {"count": count, "roles": self._roles, "doing": doing, "seconds": time.monotonic() - self._since}
+        now = time.monotonic()
+        beat = {
+            "count": count,
+            "roles": self._roles,
+            "doing": doing,
+            "seconds": now - self._since,
+            "still": now - self._last_tick,
+            "patient": self._patient,
+            "saving": self._saving,
+            "at": _place(sys._current_frames().get(self._main)),
+        }
         self._store.set(f"{_BEAT}/{self._rank}", json.dumps(beat))
 
     def _beats(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -162,12 +213,16 @@ class Watch:
         return dict(zip(ranks, map(json.loads, self._store.multi_get(keys)), strict=True))
 
     def _judge(self) -> str | None:
-        """A verdict, when one of the ranks that this one watches has been silent for too long."""
+        """A verdict, when one of the ranks that this one watches has been silent, or has not got on, for too long."""
+        beats = self._beats(range(self._size) if self._rank == 0 else range(1))
+        return self._judge_silence(beats) or (self._judge_stall(beats) if self._rank == 0 else None)
+
+    def _judge_silence(self, beats: dict[int, dict[str, Any]]) -> str | None:
         now = time.monotonic()
-        for rank, beat in self._beats(range(self._size) if self._rank == 0 else range(1)).items():
+        for rank, beat in beats.items():
             count = beat["count"]
             # What is being saved is worth waiting for, also when a launcher that preempts the run has signalled.
-            hurried = self._hurried and beat["doing"] != SAVING
+            hurried = self._hurried and not beat["saving"]
             patience = min(_HURRIED, self._timeout / 2) if hurried else self._timeout / 2
             last, when = self._seen.get(rank, (None, now))
             self._seen[rank] = (count, when if count == last else now)
@@ -181,10 +236,40 @@ class Watch:
                 return text
         return None
 
+    def _judge_stall(self, beats: dict[int, dict[str, Any]]) -> str | None:
+        at_work = {rank: beat for rank, beat in beats.items() if beat["count"] != _DONE}
+        # Who waits for others waits in vain only when there is nobody left who works.
+        candidates = {rank: beat for rank, beat in at_work.items() if not beat["patient"]} or at_work
+        stalled = [rank for rank, beat in candidates.items() if beat["still"] > self._timeout and not beat["saving"]]
+        if not stalled:
+            return None
+        others = [rank for rank in at_work if rank not in stalled]
+        text = (
+            f"{_STALL} for {max(beats[rank]['still'] for rank in stalled):.0f} s, more than run.collective_timeout "
+            f"({self._timeout:g} s), so the run ends. Stalled: {self.describe(stalled)}"
+            + (f". Others: {self.describe(others)}" if others else "")
+            + ". Run again to continue from the last checkpoint; if this was no hang, raise run.collective_timeout"
+        )
+        self._told = self.fail(text)
+        return text
+
     def _leave(self, verdict: str) -> None:
+        stack = sys._current_frames().get(self._main)
+        if verdict.startswith(_STALL) and stack is not None:
+            print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(stack))}", file=sys.stderr, flush=True)
         self._busy.acquire(timeout=self._timeout / 2)
         if self._rank == 0 or self._told:  # one that knows is enough, and rank 0's is the log that people read
             print(f"error: {verdict}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         self._take_leave(FAREWELL_IN_FAILURE)
         os._exit(EXIT_CODE)
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where in this package a thread is: ``parallel/mail.py:74 _wait``; empty outside of it."""
+    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    path = Path(frame.f_code.co_filename).relative_to(_PACKAGE)
+    return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -23,7 +23,7 @@ from fire_megatron.models.layers import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.collectives import broadcast_flat, largest
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import compute_device, tick
 from fire_megatron.rollout.sampler import Sampled, sample, uniforms
 
 Progress = Callable[[int], None]
@@ -211,6 +211,7 @@ class MegatronEngine:
 
     def _stage(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: object) -> torch.Tensor | None:
         """One pass through the whole pipeline: receive, compute, send. Logits on the last stage, else None."""
+        tick()
         if not self.grid.is_first_stage:
             shape = (token_ids.shape[1], token_ids.shape[0], self.model.config.hidden_size)
             hidden = torch.empty(shape, dtype=self.model.config.params_dtype, device=token_ids.device)

@@ -32,7 +32,7 @@ class TeacherPool:
         *,
         student_grid: ModelGrid,
         factory: GridFactory,
-        doing: Callable[[str], None] = lambda what: None,
+        doing: Callable[..., None] = lambda what, patient=False: None,
     ) -> None:
         """Collective over the world.
 
@@ -41,7 +41,7 @@ class TeacherPool:
             teachers: this rank's parts, by name.
             student_grid: the student's, also on ranks that hold none of it.
             factory: makes the groups for messages.
-            doing: is told what this rank does.
+            doing: is told what this rank does, and whether it waits for another role (:meth:`Watch.doing`).
         """
         self.infos, self.teachers = dict(sorted(infos.items())), dict(teachers)
         self.student: Layout = student_grid.layout
@@ -98,7 +98,7 @@ class TeacherPool:
         """
         if name not in self.teachers:
             return
-        self.doing(f"waiting for answers to score as {name}")
+        self.doing(f"waiting for answers to score as {name}", patient=True)
         parts = self._requests(name)
         rows = Rows.merged(parts)
         if not rows.ids:

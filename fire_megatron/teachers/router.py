@@ -104,11 +104,13 @@ class TeacherRouter:
         names = [name for name in self.pool.infos if self.pool.door(name) == door]
         ranks = sorted({rank for name in names for rank in self.pool.infos[name].layout.ranks})
         doing = self.watch.describe(ranks) if self.watch else f"it is on ranks {ranks}"
-        return TrainingError(
+        error = TrainingError(
             f"{' and '.join(f'teachers.{name}' for name in names)} did not answer within run.collective_timeout "
             f"({self.timeout:g} s), so the run ends: {doing}; run again to continue from the last checkpoint, with a "
             "longer run.collective_timeout if it was only slow"
         )
+        error.passing = True
+        return error
 
     def announce(self, **order: object) -> None:
         """Tell the ranks that hold teachers and none of the student what to do."""
@@ -251,7 +253,7 @@ class Session:
         return torch.cat([torch.zeros(0), *answers])
 
     def _receive(self, name: str, deadline: float) -> torch.Tensor:
-        self.pool.doing(f"waiting for the scores of {name}")
+        self.pool.doing(f"waiting for the scores of {name}", patient=True)
         left = max(0.1, deadline - time.monotonic())
         try:
             return self.pool.mail.receive(source=self.pool.door(name), tag=self.pool.tag(name), timeout=left)

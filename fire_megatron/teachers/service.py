@@ -32,7 +32,7 @@ def serve_student(
     """
     while True:
         idle()
-        pool.doing("waiting for the student")
+        pool.doing("waiting for the student", patient=True)
         order: dict[str, Any] = control.wait(idle)
         match order["do"]:
             case "sample":

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the phase, save, leave."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (which schedulers send before a time limit): finish the phase, save, leave."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def install(self) -> StopRequest:
-        """Catch SIGINT and SIGTERM. A second Ctrl-C interrupts at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Catch SIGINT, SIGTERM and SIGUSR1. A second Ctrl-C interrupts at once."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

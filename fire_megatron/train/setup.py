@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
@@ -23,7 +24,7 @@ from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import DTYPES, build_model, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.parallel.collectives import raise_on_any
+from fire_megatron.parallel.collectives import on_all_ranks, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Device, Offload, Watch, World, launch, reset_peak_memory
@@ -53,6 +54,7 @@ class StudentRun:
     hooks: list[Hook]
     order: PromptOrder
     held_out: HeldOut | None
+    saver: Saver
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,9 @@ class Run:
     """None on ranks that hold none of it."""
 
 
-def on_all_ranks(action: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Run something that may find a user's mistake; if any rank does, every rank raises."""
-    problem, result = None, None
-    try:
-        result = action(*args, **kwargs)
-    except UserError as error:
-        problem = error
-    raise_on_any(str(problem) if problem else None, type(problem) if problem else UserError, group=dist.group.WORLD)
-    return result  # type: ignore[return-value]
+def everywhere(action: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """:func:`on_all_ranks` over all ranks of the run."""
+    return on_all_ranks(action, *args, group=dist.group.WORLD, **kwargs)
 
 
 def _loaded(
@@ -146,7 +142,7 @@ def _load_models(
         if offload:
             offload.leave()
         by_key[keys[path]] = _Loaded(model, offload)
-    on_all_ranks(_reraise, problem)
+    everywhere(_reraise, problem)
     return {path: by_key[keys[path]] for path in roles(recipe) if keys[path] in by_key}
 
 
@@ -222,6 +218,11 @@ def _pool(
     return TeacherPool(infos, teachers, student_grid=grids["student"], factory=factory, doing=watch.doing)
 
 
+def checkpoint_folder(recipe: Recipe) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(recipe.checkpoint.dir or Path(recipe.run.dir) / "checkpoints")
+
+
 def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     """Build a run. Collective: every rank of the world calls it alike, and all of them raise if one does.
 
@@ -229,23 +230,32 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
         UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
     """
     factory = GridFactory(timeout=recipe.run.collective_timeout)
-    hooks, shapes, inputs = on_all_ranks(check, recipe, device=world.device, num_ranks=world.size)
+    hooks, shapes, inputs = everywhere(check, recipe, device=world.device, num_ranks=world.size)
     for note in inputs.notes:
         say(note)
     grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
     grid = grids["student"]
     keys = model_keys(recipe, grids, world.device)
     loaded = _load_models(recipe, shapes, grids, keys, world, say)
-    heads = on_all_ranks(_heads, recipe, shapes, loaded)
+    heads = everywhere(_heads, recipe, shapes, loaded)
     pool = _pool(recipe, shapes, grids, keys, loaded, factory, watch)
     control = (
         Control(launch.store(), speaks=world.rank == grid.layout.first_rank)
         if grid.layout.num_ranks < world.size
         else None
     )
+    saving = factory.cpu_group(grid.layout.ranks, purpose="saving") if recipe.checkpoint.async_save else None
     student = None
     if grid.is_member:
-        student = _student_run(recipe, grid, inputs, hooks, loaded["student"].model, heads, pool, control, watch)
+        saver = Saver(
+            checkpoint_folder(recipe),
+            source=Path(recipe.student.checkpoint),
+            keep=recipe.checkpoint.keep,
+            grid=grid,
+            background=saving,
+            holding=watch.unbroken,
+        )
+        student = _student_run(recipe, grid, inputs, hooks, loaded["student"].model, heads, pool, control, watch, saver)
     reset_peak_memory(world.device)
     return Run(grid, inputs, pool, control, student)
 
@@ -260,6 +270,7 @@ def _student_run(
     pool: TeacherPool,
     control: Control | None,
     watch: Watch,
+    saver: Saver,
 ) -> StudentRun:
     student = Student(
         model, grid, loss=recipe.loss, optimizer=recipe.optimizer, precision=recipe.student.precision, heads=heads
@@ -281,7 +292,7 @@ def _student_run(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )
     held_out = _held_out(recipe, inputs, model, router, grid)
-    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out)
+    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, saver)
 
 
 def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], loaded: Mapping[str, _Loaded]) -> dict[str, OutputLayer]:

@@ -5,11 +5,11 @@ Shapes: N response tokens of a micro-batch, H hidden size, R_i response tokens o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.utils import get_model_config
 
@@ -34,7 +34,7 @@ from fire_megatron.train.objective import MicroBatch, Objective
 
 def build_optimizer(
     model: DistributedDataParallel, config: OptimizerConfig, precision: PrecisionConfig, *, grid: ModelGrid
-) -> MegatronOptimizer:
+) -> ChainedOptimizer:
     """megatron-core's AdamW over this rank's parameters; biases and norms are not decayed."""
     dtype = DTYPES[precision.dtype]
     settings = MegatronOptimizerConfig(
@@ -207,7 +207,26 @@ class Student:
         local = sum(len(response) for response in rows.rollouts.responses)
         return global_token_count(local, reducer=reducer, device=compute_device())
 
-    def update(self) -> dict[str, Value]:
-        """Apply the accumulated gradients; returns ``grad_norm`` and whether the update was skipped."""
-        succeeded, norm, _ = self.optimizer.step()
-        return {"grad_norm": Last(float(norm or 0.0)), "update_skipped": Last(float(not succeeded))}
+    def update(self, skip: Callable[[float], bool] = lambda norm: False) -> dict[str, Value]:
+        """Apply the accumulated gradients; returns ``grad_norm``.
+
+        Args:
+            skip: is told the norm of the whole gradient before clipping, and whether to leave weights and optimizer as
+                they are. The same on every rank.
+        """
+        optimizer = self.optimizer
+        measure, apply, norm = optimizer.get_grad_norm, optimizer.step_with_ready_grads, 0.0
+
+        def measured() -> float:
+            nonlocal norm
+            norm = float(measure() or 0.0)
+            return norm
+
+        # Between measuring and applying, megatron-core's step() asks nobody.
+        optimizer.get_grad_norm = measured
+        optimizer.step_with_ready_grads = lambda: not skip(norm) and apply()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.get_grad_norm, optimizer.step_with_ready_grads
+        return {"grad_norm": Last(norm)}

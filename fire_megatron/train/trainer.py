@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-
-from fire_megatron.checkpoint.training import find_latest, load_training_state, save_training_state
-from fire_megatron.config.errors import CheckpointError, RecipeError, TrainingError, UserError
+from fire_megatron.config.errors import TrainingError, UserError
 from fire_megatron.config.load import load_recipe, save_recipe
 from fire_megatron.config.schema import Recipe
-from fire_megatron.data.prompts import fingerprint
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
-from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, MetricsLogger, set_aside
+from fire_megatron.metrics.logger import RECIPE_FILE, MetricsLogger, set_aside, writing_to
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
-from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import (
     Watch,
     World,
     capability_report,
-    get_rng_state,
     launch,
     peak_memory_mb,
     seed_everything,
-    set_rng_state,
     synchronize,
 )
-from fire_megatron.platform.watch import SAVING
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.transfer import Transfer
+from fire_megatron.train.checkpoints import Checkpoints
 from fire_megatron.train.gpus import RunGpus
+from fire_megatron.train.guard import NONFINITE, UpdateGuard, whole_loss
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, sample_lines, select
-from fire_megatron.train.setup import Run, StudentRun, on_all_ranks, prepare
+from fire_megatron.train.setup import Run, StudentRun, everywhere, prepare
+from fire_megatron.train.status import RunStatus, begin, write_status
 
 
 class _Stopped(Exception):
@@ -68,16 +61,16 @@ class Trainer:
         timeout = recipe.run.collective_timeout
         self.watch = watch or launch.watch(world, roles=rank_roles(recipe, world), timeout=timeout)
         self.folder = Path(recipe.run.dir)
-        self.checkpoints = Path(recipe.checkpoint.dir or self.folder / "checkpoints")
-        latest = on_all_ranks(self._resume_point)
+        self.checkpoints = everywhere(Checkpoints, recipe, world, self._say)
+        self.status = everywhere(self._begin)
         seed_everything(recipe.run.seed, device=world.device)
         self.prepared: Run = prepare(recipe, world, self.watch, self._say)
+        self.guard = UpdateGuard(recipe.optimizer.guard)
         self.step = 0
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
-        if latest is not None:
-            on_all_ranks(self._resume, latest)
-        self.logger = on_all_ranks(self._open_run_folder, resumed=latest is not None)
+        resumed = everywhere(self._resume)
+        self.logger = everywhere(self._open_run_folder, resumed=resumed)
         self.gpus = RunGpus(world.device, recipe.metrics, self.prepared.control)
         self.stop = StopRequest()
         self._clock: dict[str, float] = {}
@@ -94,23 +87,23 @@ class Trainer:
 
     # ---- run folder -------------------------------------------------------------------------------------------
 
-    def _resume_point(self) -> Path | None:
-        """The checkpoint to continue from, by ``run.resume``. Collective."""
-        # The first rank decides: views of a shared folder may differ for a moment. The others then look for that step.
-        seen = find_latest(self.checkpoints) if self.world.is_main else None
-        latest, mode = all_gather_objects(seen, group=dist.group.WORLD)[0], self.recipe.run.resume
-        if mode == "must" and latest is None:
-            raise RecipeError(f"run.resume is 'must' but {self.checkpoints} holds no complete checkpoint; use 'auto'")
-        if mode == "never" and (latest is not None or (self.folder / METRICS_FILE).exists()):
-            raise RecipeError(
-                f"run.resume is 'never' but {self.folder} already holds a run; choose another run.dir or use 'auto'"
-            )
-        if latest is not None and not latest.is_dir():
-            raise CheckpointError(
-                f"{latest}: rank 0 sees it and rank {self.world.rank} does not; checkpoint.dir must be one folder "
-                "for all ranks"
-            )
-        return latest
+    def _begin(self) -> RunStatus | None:
+        """Note that the run is under way, unless it has been restarted often enough; only the main rank writes."""
+        if not self.world.is_main:
+            return None
+        saved, most = self.checkpoints.newest(), self.recipe.run.max_restarts
+        status = begin(self.folder, saved=saved, restart=launch.restart(), max_restarts=most)
+        if status.restarts:
+            self._say(f"restart {status.restarts} of {most} without a new checkpoint")
+        with writing_to(self.folder):
+            write_status(self.folder, status)
+        return status
+
+    def _note(self, **changes: object) -> None:
+        """Bring ``status.json`` up to date."""
+        if self.status is not None:
+            self.status = replace(self.status, **{"step": self.step, **changes})
+            write_status(self.folder, self.status)
 
     def _open_run_folder(self, *, resumed: bool) -> MetricsLogger:
         """Save the resolved recipe and open the metrics; only the main rank writes."""
@@ -133,65 +126,33 @@ class Trainer:
             return
         save_recipe(self.recipe, self.folder / f"recipe_from_{self.step:06d}.yaml" if first.exists() else first)
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self) -> bool:
+        """Whether there was something to continue from."""
         if self.prepared.student is None:
-            return  # teachers do not change
-        run = self.run
-        try:
-            state = load_training_state(checkpoint, run.student.model, run.student.optimizer, grid=run.grid)
-        except CheckpointError as error:  # every rank's
-            error.args = (f"{error}\ndelete {checkpoint} to continue from the step saved before it",)
-            raise
-        self._require_same_order(checkpoint, state.extra["order"])
-        set_rng_state(state.rng, device=self.world.device)
-        self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
-        self._say(f"resumed from {checkpoint} after step {self.step}")
-
-    @cached_property
-    def _order(self) -> dict[str, Any]:
-        """What fixes the prompts of every step, by recipe key; hashes every prompt, so once a run."""
-        recipe = self.recipe
-        return {
-            "data.train": fingerprint(self.run.inputs.prompts),
-            "data.shuffle": recipe.data.shuffle,
-            "rollout.prompts_per_step": recipe.rollout.prompts_per_step,
-            "run.seed": recipe.run.seed,
-        }
-
-    def _require_same_order(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        now = self._order
-        for key in (key for key in now if now[key] != saved[key]):
-            was = "other prompts" if key == "data.train" else f"{saved[key]!r}, and is now {now[key]!r}"
-            raise RecipeError(
-                f"{key}: {checkpoint} was trained with {was}, so the steps to come would repeat or skip prompts; "
-                "restore it, or start a new run.dir from the exported student"
-            )
+            return bool(self.checkpoints.found)  # teachers do not change
+        state = self.checkpoints.resume(self.run)
+        if state is not None:
+            self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
+            self.guard.load(state.extra.get("guard", {}))
+        return state is not None
 
     def save(self) -> None:
-        """Write a checkpoint of the last completed step. Collective."""
-        run = self.run
-        self.watch.doing(SAVING)
-        with self.watch.unbroken():
-            save_training_state(
-                self.checkpoints,
-                self.step,
-                run.student.model,
-                run.student.optimizer,
-                rng=get_rng_state(device=self.world.device),
-                extra={"order": self._order, "first_eval": self.first_eval},
-                source=Path(self.recipe.student.checkpoint),
-                keep=self.recipe.checkpoint.keep,
-                grid=run.grid,
-            )
-        self._saved = self.step
-        self.logger.message(f"saved checkpoint of step {self.step} to {self.checkpoints}")
+        """Save the last completed step, or begin to. Collective over the student's ranks."""
+        self.watch.doing("saving")
+        with self._timed("save"):
+            self.checkpoints.save(self.run, self.step, {"first_eval": self.first_eval, "guard": self.guard.state()})
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        for step, seconds in self.run.saver.finished():
+            self.logger.message(f"saved checkpoint of step {step} to {self.checkpoints.folder} in {seconds:.1f} s")
+            self._note(saved=step)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
         """Run to the end, or until asked to stop. Returns whether the recipe's last step is done."""
         self._say(capability_report(self.world.device))
-        self._saved = self.step
         # Given back only at an end in good order: a launcher that sees one rank fail signals the others, which shall
         # live long enough to say which it was.
         self.stop.install()
@@ -214,25 +175,45 @@ class Trainer:
 
     def _train(self) -> bool:
         """The loop."""
-        evaluation = self.recipe.evaluation
+        every, final = self.recipe.checkpoint.every, self.recipe.checkpoint.final
+        done = False
         try:
-            if self.step == 0 and self.run.held_out and evaluation.at_start:
+            if self.step == 0 and self.run.held_out and self.recipe.evaluation.at_start:
                 self.first_eval = self._evaluate()
                 self.logger.log(0, self.first_eval)
             while self.step < self.recipe.run.steps:
                 self._check_stop()
                 self._one_step()
-                if self.recipe.checkpoint.every and self.step % self.recipe.checkpoint.every == 0:
-                    self.save()
-            if self.recipe.checkpoint.final and self._saved != self.step:
-                self.save()
+                if every and self.step // every > self.checkpoints.saved // every:
+                    self._save_if_sound()
+            done = True
         except _Stopped:
-            if self._saved != self.step:
-                self.save()
-            self.logger.message(f"stopped by {self.stop.signal_name} after step {self.step}; run again to continue")
-            return False
-        self._print_table()
-        return True
+            pass
+        finally:
+            self._finish_saving()
+        if (final or not done) and self.checkpoints.saved != self.step:
+            self._save_if_sound()
+            self._finish_saving()
+        if done and self.guard.ruined:
+            self._give_up()
+        self._note(state="done" if done else "stopped")
+        if done:
+            self._print_table()
+        else:
+            name = self.stop.signal_name
+            self.logger.message(f"stopped by {name} after step {self.step}; run again to continue")
+        return done
+
+    def _save_if_sound(self) -> None:
+        """What may be ruined waits for an update that shows that it is not."""
+        if not self.guard.ruined:
+            self.save()
+
+    def _finish_saving(self) -> None:
+        """Wait for what is being written, also when the run is about to end with an error."""
+        self.watch.doing("saving")
+        self.run.saver.wait()
+        self._tell_saved()
 
     def _serve(self) -> bool:
         """On ranks that hold teachers only."""
@@ -268,24 +249,24 @@ class Trainer:
         if self.run.held_out and (due or (last and evaluation.at_end)):
             self.last_eval = self._evaluate()
             reduced |= self.last_eval
-        self.logger.log(self.step, reduced)
-        self._require_sound(reduced)
-
-    def _require_sound(self, metrics: dict[str, float]) -> None:
-        """Stop before weights that an update has ruined are saved over good ones."""
         rows = self.recipe.rollout.prompts_per_step * self.recipe.rollout.samples_per_prompt
-        broken = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics.get(key, 0.0))]
-        if metrics.get("fire/dropped/nonfinite", 0.0) >= rows:
-            broken.append("log-probability of every answer")
-        if not broken:
-            return
-        kept = find_latest(self.checkpoints)
+        if reduced.get("fire/dropped/nonfinite", 0.0) >= rows:  # there was no update to be judged
+            self.guard.skip(NONFINITE)
+        self.logger.log(self.step, reduced | self.guard.metrics())
+        if self.guard.exhausted:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End the run, since updates are skipped again and again."""
+        guard, kept = self.guard, self.checkpoints.newest()
         error = TrainingError(
-            f"step {self.step}: {' and '.join(broken)} not finite, so the run stops without saving; "
-            f"lower optimizer.lr ({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise warmup_steps; then "
-            + (f"run again to continue from {kept}" if kept else "start again")
+            f"step {self.step}: {guard.in_a_row} updates in a row were skipped "
+            f"(optimizer.guard.max_skipped={self.recipe.optimizer.guard.max_skipped}), the last because "
+            + ("loss, gradient or all log-probabilities were not finite" if guard.ruined else "loss or gradient jumped")
+            + f", so the run stops; lower optimizer.lr ({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise "
+            "warmup_steps; then " + (f"run again to continue from step {kept}" if kept else "start again")
         )
-        error.everywhere = True  # the metrics are reduced: all ranks see the same
+        error.everywhere = True  # every rank counts alike
         raise error
 
     def training_step(self, step: int) -> dict[str, Value]:
@@ -359,8 +340,10 @@ class Trainer:
                 continue
             part, traffic = self.run.router.attach(part, kept)
             merge(metrics, traffic)
-            merge(metrics, student.accumulate_gradients(part, tokens=tokens, old=old_log_probs))
-            metrics |= student.update()
+            report = student.accumulate_gradients(part, tokens=tokens, old=old_log_probs)
+            loss = whole_loss(report, group=self.run.grid.span)
+            metrics |= student.update(lambda norm, loss=loss: self.guard.judge(loss, norm) is not None)
+            merge(metrics, report)
         return metrics
 
     def _evaluate(self) -> dict[str, float]:

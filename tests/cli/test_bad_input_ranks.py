@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_inputs, tiny_recipe, write_recipe
 
-from fire_megatron.checkpoint.training import saved_steps
+from fire_megatron.checkpoint.steps import saved_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
-from fire_megatron.checkpoint.training import find_latest, saved_steps
+from fire_megatron.checkpoint.steps import find_latest, saved_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6

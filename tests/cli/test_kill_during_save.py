@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ import torch
 from tiny_run import make_inputs, tiny_recipe
 
 from fire_megatron import platform
-from fire_megatron.checkpoint.training import find_latest, load_training_state, saved_steps
+from fire_megatron.checkpoint.steps import find_latest, saved_steps
+from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.train.trainer import Trainer
 
@@ -52,7 +54,9 @@ def save(trainer, checkpoints, step, version):
     """Save a state that carries a number of its own."""
     with torch.no_grad():
         mark(trainer).fill_(version)
-    trainer.checkpoints, trainer.step = checkpoints, step
+    saver = trainer.run.saver
+    saver._blank = replace(saver._blank, checkpoints=checkpoints)
+    trainer.step = step
     trainer.save()
 
 

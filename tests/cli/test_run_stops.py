@@ -4,20 +4,71 @@ from __future__ import annotations
 
 import math
 
+import pytest
+import torch
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
+from fire_megatron.checkpoint.steps import saved_steps
 from fire_megatron.cli.train import main
+from fire_megatron.train.status import read_status
+from fire_megatron.train.student import Student
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+def test_losses_that_are_not_finite_end_the_run(tmp_path, capsys):
     inputs = make_inputs(tmp_path, num_hidden_layers=1)
-    values = tiny_recipe(inputs, tmp_path / "run", optimizer={"lr": 1e30, "clip_grad": 0.0}, checkpoint={"every": 2})
+    values = tiny_recipe(
+        inputs,
+        tmp_path / "run",
+        run__steps=8,
+        optimizer={"lr": 1e30, "clip_grad": 0.0, "guard": {"max_skipped": 2}},
+        checkpoint={"every": 2},
+    )
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
     assert main(["--recipe", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert "step 2" in message and "optimizer.lr (1e+30)" in message and "Traceback" not in message
+    assert "step 4: 3 updates in a row" in message and "optimizer.guard.max_skipped=2" in message
+    assert "optimizer.lr (1e+30)" in message and "Traceback" not in message
     assert not list((tmp_path / "run").glob("checkpoints/step_*")), "ruined weights are not saved"
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["skipped/in_a_row"] for line in lines] == [0, 1, 2, 3]
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.hopeless) == ("failed", True) and "3 updates in a row" in status.error
+
+
+def test_a_run_that_ends_ruined_is_no_success(tmp_path):
+    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+    values = tiny_recipe(inputs, tmp_path / "run", run__steps=2, optimizer={"lr": 1e30, "clip_grad": 0.0})
+    assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 2
+    assert saved_steps(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_one_bad_gradient_is_left_out(tmp_path, monkeypatch, distributed):
+    """The update is skipped, with the weights and the optimizer as they were, and the step is not saved."""
+    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+    values = tiny_recipe(
+        inputs, tmp_path / "run", checkpoint={"every": 1, "keep": 9}, optimizer={"distributed": distributed}
+    )
+    accumulate, weights = Student.accumulate_gradients, []
+
+    def poisoned(self, *args, **kwargs):
+        weights.append([tensor.detach().clone() for tensor in self.memory()])
+        report = accumulate(self, *args, **kwargs)
+        if len(weights) == 2:
+            next(iter(self.gradients()))[0] = math.nan
+        return report
+
+    monkeypatch.setattr(Student, "accumulate_gradients", poisoned)
+    assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
+    lines = read_metrics(tmp_path / "run")
+    assert [line["skipped/nonfinite"] for line in lines] == [0, 1, 0, 0]
+    assert [line["skipped/total"] for line in lines] == [0, 1, 1, 1]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False, False]
+    same = [all(map(torch.equal, a, b)) for a, b in zip(weights[1:], weights[2:], strict=False)]
+    assert same == [True, False], "step 2 changes nothing, step 3 does"
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [1, 3, 4]
+    assert read_status(tmp_path / "run").state == "done"
 
 
 def test_metrics_of_a_run_that_saved_nothing_are_kept(tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fire_megatron.checkpoint.training import find_latest
+from fire_megatron.checkpoint.steps import find_latest
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.roles import roles
 from fire_megatron.config.spans import parse_span

@@ -22,9 +22,10 @@ from roles import (
     share,
     whole_state,
 )
+from steps import save_state
 from tiny_run import make_inputs, read_metrics, tiny_recipe
 
-from fire_megatron.checkpoint.training import load_training_state, save_training_state
+from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.config.schema import RolloutConfig
@@ -187,9 +188,7 @@ def test_resumed_in_another_layout(roles, world_size, dtype):
     student, grid = make_student(roles, first, distributed=True, dtype=dtype)
     run_step(student, grid)
     student.update()
-    saved = save_training_state(
-        checkpoints, 1, student.model, student.optimizer, rng={}, extra={}, source=folder, keep=1, grid=grid
-    )
+    saved = save_state(student, grid, source=folder, checkpoints=checkpoints)
     middle = whole_state(student, grid)
     kinds = {kind for (kind, key), value in middle[0].items() if "experts" in key and value.abs().max() > 0}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"} | ({"master"} if dtype == "bfloat16" else set())

@@ -14,8 +14,9 @@ import torch
 from experts import SPEC, make_student, run_step
 from models import VOCABULARY
 from roles import Roles, Spec, layouts, share, whole_gradients
+from steps import save_state
 
-from fire_megatron.checkpoint.training import load_training_state, save_training_state
+from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
 from fire_megatron.data.records import Prompt
@@ -162,10 +163,7 @@ def test_a_saved_step_has_the_scales_for_any_layout(roles, world, tmp_path):
     student.accumulate_gradients(rows, tokens=50.0)
     saved = remembered(student, grid)
     assert len(saved) == 8 and all(bool((state["scale"] > 0).all()) for state in saved.values())
-    step = save_training_state(
-        Path(share(str(tmp_path))), 1, student.model, student.optimizer,
-        rng={}, extra={}, source=roles.checkpoint(BLOCKS), keep=1, grid=grid,
-    )  # fmt: skip
+    step = save_state(student, grid, source=roles.checkpoint(BLOCKS), checkpoints=Path(share(str(tmp_path))))
     for layout in others:
         other, grid = build(roles, layout, fp8)
         load_training_state(step, other.model, other.optimizer, grid=grid)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from steps import save_state
 from te_world import BLACKWELL, HOPPER, enter, forget_gpu, grid_of, pretend_gpu
 
 from fire_megatron.checkpoint.amax import _linear_layers, _tensors, read_amax
@@ -17,7 +18,7 @@ from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice
 from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
-from fire_megatron.checkpoint.training import load_training_state, save_training_state
+from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig, RoleConfig
@@ -89,9 +90,7 @@ def student_of(role: RoleConfig, grid, folder: Path) -> Student:
 
 def save(student: Student, grid, source: Path, folder: Path) -> Path:
     """One step's checkpoint."""
-    return save_training_state(
-        folder, 1, student.model, student.optimizer, rng={}, extra={}, source=source, keep=1, grid=grid
-    )  # fmt: skip
+    return save_state(student, grid, source=source, checkpoints=folder)
 
 
 def loads(folder: Path) -> list[str]:

@@ -1,0 +1,130 @@
+"""The checkpoints of a run: which one to continue from, and when and what to save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fire_megatron.checkpoint.steps import find_saved, saved_steps, set_damaged_aside
+from fire_megatron.checkpoint.training import TrainingState, load_training_state
+from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
+from fire_megatron.config.schema import Recipe
+from fire_megatron.data.prompts import fingerprint
+from fire_megatron.metrics.logger import METRICS_FILE
+from fire_megatron.parallel.collectives import all_gather_objects
+from fire_megatron.platform import World, get_rng_state, set_rng_state
+from fire_megatron.train.setup import StudentRun, checkpoint_folder
+
+
+class Checkpoints:
+    """Of one run, seen from one rank."""
+
+    def __init__(self, recipe: Recipe, world: World, say: Callable[[str], None]) -> None:
+        """Find what there is to continue from. Collective over the world.
+
+        Raises:
+            RecipeError: ``run.resume`` does not fit what is there; on the ranks that find it so.
+            CheckpointError: another rank does not see the folder.
+        """
+        self.recipe, self.world, self.say = recipe, world, say
+        self.folder = checkpoint_folder(recipe)
+        # The first rank decides: views of a shared folder may differ for a moment. The others then look for these.
+        seen = find_saved(self.folder) if world.is_main else []
+        self.found: list[Path] = all_gather_objects(seen, group=dist.group.WORLD)[0]
+        """Folders of the complete steps at the start, the newest first."""
+        self._fingerprint = ""
+        self.saved = 0
+        """Last step of which a save has begun, or that the run continues from."""
+        mode, newest = recipe.run.resume, self.found[0] if self.found else None
+        if mode == "must" and newest is None:
+            raise RecipeError(f"run.resume is 'must' but {self.folder} holds no complete checkpoint; use 'auto'")
+        run_dir = Path(recipe.run.dir)
+        if mode == "never" and (newest is not None or (run_dir / METRICS_FILE).exists()):
+            raise RecipeError(
+                f"run.resume is 'never' but {run_dir} already holds a run; choose another run.dir or use 'auto'"
+            )
+        if newest is not None and not newest.is_dir():
+            raise CheckpointError(
+                f"{newest}: rank 0 sees it and rank {world.rank} does not; checkpoint.dir must be one folder "
+                "for all ranks"
+            )
+
+    def newest(self) -> int | None:
+        """The newest complete step, by this rank's view of the folder."""
+        return max(saved_steps(self.folder), default=None)
+
+    def resume(self, run: StudentRun) -> TrainingState | None:
+        """Load the newest step that is not damaged. Collective over the student's ranks.
+
+        Returns:
+            What to continue with; None where there is nothing.
+
+        Raises:
+            DamagedCheckpoint: all of them are damaged.
+            UserError: the run cannot go on from the newest that is whole.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for folder in self.found:
+            try:
+                state = load_training_state(folder, run.student.model, run.student.optimizer, grid=run.grid)
+            except DamagedCheckpoint as error:
+                damaged.append((folder, str(error)))
+                continue
+            self._require_same_order(folder, state.extra["order"], run)
+            set_rng_state(state.rng, device=self.world.device)
+            self._leave_out(damaged)
+            self.saved = state.step
+            self.say(f"resumed from {folder} after step {state.step}")
+            return state
+        if damaged:
+            told = "\n".join(text for _, text in damaged)
+            error = DamagedCheckpoint(
+                f"none of the checkpoints in {self.folder} is whole, so the run does not start:\n{told}\n"
+                "restore one of them from a copy, or start anew with another run.dir"
+            )
+            error.everywhere = True
+            raise error
+        return None
+
+    def _leave_out(self, damaged: list[tuple[Path, str]]) -> None:
+        """Damaged steps are neither counted among those to keep nor in the way of the step that will be saved again."""
+        for folder, why in damaged if self.world.is_main else ():
+            self.say(f"{why}\n{folder} is damaged and is now {set_damaged_aside(folder)}; the step before it is taken")
+
+    def save(self, run: StudentRun, step: int, extra: dict[str, Any]) -> None:
+        """Save a completed step. Collective over the student's ranks.
+
+        Raises:
+            CheckpointError: on every rank, if it, or the step saved in the background before it, cannot be written.
+        """
+        run.saver.save(
+            step,
+            run.student.model,
+            run.student.optimizer,
+            rng=get_rng_state(device=self.world.device),
+            extra={**extra, "order": self._order(run)},
+        )
+        self.saved = step
+
+    def _order(self, run: StudentRun) -> dict[str, Any]:
+        """What fixes the prompts of every step, by recipe key."""
+        recipe = self.recipe
+        self._fingerprint = self._fingerprint or fingerprint(run.inputs.prompts)  # hashes every prompt, so once a run
+        return {
+            "data.train": self._fingerprint,
+            "data.shuffle": recipe.data.shuffle,
+            "rollout.prompts_per_step": recipe.rollout.prompts_per_step,
+            "run.seed": recipe.run.seed,
+        }
+
+    def _require_same_order(self, checkpoint: Path, saved: dict[str, Any], run: StudentRun) -> None:
+        now = self._order(run)
+        for key in (key for key in now if now[key] != saved[key]):
+            was = "other prompts" if key == "data.train" else f"{saved[key]!r}, and is now {now[key]!r}"
+            raise RecipeError(
+                f"{key}: {checkpoint} was trained with {was}, so the steps to come would repeat or skip prompts; "
+                "restore it, or start a new run.dir from the exported student"
+            )

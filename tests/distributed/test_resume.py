@@ -115,7 +115,8 @@ def layouts(size):
 @pytest.mark.parametrize("distributed", [True, False])
 def test_resumed_equals_uninterrupted(world, shared, distributed):
     first, *others = layouts(world.size) if distributed else reversed(layouts(world.size))
-    case = settings(first, distributed=distributed)
+    # Half of the saves are written in the background, while the next step is computed.
+    case = settings(first, distributed=distributed, checkpoint={"every": 1, "async_save": distributed})
     name = f"float32-{distributed}"
     end, middle = run_straight_and_stopped(world, shared, name, case)
     moments = [value for (kind, _), value in middle[0].items() if kind != "weight"]

@@ -223,11 +223,11 @@ def shard_file(checkpoint):
     [
         (lambda c: cut(shard_file(c)), ("__0_0.distcp is cut short",)),
         (lambda c: shard_file(c).unlink(), ("__0_0.distcp is missing",)),
-        (lambda c: cut(c / "weights" / ".metadata"), (".metadata: cannot be read",)),
+        (lambda c: cut(c / "weights" / ".metadata"), (".metadata: damaged",)),
         (lambda c: (c / "weights" / ".metadata").unlink(), ("is not a complete checkpoint",)),
         (lambda c: (c / "fire_checkpoint.json").unlink(), ("is not a complete checkpoint",)),
         (lambda c: (c / "config.json").unlink(), ("has no config.json",)),
-        (lambda c: shard_file(c).write_bytes(b"\0" * shard_file(c).stat().st_size), ("__0_0.distcp", "read")),
+        (lambda c: shard_file(c).write_bytes(b"\0" * shard_file(c).stat().st_size), ("__0_0.distcp: damaged",)),
     ],
     ids=["cut", "no weights", "cut metadata", "no metadata", "no marker", "no config", "zeros"],
 )

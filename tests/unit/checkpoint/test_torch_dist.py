@@ -17,10 +17,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from models import save_megatron
 
 from fire_megatron import platform
+from fire_megatron.checkpoint.checksums import CHECKSUMS
 from fire_megatron.checkpoint.load import check_tensors, load_weights
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.checkpoint.torch_dist import METADATA, ShardReader, ShardWriter, read_common, write_metadata
-from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.hf_config import read_hf_config
@@ -218,6 +219,7 @@ class Payload:
 
 def test_metadata_runs_no_code(tmp_path):
     folder = write(tmp_path / "w", TENSORS)
+    (folder / CHECKSUMS).unlink()
     (folder / METADATA).write_bytes(pickle.dumps(Payload(tmp_path)))
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot be read .*refuses posix.mkdir"):
         ShardReader(folder)
@@ -225,7 +227,8 @@ def test_metadata_runs_no_code(tmp_path):
 
 
 def rewrite(folder, change):
-    """Change the metadata."""
+    """Change the metadata, as in a folder from elsewhere, which has no checksums."""
+    (folder / CHECKSUMS).unlink()
     path = folder / METADATA
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
@@ -273,7 +276,32 @@ def test_all_damaged_files_are_listed(tmp_path):
 
 def test_a_damaged_common_file(tmp_path):
     folder = write(tmp_path / "w", TENSORS)
-    for damage in (lambda path: path.write_bytes(b"PK"), lambda path: path.unlink()):
+    (folder / "common.pt").write_bytes(b"PK")
+    with pytest.raises(DamagedCheckpoint, match="common.pt: damaged"):
+        read_common(folder)
+    (folder / CHECKSUMS).unlink()
+    for damage in (lambda path: path, lambda path: path.unlink()):
         damage(folder / "common.pt")
-        with pytest.raises(CheckpointError, match="common.pt: cannot be read"):
+        with pytest.raises(DamagedCheckpoint, match="common.pt: cannot be read"):
             read_common(folder)
+
+
+def test_every_bit_is_checked(tmp_path):
+    """A bit flipped anywhere in a file of tensors is found by whoever reads the tensor, and by nobody else."""
+    folder = write(tmp_path / "w", TENSORS)
+    path = folder / "__0_0.distcp"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 97)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        reader, found = ShardReader(folder), []
+        reader.check_files()
+        for key in reader.tensors:
+            try:
+                reader.read(key)
+            except DamagedCheckpoint as error:
+                assert f"{path}: damaged" in str(error)
+                found.append(key)
+        assert len(found) == 1, place
+    (folder / CHECKSUMS).unlink()
+    path.write_bytes(whole)
+    assert set(ShardReader(folder).tensors) == set(TENSORS), "a folder without checksums is read as well"

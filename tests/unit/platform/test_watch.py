@@ -19,7 +19,8 @@ PROCESS = """
 import os, signal, sys, time
 import torch.distributed as dist
 from datetime import timedelta
-from fire_megatron.platform.watch import Watch
+from fire_megatron.parallel.control import Control
+from fire_megatron.platform.watch import Watch, tick
 
 rank, size, port, behaviour = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=60))
@@ -43,6 +44,13 @@ elif behaviour == "save":
     time.sleep(60)
 elif behaviour == "blocked":
     store.wait(["never"], timedelta(seconds=60))  # in C++, where no handler of Python's runs
+elif behaviour == "busy":
+    for _ in range(600):
+        tick()
+        time.sleep(0.1)
+elif behaviour == "waiting":  # in this package, where the verdict can say the place
+    watch.doing("waiting for others", patient=True)
+    Control(store, speaks=False).wait(lambda: None)
 else:
     time.sleep(60)
 watch.close()
@@ -147,3 +155,28 @@ def test_a_signal_makes_silence_tell_sooner_also_where_the_main_thread_is_in_cpp
     _, err = processes.started[0].communicate(timeout=40)
     assert time.monotonic() - began < 20 < 120 / 2
     assert "rank 1 (role1): working" in err
+
+
+def test_a_rank_that_lives_but_does_not_get_on_ends_the_run(start):
+    """Others that get on, or wait for those that do, are not blamed."""
+    ends, seconds = start("waiting", "work", "busy", timeout=4.0).ends()
+    assert [code for code, _, _ in ends] == [EXIT_CODE] * 3 and seconds < 10
+    [[line], *others] = [errors for _, errors, _ in ends]
+    assert others == [[], []], "told once"
+    assert "no progress for" in line and "run.collective_timeout (4 s)" in line
+    stalled, rest = line.split("Stalled: ")[1].split("Others: ")
+    assert "rank 1 (role1): working for" in stalled and "rank 0" not in stalled
+    assert "rank 0 (role0): waiting for others" in rest and "in parallel/control.py:" in rest
+    assert "rank 2 (role2): working" in rest
+
+
+def test_all_wait_for_one_another(start):
+    ends, _ = start("waiting", "waiting", timeout=3.0).ends()
+    [[line], _] = [errors for _, errors, _ in ends]
+    assert "rank 0 (role0)" in line and "rank 1 (role1)" in line and "Others" not in line
+
+
+def test_who_waits_for_one_that_gets_on_may_wait(start):
+    processes = start("waiting", "busy", timeout=2.0)
+    time.sleep(6)
+    assert [process.poll() for process in processes.started] == [None, None]

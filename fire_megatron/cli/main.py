@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fire_megatron.cli import plan, train
+from fire_megatron.cli import plan, recipe, train
 
 _COMMANDS = {
     "train": (train.main, "run a recipe (under torchrun or srun)"),
+    "recipe": (recipe.main, "print a recipe with its defaults and overrides"),
     "plan": (plan.main, "say what a recipe needs on so many GPUs, without any"),
 }
 

@@ -1,0 +1,172 @@
+# What the sbatch scripts of this folder share; sourced by them, after their variables are set. docs/slurm.md explains.
+#
+# Every stage is left out when what it makes is there already, so a job that is put back in the queue goes on where it
+# was. Variables, besides those that the scripts set:
+: "${RUN_DIR:=}"            # the run's folder; empty takes the recipe's run.dir
+: "${OVERRIDES:=}"          # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
+: "${CONVERTED:=checkpoints}" # where Hugging Face folders are converted to
+: "${PROCESSES_PER_NODE:=}" # empty: one a GPU, or one where there is none
+: "${EVALUATE_ARGS:=}"      # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
+: "${SRUN_ARGS:=}"          # more arguments of every srun: "--container-image=..."
+: "${PYTHON:=}"             # empty takes .venv/bin/python where it is, or python3
+
+STOPPED=75 # exit code of slurm/node.sh: the job was asked to stop
+DRY_RUN=
+
+say() { echo "[$(date +%H:%M:%S)] $*"; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Run a command, or print it.
+run() {
+  if [[ -n $DRY_RUN ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# One process on the first node.
+on_one_node() { run srun --nodes=1 --ntasks=1 $SRUN_ARGS "$@"; }
+
+# One torchrun a node, a log file a node:  on_all_nodes STAGE RESTARTS -m MODULE...
+on_all_nodes() {
+  local stage=$1 restarts=$2
+  shift 2
+  local port=$((20000 + SLURM_JOB_ID % 20000))
+  # Which node holds the rendezvous is said, not guessed: a node's name in Slurm need not be its host name. Nothing but
+  # a node's own srun task knows its number, hence the inner shell.
+  local launch='exec bash slurm/node.sh "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
+  run srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    --output="$LOGS/$stage-%N.log" --open-mode=append $SRUN_ARGS \
+    bash -c "$launch" "$PYTHON" \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES_PER_NODE" \
+    --rdzv-backend c10d --rdzv-endpoint "$FIRST_NODE:$port" \
+    --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage" --max-restarts "$restarts" "$@"
+}
+
+# Run a stage on all nodes; where the job was asked to stop meanwhile, put it back in the queue.
+stage() {
+  local name=$1 code=0
+  say "$name: see $LOGS/$name-*.log"
+  # In the background, since bash hears signals only between commands.
+  on_all_nodes "$@" &
+  local step=$!
+  while true; do
+    code=0
+    wait "$step" || code=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+  if [[ $code -eq $STOPPED ]]; then
+    say "$name was asked to stop and has saved what it had"
+    scontrol requeue "$SLURM_JOB_ID" || fail "this job may not be put back in the queue; sbatch it again to continue"
+    sleep 600 # Slurm ends this script
+  fi
+  [[ $code -eq 0 ]] || {
+    [[ -n $DRY_RUN ]] || tail -n 20 "$LOGS/$name"-*.log >&2
+    echo "error: $name failed with code $code; logs are in $LOGS" >&2
+    exit "$code"
+  }
+}
+
+# A key of the recipe, with all overrides.
+recipe_key() { "$PYTHON" -m fire_megatron recipe "$RECIPE" --key "$1" ${KEYS[@]+"${KEYS[@]}"}; }
+
+# The converted checkpoint of a role; converts a Hugging Face folder the first time:  converted ROLE FOLDER
+converted() {
+  local role=$1 folder=$2
+  if [[ -f $folder/fire_checkpoint.json ]]; then
+    CHECKPOINT=$folder
+    return
+  fi
+  [[ -f $folder/config.json ]] || fail "$role: $folder is neither a Hugging Face folder nor a converted checkpoint"
+  local name
+  name=$(realpath "$folder")
+  name=${name#/}
+  CHECKPOINT=$CONVERTED/${name//\//--}
+  if [[ -f $CHECKPOINT/fire_checkpoint.json ]]; then
+    say "$role: $folder is converted already"
+  else
+    say "$role: converting $folder"
+    on_one_node "$PYTHON" tools/convert.py hf-to-megatron --hf "$folder" --out "$CHECKPOINT"
+  fi
+}
+
+check_settings() {
+  [[ -f $RECIPE ]] || fail "RECIPE: $RECIPE does not exist in $PWD"
+  local file pair
+  for file in $BENCHMARKS; do
+    [[ -f $file ]] || fail "BENCHMARKS: $file does not exist; name JSON Lines files with 'problem' and 'answer'"
+  done
+  for pair in $TEACHERS; do
+    [[ $pair == *=* ]] || fail "TEACHERS: '$pair' is not NAME=FOLDER"
+  done
+  if [[ -z $PYTHON ]]; then
+    PYTHON=python3
+    [[ ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
+  fi
+  command -v "$PYTHON" >/dev/null || fail "PYTHON: there is no $PYTHON"
+  [[ -n $DRY_RUN || -n ${SLURM_JOB_ID:-} ]] || fail "start this with sbatch, or with --dry-run"
+  : "${SLURM_JOB_ID:=0}" "${SLURM_JOB_NUM_NODES:=1}"
+  if [[ -z $PROCESSES_PER_NODE ]]; then
+    PROCESSES_PER_NODE=${SLURM_GPUS_ON_NODE:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+    [[ $PROCESSES_PER_NODE -gt 0 ]] || PROCESSES_PER_NODE=1
+  fi
+  FIRST_NODE=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1) || FIRST_NODE=$(hostname -s)
+}
+
+main() {
+  set -euo pipefail
+  case "${1:-}" in
+    --dry-run) DRY_RUN=1 ;;
+    "") ;;
+    *) fail "unknown argument $1; --dry-run prints what would be done" ;;
+  esac
+  check_settings
+  KEYS=($OVERRIDES)
+  [[ -z $RUN_DIR ]] || KEYS+=("run.dir=$RUN_DIR")
+  recipe_key run.name >/dev/null || exit 2 # before anything is converted
+  local pair
+  converted student "$STUDENT"
+  KEYS+=("student.checkpoint=$CHECKPOINT")
+  for pair in $TEACHERS; do
+    converted "teachers.${pair%%=*}" "${pair#*=}"
+    KEYS+=("teachers.${pair%%=*}.checkpoint=$CHECKPOINT")
+  done
+  RUN_DIR=$(recipe_key run.dir)
+  local checkpoints steps restarts last
+  checkpoints=$(recipe_key checkpoint.dir)
+  [[ $checkpoints != null ]] || checkpoints=$RUN_DIR/checkpoints
+  steps=$(recipe_key run.steps)
+  restarts=$(recipe_key run.max_restarts)
+  printf -v last '%s/step_%06d' "$checkpoints" "$steps"
+  LOGS=$RUN_DIR/logs/$SLURM_JOB_ID
+  [[ -n $DRY_RUN ]] || mkdir -p "$LOGS"
+  # Passed on to whatever trains: a signal for the batch script alone would be lost.
+  trap 'say "signal USR1"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+  say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $PROCESSES_PER_NODE processes, run in $RUN_DIR"
+
+  if [[ -f $last/fire_checkpoint.json ]]; then
+    say "train: step $steps is done"
+  else
+    stage train "$restarts" -m fire_megatron.train --recipe "$RECIPE" "${KEYS[@]}"
+  fi
+  [[ -n $DRY_RUN || -f $last/fire_checkpoint.json ]] ||
+    fail "$last is not there; leave checkpoint.final of the recipe on, so that the last step is saved"
+  if [[ -n ${BENCHMARKS// /} ]]; then
+    stage evaluate 0 -m fire_megatron.evaluate --checkpoint "$last" --benchmark $BENCHMARKS \
+      --out "$RUN_DIR/evaluation/final" $EVALUATE_ARGS
+  fi
+  local exported=$RUN_DIR/hf/${last##*/}
+  if [[ -f $exported/config.json ]]; then
+    say "export: $exported is there"
+  else
+    say "export: $exported"
+    on_one_node "$PYTHON" tools/convert.py megatron-to-hf --checkpoint "$last" --out "$exported"
+  fi
+  say "done: $exported"
+}

@@ -42,7 +42,7 @@ on_all_nodes() {
   # a node's own srun task knows its number, hence the inner shell.
   local launch='exec bash slurm/node.sh "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
   run srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    --output="$LOGS/$stage-%N.log" --open-mode=append $SRUN_ARGS \
+    --output="$LOGS/$stage-node%n-%N.log" --open-mode=append $SRUN_ARGS \
     bash -c "$launch" "$PYTHON" \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES_PER_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$FIRST_NODE:$port" \

@@ -33,9 +33,11 @@ run() {
 # One process on the first node.
 on_one_node() { run srun --nodes=1 --ntasks=1 $SRUN_ARGS "$@"; }
 
-# One torchrun a node, a log file a node:  on_all_nodes STAGE RESTARTS -m MODULE...
+# One torchrun a node, a log file a node:  on_all_nodes STAGE ATTEMPT -m MODULE...
+# torchrun's own restarts are not used: over several nodes its agents count them differently, and the workers then look
+# for one another under different numbers.
 on_all_nodes() {
-  local stage=$1 restarts=$2
+  local stage=$1 attempt=$2
   shift 2
   local port=$((20000 + SLURM_JOB_ID % 20000))
   # Which node holds the rendezvous is said, not guessed: a node's name in Slurm need not be its host name. Nothing but
@@ -46,31 +48,53 @@ on_all_nodes() {
     bash -c "$launch" "$PYTHON" \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES_PER_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$FIRST_NODE:$port" \
-    --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage" --max-restarts "$restarts" "$@"
+    --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage.$attempt" "$@"
 }
 
-# Run a stage on all nodes; where the job was asked to stop meanwhile, put it back in the queue.
-stage() {
-  local name=$1 code=0
-  say "$name: see $LOGS/$name-*.log"
+# Run a stage once on all nodes, and leave its exit code in CODE; where the job was asked to stop meanwhile, put it back
+# in the queue.
+attempt() {
   # In the background, since bash hears signals only between commands.
   on_all_nodes "$@" &
   local step=$!
   while true; do
-    code=0
-    wait "$step" || code=$?
+    CODE=0
+    wait "$step" || CODE=$?
     kill -0 "$step" 2>/dev/null || break
   done
-  if [[ $code -eq $STOPPED ]]; then
-    say "$name was asked to stop and has saved what it had"
-    scontrol requeue "$SLURM_JOB_ID" || fail "this job may not be put back in the queue; sbatch it again to continue"
-    sleep 600 # Slurm ends this script
-  fi
-  [[ $code -eq 0 ]] || {
-    [[ -n $DRY_RUN ]] || tail -n 20 "$LOGS/$name"-*.log >&2
-    echo "error: $name failed with code $code; logs are in $LOGS" >&2
-    exit "$code"
-  }
+  [[ $CODE -eq $STOPPED ]] || return 0
+  say "$1 was asked to stop and has saved what it had"
+  scontrol requeue "$SLURM_JOB_ID" || fail "this job may not be put back in the queue; sbatch it again to continue"
+  sleep 600 # Slurm ends this script
+}
+
+newest_checkpoint() { ls -d "$CHECKPOINTS"/step_* 2>/dev/null | tail -n 1; }
+
+# Run a stage until it succeeds. What fails is started again from its last checkpoint, as long as there is a new one at
+# least every so many times:  stage NAME RESTARTS -m MODULE...
+stage() {
+  local name=$1 restarts=$2 failures=0 count=0 before now
+  shift 2
+  say "$name: see $LOGS/$name-*.log"
+  before=$(newest_checkpoint) || true
+  while true; do
+    attempt "$name" "$count" "$@"
+    [[ $CODE -ne 0 ]] || return 0
+    count=$((count + 1))
+    tail -n 20 "$LOGS/$name"-*.log >&2
+    say "$name failed with code $CODE"
+    now=$(newest_checkpoint) || true
+    [[ $now == "$before" ]] || failures=0
+    before=$now
+    failures=$((failures + 1))
+    # What the run itself says of its failure: a mistake is not tried again.
+    if [[ $failures -gt $restarts ]] || grep -qs '"hopeless": true' "$RUN_DIR/status.json"; then
+      echo "error: $name failed; logs are in $LOGS" >&2
+      exit "$CODE"
+    fi
+    say "$name: starting again from ${now:-the beginning}, $failures of $restarts without a new checkpoint"
+    export FIRE_MEGATRON_RESTART=$failures
+  done
 }
 
 # A key of the recipe, with all overrides.
@@ -138,12 +162,12 @@ main() {
     KEYS+=("teachers.${pair%%=*}.checkpoint=$CHECKPOINT")
   done
   RUN_DIR=$(recipe_key run.dir)
-  local checkpoints steps restarts last
-  checkpoints=$(recipe_key checkpoint.dir)
-  [[ $checkpoints != null ]] || checkpoints=$RUN_DIR/checkpoints
+  local steps restarts last
+  CHECKPOINTS=$(recipe_key checkpoint.dir)
+  [[ $CHECKPOINTS != null ]] || CHECKPOINTS=$RUN_DIR/checkpoints
   steps=$(recipe_key run.steps)
   restarts=$(recipe_key run.max_restarts)
-  printf -v last '%s/step_%06d' "$checkpoints" "$steps"
+  printf -v last '%s/step_%06d' "$CHECKPOINTS" "$steps"
   LOGS=$RUN_DIR/logs/$SLURM_JOB_ID
   [[ -n $DRY_RUN ]] || mkdir -p "$LOGS"
   # Passed on to whatever trains: a signal for the batch script alone would be lost.

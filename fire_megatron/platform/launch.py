@@ -68,13 +68,13 @@ class Restart(enum.Enum):
     """How this process came to be started."""
 
     NO = "by hand"
-    LAUNCHER = "by torchrun, after processes of this launch have failed"
+    LAUNCHER = "after processes of the same launch have failed: by torchrun, or a script that says so"
     SCHEDULER = "by Slurm, which had put the job back in the queue"
 
 
 def restart() -> Restart:
     """What launcher and scheduler say of this start."""
-    if _variable("TORCHELASTIC_RESTART_COUNT", default=0):
+    if _variable("FIRE_MEGATRON_RESTART", "TORCHELASTIC_RESTART_COUNT", default=0):
         return Restart.LAUNCHER
     return Restart.SCHEDULER if _variable("SLURM_RESTART_COUNT", default=0) else Restart.NO
 

@@ -139,8 +139,7 @@ class Trainer:
     def save(self) -> None:
         """Save the last completed step, or begin to. Collective over the student's ranks."""
         self.watch.doing("saving")
-        with self._timed("save"):
-            self.checkpoints.save(self.run, self.step, {"first_eval": self.first_eval, "guard": self.guard.state()})
+        self.checkpoints.save(self.run, self.step, {"first_eval": self.first_eval, "guard": self.guard.state()})
         self._tell_saved()
 
     def _tell_saved(self) -> None:

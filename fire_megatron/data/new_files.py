@@ -13,7 +13,10 @@ from fire_megatron.config.errors import DataError
 
 
 class NewFiles:
-    """Text files written under temporary names beside their own. What is not published is gone when this is left."""
+    """Text files written under temporary names beside their own.
+
+    What is not published is gone when this is left; a write that failed leaves it as a DataError.
+    """
 
     def __init__(self, *, overwrite: bool) -> None:
         """Args: overwrite: whether :meth:`publish` may replace files."""
@@ -51,15 +54,12 @@ class NewFiles:
     def publish(self, path: Path) -> None:
         """Flush the file to the disk and give it its name. Raises DataError when something has come in its way."""
         self.check(path, ())
-        stream = self._open.pop(path)
-        try:
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
-            os.replace(_temporary(path), path)
-        except OSError as error:
-            self._open[path] = stream
-            raise DataError(f"{path}: cannot be written ({error.strerror}); make room, or write elsewhere") from error
+        stream = self._open[path]
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.close()
+        os.replace(_temporary(path), path)
+        del self._open[path]
 
     def __enter__(self) -> NewFiles:
         return self
@@ -72,6 +72,8 @@ class NewFiles:
                 stream.close()
             _temporary(path).unlink(missing_ok=True)
         self._open.clear()
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write ({error.strerror}); make room, or write somewhere else") from error
 
 
 def _temporary(path: Path) -> Path:

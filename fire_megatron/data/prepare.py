@@ -110,7 +110,7 @@ def prepare(options: PrepareOptions, *, progress: bool = False) -> Report:
         rejects = files.open(options.rejects) if options.rejects else None
         with tqdm(unit=" rows", mininterval=0.5, disable=not progress) as bar:
             for path, file_keys in zip(inputs, keys, strict=True):
-                bar.set_description(path.name)
+                bar.set_postfix_str(path.name)
                 preparation.read(path, file_keys, out, rejects, bar)
         unit = "characters" if options.tokenizer is None else "tokens"
         report = preparation.tally.report(str(options.out), unit, benchmarks)

@@ -70,8 +70,10 @@ class Report:
     length_unit: str
     """``tokens`` or ``characters``."""
     sources: list[SourceReport]
+    all_labels: LabelReport | None
+    """All rows kept; None where there is none."""
     labels: dict[str, LabelReport]
-    """By label, and of all kept rows under ``""``."""
+    """By label, labels of a mixture joined by ``+``."""
     rejects: dict[str, RejectReport]
     """By reason."""
     other_labels: dict[str, int]
@@ -91,16 +93,9 @@ class Report:
         yield from _table(
             ("file", "rows", "kept", "keys"), [(s.path, s.rows, s.kept, s.keys) for s in self.sources], left=(0, 3)
         )
-        if self.labels:
+        if self.all_labels:
             yield ""
-            named = sorted((label, report) for label, report in self.labels.items() if label)
-            rows = [(label, r.rows, *r.lengths.values()) for label, r in named[:_LABELS]]
-            if len(named) > _LABELS:
-                rest = sum(r.rows for _, r in named[_LABELS:])
-                rows.append((f"... {len(named) - _LABELS} more", rest, *[""] * len(PERCENTILES)))
-            total = self.labels[""]
-            percentiles = [f"{name} {self.length_unit}" if name == "p50" else name for name in total.lengths]
-            yield from _table(("label", "rows", *percentiles), [*rows, ("all", total.rows, *total.lengths.values())])
+            yield from self._label_lines(self.all_labels)
         if self.rejects:
             yield ""
             listed = [(reason, r.rows, r.first) for reason, r in self.rejects.items()]
@@ -115,6 +110,15 @@ class Report:
                 ("benchmark", "problems", "found", "rows refused", "in full"),
                 [(b.path, b.problems, b.problems_found, b.rows_refused, b.rows_in_full) for b in self.benchmarks],
             )
+
+    def _label_lines(self, total: LabelReport) -> Iterator[str]:
+        named = list(self.labels.items())
+        rows = [(label, r.rows, *r.lengths.values()) for label, r in named[:_LABELS]]
+        if len(named) > _LABELS:
+            rest = sum(r.rows for _, r in named[_LABELS:])
+            rows.append((f"... {len(named) - _LABELS} more", rest, *[""] * len(PERCENTILES)))
+        percentiles = [f"{self.length_unit}: {name}" if name == "p50" else name for name in total.lengths]
+        yield from _table(("label", "rows", *percentiles), [*rows, ("all", total.rows, *total.lengths.values())])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> Iterator[str]:
@@ -165,16 +169,14 @@ class Tally:
 
     def report(self, out: str, length_unit: str, benchmarks: Benchmarks) -> Report:
         """What was counted."""
-        labels = {label: _lengths(lengths) for label, lengths in sorted(self._lengths.items())}
-        if labels:
-            labels[""] = _lengths(*self._lengths.values())
         return Report(
             out=out,
             rows=sum(source.rows for source in self.sources),
             kept=self.kept,
             length_unit=length_unit,
             sources=self.sources,
-            labels=labels,
+            all_labels=_lengths(*self._lengths.values()) if self._lengths else None,
+            labels={label: _lengths(lengths) for label, lengths in sorted(self._lengths.items())},
             rejects={r: RejectReport(self._rejects[r], self._first[r]) for r in Reason if r in self._rejects},
             other_labels=dict(self._other_labels.most_common()),
             benchmarks=[

@@ -20,8 +20,7 @@ from fire_megatron.data.same_text import plain, words
 RUN = 8
 """Words of a run; a problem of fewer words is compared whole. The smallest n of GPT-3's."""
 OVERLAP = 0.7
-"""Share of a problem's words in shared runs from which on it counts as found. Of the 1,606 problems of eight benchmarks
-of mathematics no two from different sources reach 0.6; a problem with one number changed mostly lies above 0.8."""
+"""Share of a problem's words in shared runs from which on it counts as found; docs/data.md has what it rests on."""
 _COMMON_SHARE, _COMMON_LEAST = 0.1, 10
 """A run in at least this share of a benchmark's problems, and this many, is nobody's own: an instruction."""
 

@@ -56,7 +56,7 @@ def test_a_problem_is_found(benchmarks, row):
 
 def test_the_problem_that_most_is_had_of_is_named(benchmarks):
     other = LONG.replace("How many litres of milk does the farmer have after 5 days?", "Why is that so?")
-    assert _find(benchmarks(LONG, other), other) == (2, 1.0)
+    assert _find(benchmarks(LONG, other), f"Read this. {other} Explain.") == (2, 1.0)
     assert str(benchmarks(LONG, other).find([plain(other)])).endswith("bench.jsonl:2")
 
 
@@ -92,7 +92,10 @@ def test_common_phrases_are_no_contamination(benchmarks):
 
 def test_an_instruction_of_the_benchmark_is_nobodys_own(benchmarks):
     """One that is not among the known: most of each problem's words, yet no row is refused for it."""
-    rule = "Answer with one number between zero and nine hundred ninety nine and not one word more than that."
+    rule = (
+        "You are sitting an examination. Answer with one number between zero and nine hundred ninety nine, and not one "
+        "word more than that, since a machine is going to read what you have written and compare it with the key."
+    )
     problems = [f"{rule} {thing} is mine. How many {thing} fit in the {thing} box of his?" for thing in "abcdefghijkl"]
     held = benchmarks(*problems)
     assert _find(held, f"{rule} Who was the first king of the old realm?") is None

@@ -107,18 +107,18 @@ def prepare(options: PrepareOptions, *, progress: bool = False) -> Report:
         benchmarks = Benchmarks(benchmark_files, key=options.benchmark_key, overlap=options.overlap)
         preparation = _Preparation(options, benchmarks)
         out = files.open(options.out)
-        rejects = files.open(options.rejects) if options.rejects else None
+        rejects, report_file = (files.open(path) if path else None for path in (options.rejects, options.report))
         with tqdm(unit=" rows", mininterval=0.5, disable=not progress) as bar:
             for path, file_keys in zip(inputs, keys, strict=True):
                 bar.set_postfix_str(path.name)
                 preparation.read(path, file_keys, out, rejects, bar)
         unit = "characters" if options.tokenizer is None else "tokens"
         report = preparation.tally.report(str(options.out), unit, benchmarks)
-        if options.report:
-            json.dump(report.as_json(), files.open(options.report), indent=1)
-            files.publish(options.report)
-        if options.rejects:
-            files.publish(options.rejects)
+        if report_file:
+            json.dump(report.as_json(), report_file, indent=1)
+        for path in (options.rejects, options.report):
+            if path:
+                files.publish(path)
         if not report.kept:
             raise NoRowsLeft(report)
         files.publish(options.out)
@@ -164,8 +164,8 @@ class _Preparation:
 
     def read(self, path: Path, keys: RowKeys, out: IO[str], rejects: IO[str] | None, bar: tqdm) -> None:
         """Take or reject every row of a file."""
-        label = f"  label={self.options.label} (all rows)" if self.options.label is not None else ""
-        source = SourceReport(str(path), f"{keys}{label}")
+        constant = {} if self.options.label is None else {"label": f"{self.options.label} (all rows)"}
+        source = SourceReport(str(path), keys.named | constant)
         self.tally.sources.append(source)
         for where, row in open_rows(path, keys.all):
             bar.update()

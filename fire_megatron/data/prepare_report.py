@@ -23,8 +23,8 @@ class SourceReport:
     """One file that was read."""
 
     path: str
-    keys: str
-    """Which keys its rows were read by."""
+    keys: dict[str, str]
+    """Which keys its rows were read by: of ``prompt``, ``label`` and ``answer``."""
     rows: int = 0
     kept: int = 0
 
@@ -90,9 +90,10 @@ class Report:
     def _lines(self) -> Iterator[str]:
         yield f"{self.rows} rows read, {self.kept} kept, {self.rows - self.kept} rejected"
         yield ""
-        yield from _table(
-            ("file", "rows", "kept", "keys"), [(s.path, s.rows, s.kept, s.keys) for s in self.sources], left=(0, 3)
-        )
+        files = [
+            (s.path, s.rows, s.kept, "  ".join(f"{name}={key}" for name, key in s.keys.items())) for s in self.sources
+        ]
+        yield from _table(("file", "rows", "kept", "keys"), files, left=(0, 3))
         if self.all_labels:
             yield ""
             yield from self._label_lines(self.all_labels)

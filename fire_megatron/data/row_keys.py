@@ -51,9 +51,11 @@ class RowKeys:
     label: str | None = None
     answer: str | None = None
 
-    def __str__(self) -> str:
-        named = {"prompt": " or ".join(self.prompt), "label": self.label, "answer": self.answer}
-        return "  ".join(f"{name}={key}" for name, key in named.items() if key)
+    @property
+    def named(self) -> dict[str, str]:
+        """By what they hold, for people."""
+        held = {"prompt": " or ".join(self.prompt), "label": self.label, "answer": self.answer}
+        return {name: key for name, key in held.items() if key}
 
     @property
     def all(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def _rejected(report: Report) -> dict[str, int]:
 def test_formats_of_rows(run, tmp_path, row, prompt, keys):
     lines, report = run([row])
     assert lines == [prompt | {"id": f"{tmp_path}/in.jsonl:1"}]
-    assert report.sources[0].keys == keys
+    assert "  ".join(f"{name}={key}" for name, key in report.sources[0].keys.items()) == keys
 
 
 def test_keys_are_chosen_for_each_file_and_may_be_named(run, tmp_path):
@@ -108,7 +108,7 @@ def test_keys_are_chosen_for_each_file_and_may_be_named(run, tmp_path):
     verl = tmp_path / "c.jsonl"
     verl.write_text(json.dumps(VERL | {"prompt": CHAT}))
     report = prepare(PrepareOptions(inputs=(str(plain), str(verl)), out=out, overwrite=True))
-    assert [s.keys.split("  ")[0] for s in report.sources] == ["prompt=problem or messages", "prompt=prompt"]
+    assert [s.keys["prompt"] for s in report.sources] == ["problem or messages", "prompt"]
     assert report.kept == 2 and _rejected(report) == {"duplicate": 1}
 
 

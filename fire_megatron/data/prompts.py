@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
+from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
+from fire_megatron.data.rows import Reason, RowError, check_weights, checked_chat, checked_text, lookup
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.platform import tick
 
@@ -39,72 +40,39 @@ class PromptReport:
         return f"{sum(self.by_label.values())} prompts ({labels}); tokens {lengths}{dropped}"
 
 
-class _NoTeacher(DataError):
+class _NoTeacher(RowError):
     """A row's label has no teacher."""
 
     def __init__(self, label: str, known: str) -> None:
-        super().__init__(f"label {shown(label)} has no teacher; add it to a teacher's labels, or use one of: {known}")
+        super().__init__(
+            Reason.UNKNOWN_LABEL,
+            f"label {shown(label)} has no teacher; add it to a teacher's labels, or use one of: {known}",
+        )
         self.label = label
-
-
-def _lookup(row: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted path, or at a key that itself holds dots; None where there is none."""
-    if key in row:
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
-
-
-def _checked_text(value: Any, key: str, *, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        advice = "; a chat belongs under data.messages_key" if isinstance(value, list) else "; write a text there"
-        raise DataError(f"{key!r} is {shown(value)}, not a text{advice}")
-    if not may_be_empty and not value.strip():
-        raise DataError(f"{key!r} is empty; write a prompt there, or remove the row")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{key!r} holds half a surrogate pair ({error.object[error.start]!a}); repair the text"
-        ) from error
-    return value
 
 
 def _messages(row: Mapping[str, Any], config: DataConfig) -> list[dict[str, str]]:
     """The chat that a row stands for. Raises DataError saying what the row lacks."""
-    text = _lookup(row, config.prompt_key)
+    text = lookup(row, config.prompt_key)
     if text is not None:
-        return [{"role": "user", "content": _checked_text(text, config.prompt_key)}]
+        return [{"role": "user", "content": checked_text(text, config.prompt_key)}]
     key = config.messages_key
-    messages = _lookup(row, key)
+    messages = lookup(row, key)
     if messages is None:
         keys = shown(", ".join(map(str, row))) if row else "none"
-        raise DataError(
+        raise RowError(
+            Reason.NO_PROMPT,
             f"neither {config.prompt_key!r} nor {key!r} is there; set data.prompt_key or data.messages_key "
-            f"to one of the row's keys ({keys})"
+            f"to one of the row's keys ({keys})",
         )
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{key!r} is {shown(messages)}; write a list of {{role, content}} messages there")
-    for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if not isinstance(role, str) or not role:
-            raise DataError(f"'{key}[{number}]' is {shown(message)}; write {{role, content}} there")
-        last = number == len(messages) - 1
-        _checked_text(message.get("content"), f"{key}[{number}].content", may_be_empty=not last)
-    if messages[-1]["role"] == "assistant":
-        raise DataError(f"{key!r} ends with the assistant's message; remove it, since the student is to write it")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return checked_chat(messages, key)
 
 
 def _label(
     row: Mapping[str, Any], source: SourceConfig, config: DataConfig, labels: Collection[str]
 ) -> tuple[str, tuple[tuple[str, float], ...]]:
     """The row's label and, if it names several, their shares."""
-    label = source.label if source.label is not None else _lookup(row, config.label_key)
+    label = source.label if source.label is not None else lookup(row, config.label_key)
     known = ", ".join(sorted(labels))
     if label is None:
         raise DataError(
@@ -124,59 +92,13 @@ def _mixture(
     weights: Mapping[Any, Any], key: str, labels: Collection[str], known: str
 ) -> tuple[str, tuple[tuple[str, float], ...]]:
     """Labels with weights, scaled to sum to 1; a label of weight 0 is left out."""
-    for label, weight in weights.items():
+    for label in weights:
         if label not in labels:
             raise _NoTeacher(label, known)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise DataError(f"'{key}.{label}' is {shown(weight)}; a label's weight is a number of at least 0")
+    check_weights(weights, key)
     total = sum(weights.values())
-    if not 0 < total < math.inf:
-        raise DataError(f"{key!r} is {shown(weights)}; at least one label needs a weight above 0")
     shares = tuple((label, weight / total) for label, weight in sorted(weights.items()) if weight)
     return ("+".join(label for label, _ in shares), shares if len(shares) > 1 else ())
-
-
-class _Encoder:
-    """Turns a chat into token ids, with the template where the recipe wants it."""
-
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
-        if config.chat_template == "on" and not tokenizer.has_chat_template:
-            raise DataError("data.chat_template is 'on' but the student's tokenizer has no chat template; use 'off'")
-        self.system = config.system_prompt
-        self.use_template = config.chat_template != "off" and tokenizer.has_chat_template
-        self.tokenizer = tokenizer
-        self.max_tokens = config.max_prompt_tokens
-        self.drop = config.too_long == "drop"
-        if self.system and not self.use_template:
-            raise DataError(f"data.system_prompt needs a chat template; remove it, or {self._otherwise()}")
-
-    def _otherwise(self) -> str:
-        if self.tokenizer.has_chat_template:
-            return "set data.chat_template to 'auto'"
-        return "use a student whose tokenizer has one"
-
-    def __call__(self, messages: list[dict[str, str]]) -> list[int] | None:
-        """At least one token id; None for a prompt that is to be dropped for its length."""
-        if self.use_template:
-            if self.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": self.system}, *messages]
-            token_ids = self.tokenizer.apply_chat_template(messages)
-        elif len(messages) > 1:
-            raise DataError(f"a chat of several messages needs a chat template; remove the row, or {self._otherwise()}")
-        else:
-            token_ids = self.tokenizer.encode(messages[0]["content"])
-        if not token_ids:
-            raise DataError(
-                f"{shown(messages[-1]['content'])} has no tokens in the student's vocabulary; remove the row"
-            )
-        if len(token_ids) <= self.max_tokens:
-            return token_ids
-        if self.drop:
-            return None
-        raise DataError(
-            f"{len(token_ids)} tokens, more than data.max_prompt_tokens={self.max_tokens}; "
-            "raise it, or set data.too_long to 'drop'"
-        )
 
 
 def read_prompts(
@@ -197,7 +119,7 @@ def read_prompts(
         DataError: a file that cannot be read; rows that are wrong (the first few by file and line, the rest counted),
             among them rows over ``max_prompt_tokens`` when ``too_long`` is ``error``; or no prompt left.
     """
-    encode = _Encoder(config, tokenizer)
+    encode = Encoder(config, tokenizer)
     prompts: list[Prompt] = []
     problems: list[tuple[str, DataError]] = []
     too_long = 0

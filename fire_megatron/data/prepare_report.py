@@ -1,0 +1,199 @@
+"""What became of the rows that were prepared: counts, lengths and rejects, for people and as JSON."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fire_megatron.data.contamination import Benchmarks, Match
+from fire_megatron.data.rows import Reason
+
+PERCENTILES = (50, 90, 99, 100)
+_LABELS = 20
+"""Labels, and pairs of labels, in the table; the JSON has all."""
+
+
+@dataclass
+class SourceReport:
+    """One file that was read."""
+
+    path: str
+    keys: dict[str, str]
+    """Which keys its rows were read by: of ``prompt``, ``label`` and ``answer``."""
+    rows: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """The rows kept of a label."""
+
+    rows: int
+    lengths: dict[str, int]
+    """By percentile, as ``p50``."""
+
+
+@dataclass(frozen=True)
+class RejectReport:
+    """The rows rejected for a reason."""
+
+    rows: int
+    first: str
+    """Place of the first, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """What was found of a benchmark."""
+
+    path: str
+    problems: int
+    problems_found: int
+    """Different problems that a row was refused for."""
+    rows_refused: int
+    rows_in_full: int
+    """Of these, rows with the whole problem; the others have most of its words."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """See the module."""
+
+    out: str
+    rows: int
+    kept: int
+    length_unit: str
+    """``tokens`` or ``characters``."""
+    sources: list[SourceReport]
+    all_labels: LabelReport | None
+    """All rows kept; None where there is none."""
+    labels: dict[str, LabelReport]
+    """By label, labels of a mixture joined by ``+``."""
+    rejects: dict[str, RejectReport]
+    """By reason."""
+    other_labels: dict[str, int]
+    """Duplicates with another label, by ``kept / rejected``."""
+    benchmarks: list[BenchmarkReport] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON's types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"{self.rows} rows read, {self.kept} kept, {self.rows - self.kept} rejected"
+        yield ""
+        files = [
+            (s.path, s.rows, s.kept, "  ".join(f"{name}={key}" for name, key in s.keys.items())) for s in self.sources
+        ]
+        yield from _table(("file", "rows", "kept", "keys"), files, left=(0, 3))
+        if self.all_labels:
+            yield ""
+            yield from self._label_lines(self.all_labels)
+        if self.rejects:
+            yield ""
+            listed = [(reason, r.rows, r.first) for reason, r in self.rejects.items()]
+            yield from _table(("rejected", "rows", "the first"), listed, left=(0, 2))
+        if self.other_labels:
+            yield ""
+            pairs = list(self.other_labels.items())[:_LABELS]
+            yield from _table(("duplicates: label kept / rejected", "rows"), pairs)
+        if self.benchmarks:
+            yield ""
+            yield from _table(
+                ("benchmark", "problems", "found", "rows refused", "in full"),
+                [(b.path, b.problems, b.problems_found, b.rows_refused, b.rows_in_full) for b in self.benchmarks],
+            )
+
+    def _label_lines(self, total: LabelReport) -> Iterator[str]:
+        named = list(self.labels.items())
+        rows = [(label, r.rows, *r.lengths.values()) for label, r in named[:_LABELS]]
+        if len(named) > _LABELS:
+            rest = sum(r.rows for _, r in named[_LABELS:])
+            rows.append((f"... {len(named) - _LABELS} more", rest, *[""] * len(PERCENTILES)))
+        percentiles = [f"{self.length_unit}: {name}" if name == "p50" else name for name in total.lengths]
+        yield from _table(("label", "rows", *percentiles), [*rows, ("all", total.rows, *total.lengths.values())])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> Iterator[str]:
+    """Lines of a table; numbers to the right, columns ``left`` to the left."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        parts = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(parts).rstrip()
+
+
+class Tally:
+    """Counts while rows are read. Memory: four bytes a row kept."""
+
+    def __init__(self) -> None:
+        self.sources: list[SourceReport] = []
+        self._lengths: dict[str, array] = defaultdict(lambda: array("I"))
+        self._rejects: Counter[Reason] = Counter()
+        self._first: dict[Reason, str] = {}
+        self._other_labels: Counter[str] = Counter()
+        self._matches: dict[int, Counter[str]] = defaultdict(Counter)
+        self._in_full: Counter[int] = Counter()
+
+    def keep(self, label: str, length: int) -> None:
+        """Count a row kept, with its length in tokens or characters."""
+        self.sources[-1].kept += 1
+        self._lengths[label].append(length)
+
+    def reject(self, reason: Reason, where: str, detail: str) -> None:
+        """Count a row rejected."""
+        self._rejects[reason] += 1
+        if reason not in self._first:
+            self._first[reason] = f"{where}: {detail}"
+
+    def other_label(self, kept: str, rejected: str) -> None:
+        """Count a duplicate with another label."""
+        self._other_labels[f"{kept} / {rejected}"] += 1
+
+    def contaminated(self, match: Match) -> None:
+        """Count a row that holds a benchmark's problem."""
+        self._matches[match.benchmark][match.where] += 1
+        self._in_full[match.benchmark] += match.share == 1
+
+    @property
+    def kept(self) -> int:
+        """Rows kept so far."""
+        return sum(map(len, self._lengths.values()))
+
+    def report(self, out: str, length_unit: str, benchmarks: Benchmarks) -> Report:
+        """What was counted."""
+        return Report(
+            out=out,
+            rows=sum(source.rows for source in self.sources),
+            kept=self.kept,
+            length_unit=length_unit,
+            sources=self.sources,
+            all_labels=_lengths(*self._lengths.values()) if self._lengths else None,
+            labels={label: _lengths(lengths) for label, lengths in sorted(self._lengths.items())},
+            rejects={r: RejectReport(self._rejects[r], self._first[r]) for r in Reason if r in self._rejects},
+            other_labels=dict(self._other_labels.most_common()),
+            benchmarks=[
+                BenchmarkReport(
+                    path=str(path),
+                    problems=benchmarks.count(number),
+                    problems_found=len(self._matches[number]),
+                    rows_refused=sum(self._matches[number].values()),
+                    rows_in_full=self._in_full[number],
+                )
+                for number, path in enumerate(benchmarks.paths)
+            ],
+        )
+
+
+def _lengths(*lengths: array) -> LabelReport:
+    values = np.concatenate([np.frombuffer(part, dtype=np.uint32) for part in lengths])
+    found = np.percentile(values, PERCENTILES, method="higher")
+    return LabelReport(len(values), {f"p{p}": int(n) for p, n in zip(PERCENTILES, found, strict=True)})

@@ -1,0 +1,121 @@
+"""What a row of a prompt file must be, whoever reads it: its values by dotted keys, its text, chat and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from fire_megatron.config.errors import DataError
+from fire_megatron.data.files import shown
+
+
+class Reason(StrEnum):
+    """Why a row cannot be used, in the order in which it is looked at."""
+
+    INVALID_JSON = "invalid JSON"
+    NO_PROMPT = "no prompt"
+    NOT_TEXT = "not text"
+    EMPTY = "empty"
+    HALF_SURROGATE = "half a surrogate"
+    ENDS_WITH_ASSISTANT = "ends with assistant"
+    NO_LABEL = "no label"
+    UNKNOWN_LABEL = "unknown label"
+    DUPLICATE = "duplicate"
+    DUPLICATE_OTHER_LABEL = "duplicate with another label"
+    CONTAMINATED = "contaminated"
+    TOKENIZER_REFUSES = "tokenizer refuses"
+    TOO_LONG = "too long"
+
+
+class RowError(DataError):
+    """A row that cannot be used."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        """Args: reason: the kind of mistake; text: what is there and what to do about it."""
+        super().__init__(text)
+        self.reason = reason
+
+
+def lookup(row: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted path, or at a key that itself holds dots; None where there is none."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def checked_text(value: Any, key: str, *, may_be_empty: bool = False) -> str:
+    """The value as text that can be tokenized. Raises RowError."""
+    if not isinstance(value, str):
+        advice = "; a chat belongs under data.messages_key" if isinstance(value, list) else "; write a text there"
+        raise RowError(Reason.NOT_TEXT, f"{key!r} is {shown(value)}, not a text{advice}")
+    if not may_be_empty and not value.strip():
+        raise RowError(Reason.EMPTY, f"{key!r} is empty; write a prompt there, or remove the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            Reason.HALF_SURROGATE, f"{key!r} holds half a surrogate pair ({value[error.start]!a}); repair the text"
+        ) from error
+    return value
+
+
+def checked_chat(messages: Any, key: str) -> list[dict[str, str]]:
+    """Messages whose last one a student can answer, reduced to role and content. Raises RowError."""
+    if not isinstance(messages, list):
+        raise RowError(
+            Reason.NOT_TEXT, f"{key!r} is {shown(messages)}; write a list of {{role, content}} messages there"
+        )
+    if not messages:
+        raise RowError(Reason.EMPTY, f"{key!r} is []; write a list of {{role, content}} messages there")
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not role:
+            raise RowError(Reason.NOT_TEXT, f"'{key}[{number}]' is {shown(message)}; write {{role, content}} there")
+        last = number == len(messages) - 1
+        checked_text(message.get("content"), f"{key}[{number}].content", may_be_empty=not last)
+    if messages[-1]["role"] == "assistant":
+        raise RowError(
+            Reason.ENDS_WITH_ASSISTANT,
+            f"{key!r} ends with the assistant's message; remove it, since the student is to write it",
+        )
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def row_messages(row: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, str]]:
+    """The chat under the first of the keys that the row has, where a text is one message of the user's.
+
+    Raises:
+        RowError: what is wrong with it, or none of the keys.
+    """
+    for key in keys:
+        value = present(row, key)
+        if isinstance(value, list):
+            return checked_chat(value, key)
+        if value is not None:
+            return [{"role": "user", "content": checked_text(value, key)}]
+    raise RowError(Reason.NO_PROMPT, f"nothing under {' or '.join(map(repr, keys))}")
+
+
+def present(row: Mapping[str, Any], key: str) -> Any:
+    """:func:`lookup`, with None also for pandas' mark of a missing value."""
+    value = lookup(row, key)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def check_weights(weights: Mapping[Any, Any], key: str) -> None:
+    """Weights of several labels are numbers of at least 0 and not all 0. Raises RowError."""
+    for label, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise RowError(
+                Reason.UNKNOWN_LABEL,
+                f"'{key}.{label}' is {shown(weight)}; a label's weight is a number of at least 0",
+            )
+    if not 0 < sum(weights.values()) < math.inf:
+        raise RowError(Reason.UNKNOWN_LABEL, f"{key!r} is {shown(weights)}; at least one label needs a weight above 0")

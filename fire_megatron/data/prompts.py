@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rows import Reason, RowError, check_weights, checked_chat, checked_text, lookup
 from fire_megatron.data.tokenizer import Tokenizer
-from fire_megatron.platform import tick
 
 _EXAMPLES = 5
 """Wrong rows named one by one before the rest is counted."""
@@ -102,7 +101,12 @@ def _mixture(
 
 
 def read_prompts(
-    config: DataConfig, sources: Sequence[SourceConfig], tokenizer: Tokenizer, labels: Collection[str]
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    labels: Collection[str],
+    *,
+    each_row: Callable[[], None] = lambda: None,
 ) -> tuple[list[Prompt], PromptReport]:
     """Read, label and tokenize prompts.
 
@@ -111,6 +115,7 @@ def read_prompts(
         sources: the files, in order.
         tokenizer: the student's.
         labels: labels that have a teacher.
+        each_row: called before each row: this may take long.
 
     Returns:
         The prompts in file order, at least one, and what there is to say about them.
@@ -127,7 +132,7 @@ def read_prompts(
         for number, (where, row) in enumerate(read_rows(Path(source.path))):
             if source.limit and number >= source.limit:
                 break
-            tick()
+            each_row()
             try:
                 if isinstance(row, DataError):
                     raise row

@@ -23,7 +23,7 @@ from fire_megatron.models.build import (
 )
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.platform import Device, World
+from fire_megatron.platform import Device, World, tick
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ def read_inputs(recipe: Recipe) -> Inputs:
                 f"{recipe.student.checkpoint}); log-probabilities can only be compared token by token when both "
                 "use one vocabulary"
             )
-    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route))
+    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), each_row=tick)
     notes = [f"data.train: {report}"]
     if recipe.loss.estimator == "topk":
         _refuse_mixtures(prompts, route)
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
-        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route))
+        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
     return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route, tuple(notes))

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Runs a launcher on one node, as srun's only task there:  node.sh COMMAND...
 #
-# A signal that asks the job to stop (USR1 before a time limit, TERM at preemption) reaches every process of the step.
-# The trainer's own processes catch it, save and leave; torchrun does not know USR1 and would die of it, so here it is
-# shielded. Exit code 75 says to the batch script that the job was asked to stop: what it does is to be continued.
+# A signal reaches every process of the step. USR1 asks the job to stop, before a time limit: the trainer's own processes
+# catch it, save and leave; torchrun does not know it and would die of it, so here it is shielded. Exit code 75 then says
+# to the batch script that what it does is to be continued. TERM comes at preemption, and from srun when another node has
+# failed: torchrun passes it on, and its exit code counts.
 set -u
 asked=
 trap 'asked=USR1' USR1
-trap 'asked=TERM' TERM
+trap : TERM
 
 (
   trap '' USR1

@@ -94,7 +94,7 @@ CHILD = "import signal, sys, time; {}; print('ready', flush=True); time.sleep(30
         (signal.SIGUSR1, "signal.signal(signal.SIGALRM, lambda *_: sys.exit(0)); signal.alarm(1)", 75),
         # A trainer, which takes the signal for itself.
         (signal.SIGUSR1, "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))", 75),
-        (signal.SIGTERM, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))", 75),
+        (signal.SIGTERM, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))", 1),
         (None, "signal.signal(signal.SIGALRM, lambda *_: sys.exit(3)); signal.alarm(1)", 3),
         (None, "signal.signal(signal.SIGALRM, lambda *_: sys.exit(0)); signal.alarm(1)", 0),
     ],

@@ -182,7 +182,7 @@ main() {
   [[ -n $DRY_RUN || -f $last/fire_checkpoint.json ]] ||
     fail "$last is not there; leave checkpoint.final of the recipe on, so that the last step is saved"
   if [[ -n ${BENCHMARKS// /} ]]; then
-    stage evaluate 0 -m fire_megatron.evaluate --checkpoint "$last" --benchmark $BENCHMARKS \
+    stage evaluate "$restarts" -m fire_megatron.evaluate --checkpoint "$last" --benchmark $BENCHMARKS \
       --out "$RUN_DIR/evaluation/final" $EVALUATE_ARGS
   fi
   local exported=$RUN_DIR/hf/${last##*/}

@@ -145,7 +145,7 @@ class Trainer:
     def _tell_saved(self) -> None:
         for step, seconds in self.run.saver.finished():
             self.logger.message(f"saved checkpoint of step {step} to {self.checkpoints.folder} in {seconds:.1f} s")
-            self._note(saved=step)
+            self._note(saved=step, restarts=0)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class Selection:
     metrics: dict[str, Value] = field(default_factory=dict)
     """What the hooks have to report, to be reduced over the same ranks as the rows."""
     details: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What the hooks decided by, for people who look at single rows: by name, [B] of the rows or [B, R] of the tokens."""
+    """What the hooks decided by, for people who look at single rows: by name, [B] of rows or [B, R] of tokens."""
 
     def __post_init__(self) -> None:
         assert len(self.keep_B) == len(self.weight_BR) == len(self.reason)

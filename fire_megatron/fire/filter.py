@@ -36,8 +36,8 @@ class Filter:
         return self.options.scope
 
     def __call__(self, batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
-        """Apply. Reports ``fire/threshold/<teacher>``, or ``fire/threshold/all`` with ``group_by: batch``; of each row its
-        group's ``threshold``."""
+        """Apply. Reports ``fire/threshold/<teacher>``, or ``fire/threshold/all`` with ``group_by: batch``; of each row
+        its group's ``threshold``."""
         if self.options.drop_truncated:
             selection = selection.drop(batch.truncated_B, "truncated")
         group_B, names = batch.groups(self.options.group_by)

@@ -117,8 +117,9 @@ def make_charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
     Returns:
         In order of the page: ``section``, ``title``, ``unit``, ``keys``, ``bars``, ``quiet`` (a line of text is
-        enough) and ``curves``, each of these with ``run`` (its number), ``label``, ``name`` (of a teacher or benchmark; None otherwise), ``at`` (places of its
-        points among the run's steps; None for all of them) and ``y``, None where a value was not finite.
+        enough) and ``curves``, each of these with ``run`` (its number), ``label``, ``name`` (of a teacher or
+        benchmark; None otherwise), ``at`` (places of its points among the run's steps; None for all of them) and
+        ``y``, None where a value was not finite.
     """
     columns = [_columns(run.metrics) for run in runs]
     keys = list(dict.fromkeys(key for column in columns for key in column))

@@ -19,6 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 import fire_megatron
 from fire_megatron.config.errors import UserError
 from fire_megatron.config.files import write_whole
@@ -66,8 +68,6 @@ def _page(runs: Sequence[RunData], library: str) -> Iterator[str]:
         "quantities": [asdict(quantity) for quantity in quantities(bodies)],
     }
     nonce = secrets.token_urlsafe(16)
-    blocks = {"library": library.encode(), "report": _json(report)}
-    blocks |= {f"trajectory-{number}": _json(body) for number, body in enumerate(bodies)}
     before, _, after = _asset("page.html").partition("<!-- blocks -->")
     fill = {
         "nonce": nonce,
@@ -76,17 +76,29 @@ def _page(runs: Sequence[RunData], library: str) -> Iterator[str]:
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
     }
     yield string.Template(before).substitute(fill)
-    for name, content in blocks.items():
-        # As text a library may hold what ends a script element; as base64 nothing can.
-        packed = base64.b64encode(gzip.compress(content, mtime=0)).decode()
-        yield f'<script type="application/gzip" id="{name}">{packed}</script>\n'
+    yield _block("library", library.encode())
+    yield _block("report", _json(report))
+    # Each by itself, so that a browser unpacks those that are looked at.
+    for number, body in enumerate(tqdm(bodies, desc="trajectories", delay=1, leave=False, disable=None)):
+        yield _block(f"trajectory-{number}", _json(body))
     yield string.Template(after).substitute(fill)
 
 
+def _block(name: str, content: bytes) -> str:
+    # A library's or a model's text may hold what ends a script element; base64 cannot.
+    packed = base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()
+    return f'<script type="application/gzip" id="{name}">{packed}</script>\n'
+
+
 def _json(value: Any) -> bytes:
-    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        "utf-8", "surrogatepass"
-    )
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+    try:
+        text = dump(value)
+    except ValueError:  # the logger writes no infinities, but JSON files may hold some
+        text = dump(finite(value))
+    return text.encode("utf-8", "replace")
 
 
 def _asset(name: str) -> str:

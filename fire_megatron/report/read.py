@@ -220,8 +220,8 @@ def _samples(path: Path, most: int, notes: list[str]) -> tuple[tuple[Mapping[str
 
 
 def _spread(places: Mapping[int, list[int]], most: int) -> list[list[int]]:
-    """Whole steps, evenly from the first to the last, that have at most ``most`` lines together; where not even the last
-    step fits, its first lines."""
+    """Whole steps, evenly from the first to the last, that have at most ``most`` lines together; where not even the
+    last step fits, its first lines."""
     steps = sorted(places)
     if sum(map(len, places.values())) <= most:
         return [places[step] for step in steps]

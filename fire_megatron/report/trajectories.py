@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ _TITLES = {
 _BOUNDS = {"confidence": (0.0, 1.0), "confusion": (0.0, 1.0)}
 _OUTER = 0.02
 """Share of the tokens at either end that get the same shade, so that a few extremes do not pale the others."""
+_LOOKED_AT = 300
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def body(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": str(sample.get("prompt", "")), "texts": [str(text) for text in texts], "numbers": numbers}
 
 
-def quantities(bodies: Iterable[Mapping[str, Any]]) -> list[Quantity]:
-    """What the tokens of these trajectories have, FiRe's first, with the bounds of the shades."""
+def quantities(bodies: Sequence[Mapping[str, Any]]) -> list[Quantity]:
+    """What the tokens of these trajectories have, FiRe's first, with the bounds of the shades (of many trajectories,
+    some are looked at)."""
     values: dict[str, list[float]] = {}
-    for one in bodies:
+    for one in bodies[:: max(len(bodies) // _LOOKED_AT, 1)]:
         for key, column in one["numbers"].items():
             values.setdefault(key, []).extend(v for v in column if type(v) in (int, float) and math.isfinite(v))
     order = [*(key for key in _TITLES if key in values), *(key for key in values if key not in _TITLES)]

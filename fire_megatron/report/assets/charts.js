@@ -1,5 +1,6 @@
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const MARKED_BELOW = 60; // points of a curve, so that single ones can be seen
+const BARS_BELOW = 200; // of more steps, areas
 
 /** Exponential moving average that begins at the first value; gaps stay gaps. */
 function smoothed(values, weight) {
@@ -11,6 +12,9 @@ function smoothed(values, weight) {
     return sum / norm;
   });
 }
+
+/** plotly reads a little markup in names; ours have none. */
+const literally = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
 function curveColour(report, chart, curve) {
   if (curve.name !== null && !chart.bars) return nameColour(report, curve.name);
@@ -24,7 +28,10 @@ function traces(report, chart, weight) {
     const steps = report.runs[curve.run].steps;
     const x = curve.at === null ? steps : curve.at.map((place) => steps[place]);
     const colour = curveColour(report, chart, curve);
-    const name = report.runs.length > 1 ? `${report.runs[curve.run].name}: ${curve.label}` : curve.label;
+    const name = literally(report.runs.length > 1 ? `${report.runs[curve.run].name}: ${curve.label}` : curve.label);
+    if (chart.bars && x.length > BARS_BELOW) {
+      return [{ type: "scatter", mode: "lines", x, y: curve.y, name, stackgroup: String(curve.run), line: { color: colour, width: 1 } }];
+    }
     if (chart.bars) {
       return [{ type: "bar", x, y: curve.y, name, offsetgroup: String(curve.run), marker: { color: colour, line: { width: 0 } } }];
     }

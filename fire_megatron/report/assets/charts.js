@@ -9,7 +9,7 @@ function smoothed(values, weight) {
     if (!isNumber(value)) return null;
     sum = weight * sum + (1 - weight) * value;
     norm = weight * norm + (1 - weight);
-    return sum / norm;
+    return Number((sum / norm).toPrecision(6)); // so that what does not change stays a straight line
   });
 }
 
@@ -38,7 +38,7 @@ function traces(report, chart, weight) {
     const line = { color: colour, width: 1.8, dash: DASHES[curve.run % DASHES.length] };
     const mode = x.length <= MARKED_BELOW ? "lines+markers" : "lines";
     const drawn = { type: "scatter", mode, x, y: curve.y, name, line, marker: { size: 4, color: colour } };
-    if (weight === 0 || x.length < 3) return [drawn];
+    if (weight === 0 || chart.section === "Evaluation") return [drawn]; // which has few points, each a measurement
     const faint = { ...drawn, mode: "lines", opacity: 0.25, hoverinfo: "skip", showlegend: false, line: { ...line, width: 1 } };
     return [faint, { ...drawn, mode: "lines", y: smoothed(curve.y, weight) }];
   });
@@ -73,7 +73,7 @@ function layout(chart, logarithmic, several) {
 function inWords(chart) {
   const values = [...new Set(chart.curves.map((curve) => show(curve.y[0])))];
   const told = values.length === 1 ? values[0] : chart.curves.map((curve) => `${curve.label} ${show(curve.y[0])}`).join(", ");
-  return `${chart.title.toLowerCase()} ${told}${chart.unit && !chart.unit.startsWith("1 =") ? ` ${chart.unit}` : ""}`;
+  return `${chart.title.toLowerCase()}: ${told}${/ a /.test(chart.unit) ? ` ${chart.unit}` : ""}`;
 }
 
 const CONFIG = { displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
@@ -97,7 +97,7 @@ async function showCharts(report) {
     const grid = el("div", { class: "charts" });
     parent.append(el("h2", { id: sectionId(section) }, section), grid);
     const quiet = charts.filter((chart) => chart.quiet).map(inWords);
-    if (quiet.length) parent.append(el("p", { class: "muted small quiet" }, `The same at every step: ${quiet.join("; ")}.`));
+    if (quiet.length) parent.append(el("p", { class: "muted small quiet" }, `The same at every step – ${quiet.join("; ")}.`));
     for (const chart of charts.filter((chart) => !chart.quiet)) {
       const [card, plot] = chartCard(chart);
       plots.set(plot, { chart, seen: false, stale: true });

@@ -216,7 +216,7 @@ def test_several_runs_and_one_without_a_step(browser, run_dir, tmp_path):
     assert names == ["tiny", "second"]
     browser.until("return document.querySelectorAll('.plot .trace').length")
     drawn = browser.run("return document.querySelector('.plot').data.map((curve) => [curve.name, curve.line.dash])")
-    assert drawn == [["tiny: loss", "solid"], ["second: loss", "dash"]]
+    assert drawn == [["tiny", "solid"], ["second", "dash"]]
     assert "of 19 sampled trajectories of tiny" in browser.run("return document.body.textContent")
     assert browser.console() == []
 

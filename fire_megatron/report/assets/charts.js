@@ -1,6 +1,7 @@
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const MARKED_BELOW = 60; // points of a curve, so that single ones can be seen
 const BARS_BELOW = 200; // of more steps, areas
+const PLOT_HEIGHT = 270, LEGEND_LINE = 17, LEGEND_CURVES = 4; // pixels; curves whose names leave the plot its room
 
 /** Exponential moving average that begins at the first value; gaps stay gaps. */
 function smoothed(values, weight) {
@@ -16,6 +17,12 @@ function smoothed(values, weight) {
 /** plotly reads a little markup in names; ours have none. */
 const literally = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
+function curveName(report, chart, curve) {
+  if (report.runs.length === 1) return curve.label;
+  const run = report.runs[curve.run].name;
+  return chart.curves.every((other) => other.label === curve.label) ? run : `${run}: ${curve.label}`;
+}
+
 function curveColour(report, chart, curve) {
   if (curve.name !== null && !chart.bars) return nameColour(report, curve.name);
   const own = chart.curves.filter((other) => other.run === curve.run && (chart.bars || other.name === null));
@@ -28,7 +35,7 @@ function traces(report, chart, weight) {
     const steps = report.runs[curve.run].steps;
     const x = curve.at === null ? steps : curve.at.map((place) => steps[place]);
     const colour = curveColour(report, chart, curve);
-    const name = literally(report.runs.length > 1 ? `${report.runs[curve.run].name}: ${curve.label}` : curve.label);
+    const name = literally(curveName(report, chart, curve));
     if (chart.bars && x.length > BARS_BELOW) {
       return [{ type: "scatter", mode: "lines", x, y: curve.y, name, stackgroup: String(curve.run), line: { color: colour, width: 1 } }];
     }
@@ -79,7 +86,8 @@ function inWords(chart) {
 const CONFIG = { displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
 
 function chartCard(chart) {
-  const plot = el("div", { class: "plot", role: "img", "aria-label": `${chart.title}, ${chart.unit || "no unit"}, over steps` });
+  const height = `${PLOT_HEIGHT + LEGEND_LINE * Math.max(chart.curves.length - LEGEND_CURVES, 0)}px`;
+  const plot = el("div", { class: "plot", style: { height }, role: "img", "aria-label": `${chart.title}, ${chart.unit || "no unit"}, over steps` });
   const head = el("div", { class: "chart-head", title: chart.keys.join("\n") }, el("h3", {}, chart.title),
     el("span", { class: "muted small" }, chart.unit));
   return [el("article", { class: "card chart" }, head, plot), plot];

@@ -33,13 +33,12 @@ def by_title(*runs):
 
 def documented_keys():
     """The keys of docs/metrics.md, with a name in place of each placeholder and braces written out."""
-    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").partition("## Samples")[0]
-    for line in text.splitlines():
+    for line in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").splitlines():
         if not re.match(r"\| `", line):
             continue
         first = ""
         for key in re.findall(r"`([^`]+)`", line.split("|")[1]):
-            key = first.removesuffix(key.partition("_")[0]) if key.startswith("...") else key
+            key = first + key.removeprefix("...") if key.startswith("...") else key
             choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{([^}]*)\}", key))]
             for parts in itertools.product(*choices):
                 yield re.sub(r"<[^>]+>", "math", "".join(parts))

@@ -124,6 +124,8 @@ def _run(run: RunData, name: str) -> dict[str, Any]:
         "last": trained[-1] if trained else {},
         "seconds": sum(_number(line, "time/step") for line in trained),
         "checkpoints": run.checkpoints,
+        "state": run.state,
+        "error": run.error,
         "recipe": run.recipe_text,
         "changes": run.recipe_changes,
         "shown": len(run.samples),

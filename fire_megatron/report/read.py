@@ -15,6 +15,7 @@ from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
 from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
 
+_STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LATER_RECIPE = re.compile(r"recipe_from_(\d+)\.yaml")
 
@@ -40,6 +41,10 @@ class RunData:
     """All lines of samples.jsonl."""
     checkpoints: tuple[int, ...]
     """Steps whose checkpoints are complete."""
+    state: str
+    """What status.json says: ``running`` (also of a run that was killed), ``done``, ``stopped``, ``failed``; or ""."""
+    error: str
+    """Why it failed, or nothing."""
     notes: tuple[str, ...]
     """What could not be read."""
 
@@ -85,6 +90,7 @@ def read_run(directory: str | Path, *, max_samples: int) -> RunData:
     metrics = {line["step"]: line for line in _whole_lines(folder / METRICS_FILE, notes)}
     samples, total = _samples(folder / SAMPLES_FILE, max_samples, notes)
     section = recipe.get("run")
+    status = _object(_text(folder / _STATUS_FILE))
     return RunData(
         name=str(section.get("name", folder.name)) if isinstance(section, dict) else folder.resolve().name,
         folder=folder.resolve(),
@@ -95,6 +101,8 @@ def read_run(directory: str | Path, *, max_samples: int) -> RunData:
         samples=samples,
         num_samples=total,
         checkpoints=_checkpoints(folder, recipe),
+        state=str(status.get("state") or ""),
+        error=str(status.get("error") or ""),
         notes=tuple(notes),
     )
 
@@ -184,11 +192,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    value = _object(line)
+    return value if type(value.get("step")) is int else None
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; an empty one where the text is none."""
     try:
-        value = json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) and type(value.get("step")) is int else None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 _STEP = re.compile(rb'\{"step": (\d+),')

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 from browser import Browser
@@ -221,6 +223,38 @@ def test_several_runs_and_one_without_a_step(browser, run_dir, tmp_path):
     drawn = browser.run("return document.querySelector('.plot').data.map((curve) => [curve.name, curve.line.dash])")
     assert drawn == [["tiny", "solid"], ["second", "dash"]]
     assert "of 19 sampled trajectories of tiny" in browser.run("return document.body.textContent")
+    assert browser.console() == []
+
+
+def test_a_large_run_opens(browser, run_dir, tmp_path):
+    """10,000 steps and 2,000 trajectories of 100 tokens, each with numbers of its own, as are those of the run."""
+    noise = random.Random(0)
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    columns = next(sample["by_token"] for sample in samples if sample["kept"])
+    with (tmp_path / "metrics.jsonl").open("w") as stream:
+        for step in range(1, 10_001):
+            values = {key: value * (1 + noise.random()) for key, value in last.items()}
+            stream.write(json.dumps({**values, "step": step}) + "\n")
+    with (tmp_path / "samples.jsonl").open("w") as stream:
+        for number in range(2_000):
+            numbers = {key: [round(noise.random(), 4) for _ in range(100)] for key in columns if key != "text"}
+            texts = [f" word{noise.randrange(999)}" for _ in range(100)]
+            line = {"step": 1 + number // 4, "row": number % 4, "teacher": "math", "kept": True, "tokens": 100}
+            line |= {"response": "".join(texts), "by_token": {"text": texts, **numbers}}
+            stream.write(json.dumps(line) + "\n")
+    started = time.process_time()
+    assert main(["report", str(tmp_path), "--max-samples", "2000"]) == 0
+    made = time.process_time() - started
+    page = tmp_path / "report.html"
+    started = time.perf_counter()
+    browser.open(page)
+    opened = time.perf_counter() - started
+    print(f"{len(last)} keys, {page.stat().st_size / 1e6:.1f} MB; made in {made:.1f} s of CPU, open in {opened:.1f} s")
+    assert page.stat().st_size < 16e6
+    assert draw_all(browser) > 30 and browser.run("return document.querySelectorAll('.barlayer .trace').length") == 0
+    browser.choose("step-choice", "250")
+    assert [len(card["shades"]) for card in cards(browser)] == [100] * 4
     assert browser.console() == []
 
 

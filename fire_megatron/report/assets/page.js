@@ -72,7 +72,7 @@ function tile(label, value, note = null, mark = null) {
 
 function tiles(report, run) {
   const { first, last, done, total } = run;
-  const state = total === null ? "" : done >= total ? "complete" : "not complete";
+  const state = run.state || (total === null ? "" : done >= total ? "complete" : "not complete");
   const list = [tile("Steps", total === null ? String(done) : `${done} of ${total}`, state)];
   const since = (key, form) => (isNumber(first[key]) ? `step ${first.step}: ${form(first[key])}` : null);
   const add = (key, label, form, mark = null) => {
@@ -95,6 +95,7 @@ function runCard(report, run) {
     card.append(el("p", { class: "empty" }, "No step has been logged yet: metrics.jsonl is missing or holds no line."));
   }
   card.append(tiles(report, run));
+  if (run.error) card.append(el("p", { class: "error" }, run.error));
   const saved = run.checkpoints.length ? `of step ${run.checkpoints.join(", ")}` : "none";
   card.append(el("div", { class: "small" }, `Checkpoints in the folder: ${saved}`));
   for (const note of run.notes) card.append(el("div", { class: "small muted" }, note));

@@ -23,6 +23,8 @@ def run(*lines, name="run", teachers=("math", "code")):
         samples=(),
         num_samples=0,
         checkpoints=(),
+        state="",
+        error="",
         notes=(),
     )
 
@@ -95,11 +97,11 @@ def test_unknown_keys_come_last_and_a_section_is_in_one_piece():
 
 
 def test_what_says_little_and_never_changes_is_quiet():
-    still = {"update_skipped": 0.0, "loss": 1.0}
+    still = {"skipped/spike": 0.0, "loss": 1.0}
     charts = by_title(run({"step": 1, **still}, {"step": 2, **still}))
-    assert charts["Updates refused by the optimizer"]["quiet"] and not charts["Loss"]["quiet"]
-    charts = by_title(run({"step": 1, **still}, {"step": 2, **still, "update_skipped": 1.0}))
-    assert not charts["Updates refused by the optimizer"]["quiet"]
+    assert charts["Updates skipped in the step"]["quiet"] and not charts["Loss"]["quiet"]
+    charts = by_title(run({"step": 1, **still}, {"step": 2, **still, "skipped/spike": 1.0}))
+    assert not charts["Updates skipped in the step"]["quiet"]
 
 
 def test_runs_are_laid_over_each_other():

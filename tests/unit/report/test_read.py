@@ -9,6 +9,7 @@ import pytest
 from fire_megatron.checkpoint.files import MARKER, WEIGHTS
 from fire_megatron.config.errors import UserError
 from fire_megatron.report.read import read_run
+from fire_megatron.train.status import RunStatus, write_status
 
 RECIPE = "run: {name: first, steps: 9}\nteachers: {math: {}, code: {}}\n"
 
@@ -106,6 +107,15 @@ def test_of_many_samples_whole_steps_are_taken(folder, most, steps):
     assert sorted({line["step"] for line in run.samples}) == steps
     assert [line["row"] for line in run.samples] == [0, 1, 2] * len(steps)
     assert [line["row"] for line in read(folder, 2).samples] == [0, 1] and read(folder, 0).samples == ()
+
+
+def test_what_became_of_it(folder):
+    assert (read(folder).state, read(folder).error) == ("", "")
+    write_status(folder, RunStatus(state="failed", error="step 3: loss not finite"))
+    assert (read(folder).state, read(folder).error) == ("failed", "step 3: loss not finite")
+    for text in ("{", "[]", '{"state": null}'):
+        (folder / "status.json").write_text(text)
+        assert read(folder).state == ""
 
 
 def test_what_is_not_a_run(folder, tmp_path):

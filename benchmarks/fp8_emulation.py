@@ -173,7 +173,7 @@ def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
         trainer = Trainer(recipe, world)
         run = trainer.run
         rollouts, scores, _ = trainer._sample_and_score(0)
-        rows, _ = select(rollouts, scores, run.router.names, run.hooks, micro_batch_size=4, grid=run.grid)
+        rows, *_ = select(rollouts, scores, run.router.names, run.hooks, micro_batch_size=4, grid=run.grid)
         rows, _ = run.router.attach(rebalance(mini_batches(rows, 1)[0], grid=run.grid), scores.kept)
         tokens = float(sum(len(r) for r in rows.rollouts.responses))
         ways = {"bfloat16": ("bfloat16", None), "float32": ("float32", None)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import RecipeError, RecipeProblems
+from fire_megatron.config.files import write_whole
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.schema import Recipe
 from fire_megatron.config.walk import build, nearest, plain
@@ -58,19 +57,10 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """
     target = Path(path)
     text = dump_yaml(recipe_to_dict(recipe))
-    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        write_whole(target, [text])
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise RecipeError(f"{target}: cannot be written ({error.strerror})") from error
 
 

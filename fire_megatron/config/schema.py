@@ -331,7 +331,8 @@ class MetricsConfig(Section):
     tensorboard: bool = False
     """TensorBoard files in `tensorboard` of the run's folder, when the package is installed."""
     samples: Count = 0
-    """Answers of each step written to `samples.jsonl` in the run's folder."""
+    """Answers of each step written to `samples.jsonl` in the run's folder, up to half of them dropped ones; see
+    docs/metrics.md."""
     gpu_interval: NonNegative = 1.0
     """Seconds between samples of each rank's GPU (utilisation, memory, power and so on, by nvidia-ml-py); 0 takes none.
     Without a GPU nothing is sampled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from fire_megatron.config.errors import DataError
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 _SENTENCEPIECE_FILE = "tokenizer.model"
+_HALF_A_CHARACTER = "\ufffd"
 
 
 class Tokenizer(Protocol):
@@ -165,6 +166,35 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
         return _digest({self._model.id_to_piece(i): i for i in range(self.vocab_size)})
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of each token; together they are the text of all.
+
+    A token that ends within a character (byte-level vocabularies have such) has no text: the token that completes the
+    character has it. Nor has a special token, which ``decode`` leaves out. A token is decoded after the ones before it
+    that last gave text, since many tokenizers write a token at the start of a text without its space.
+
+    Args:
+        ids: tokens of one text.
+        decode: text of token ids, such as :meth:`Tokenizer.decode`.
+    """
+    whole = decode(ids)
+    texts: list[str] = []
+    start = shown = written = 0  # tokens before the context, tokens whose text is out, characters of that
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[start:end])[len(before) :]
+        if not text or text.endswith(_HALF_A_CHARACTER) or not whole.startswith(text, written):
+            texts.append("")
+            continue
+        texts.append(text)
+        written += len(text)
+        start, shown = shown, end
+        before = decode(ids[start:shown])
+    if texts:
+        texts[-1] += whole[written:]
+    return texts
 
 
 def _digest(vocabulary: Mapping[str, int]) -> str:

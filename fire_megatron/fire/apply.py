@@ -42,7 +42,7 @@ def apply_hooks(batch: FireBatch, hooks: Sequence[Hook], *, reducer: Reducer, mi
         after = _by_micro_batch(batch, selection, hook, micro_batch_size) if micro else hook(batch, selection, reducer)
         assert not (after.keep_B & ~selection.keep_B).any(), f"{hook} keeps rows that were dropped before it"
         # A hook that builds a Selection of its own need not carry what the hooks before it reported.
-        selection = replace(after, metrics=selection.metrics | after.metrics)
+        selection = replace(after, metrics=selection.metrics | after.metrics, details=selection.details | after.details)
     selection = selection.reweight(torch.where(batch.mask_BR, selection.weight_BR, 0))
     reasons = [EMPTY, NONFINITE, *(reason for hook in hooks for reason in getattr(hook, "reasons", ()))]
     return selection.report(_summary(batch, selection, reasons))
@@ -76,11 +76,13 @@ def _by_micro_batch(batch: FireBatch, selection: Selection, hook: Hook, size: in
         merge(metrics, parts[-1].metrics)
     if not parts:
         return selection
+    told = set.intersection(*(set(p.details) for p in parts))
     return Selection(
         keep_B=torch.cat([p.keep_B for p in parts]),
         weight_BR=torch.cat([p.weight_BR for p in parts]),
         reason=tuple(reason for p in parts for reason in p.reason),
         metrics=selection.metrics | metrics,
+        details={name: torch.cat([p.details[name] for p in parts]) for name in sorted(told)},
     )
 
 

@@ -69,9 +69,12 @@ class Selection:
     """[B] why a row was dropped; None for kept rows."""
     metrics: dict[str, Value] = field(default_factory=dict)
     """What the hooks have to report, to be reduced over the same ranks as the rows."""
+    details: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the hooks decided by, for people who look at single rows: by name, [B] of rows or [B, R] of tokens."""
 
     def __post_init__(self) -> None:
         assert len(self.keep_B) == len(self.weight_BR) == len(self.reason)
+        assert all(table.shape in (self.keep_B.shape, self.weight_BR.shape) for table in self.details.values())
         assert self.keep_B.dtype == torch.bool and self.weight_BR.dtype == torch.float32
 
     def drop(self, rows_B: torch.Tensor, reason: str) -> Selection:
@@ -84,6 +87,6 @@ class Selection:
         """The same rows with these weights ([B, R], any float dtype)."""
         return replace(self, weight_BR=weight_BR.detach().float())
 
-    def report(self, metrics: dict[str, Value]) -> Selection:
-        """Add metrics."""
-        return replace(self, metrics=self.metrics | metrics)
+    def report(self, metrics: dict[str, Value], **details: torch.Tensor) -> Selection:
+        """Add metrics, and details by name."""
+        return replace(self, metrics=self.metrics | metrics, details=self.details | details)

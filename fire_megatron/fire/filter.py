@@ -36,7 +36,8 @@ class Filter:
         return self.options.scope
 
     def __call__(self, batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
-        """Apply. Reports ``fire/threshold/<teacher>``, or ``fire/threshold/all`` with ``group_by: batch``."""
+        """Apply. Reports ``fire/threshold/<teacher>``, or ``fire/threshold/all`` with ``group_by: batch``; of each row
+        its group's ``threshold``."""
         if self.options.drop_truncated:
             selection = selection.drop(batch.truncated_B, "truncated")
         group_B, names = batch.groups(self.options.group_by)
@@ -52,4 +53,4 @@ class Filter:
             for name, t in zip(names, thresholds, strict=True)
             if t is not None
         }
-        return selection.drop(score_B < limit_B, "below_threshold").report(metrics)
+        return selection.drop(score_B < limit_B, "below_threshold").report(metrics, threshold=limit_B)

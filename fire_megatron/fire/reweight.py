@@ -42,7 +42,8 @@ class Reweight:
         return self.options.scope
 
     def __call__(self, batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
-        """Apply. Reports ``fire/confidence`` and ``fire/confusion``, means over the tokens of the rows kept so far."""
+        """Apply. Reports ``fire/confidence`` and ``fire/confusion``, means over the tokens of the rows kept so far; of
+        each token its ``confidence`` and ``confusion``."""
         options, mask_BR = self.options, batch.mask_BR
         group_B, names = batch.groups(options.group_by)
         maxima_2G = torch.stack(
@@ -67,5 +68,7 @@ class Reweight:
             {
                 "fire/confidence": Mean(float(confidence_BR[kept_BR].double().sum()), kept_tokens),
                 "fire/confusion": Mean(float(confusion_BR[kept_BR].double().sum()), kept_tokens),
-            }
+            },
+            confidence=confidence_BR,
+            confusion=confusion_BR,
         )

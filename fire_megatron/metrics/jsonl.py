@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from fire_megatron.config.files import write_whole
 
 
 class JsonlFile:
@@ -54,22 +55,7 @@ def _step(line: str) -> int | None:
 
 def replace_json(path: Path, value: Any) -> None:
     """Write a JSON file in one rename, so that a reader sees the old one or the new one."""
-    _replace(path, lambda stream: stream.write(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"))
-
-
-def _replace(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Let ``write`` make the new content of a file, and put it in its place in one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.exists():
-            temporary.chmod(path.stat().st_mode & 0o777)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, [json.dumps(finite(value), indent=2, ensure_ascii=False), "\n"])
 
 
 def _drop_after(path: Path, last_step: int) -> None:
@@ -81,4 +67,4 @@ def _drop_after(path: Path, last_step: int) -> None:
     kept = [line for line in lines if (step := _step(line)) is not None and step <= last_step]
     if len(kept) == len(lines):
         return
-    _replace(path, lambda stream: stream.writelines(kept))
+    write_whole(path, kept)

@@ -140,10 +140,10 @@ class MetricsLogger:
             self._guarded(self._console.step, step, metrics)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the first ``metrics.samples`` rows of a step to ``samples.jsonl``; the others are not even made."""
+        """Write rows of a step to ``samples.jsonl``; with ``metrics.samples`` 0 none is even made."""
         if self._closed or self._samples is None:
             return
-        for row in itertools.islice(rows, self.config.samples):
+        for row in rows:
             self._samples.write({"step": step, **row})
 
     def message(self, text: str) -> None:

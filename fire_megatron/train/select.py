@@ -5,8 +5,7 @@ Shapes: B rows of this replica, R longest response, R_i response tokens of row i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -56,11 +55,12 @@ def select(
     *,
     micro_batch_size: int,
     grid: ModelGrid,
-) -> tuple[TrainingRows, dict[str, Value]]:
+) -> tuple[TrainingRows, Selection, dict[str, Value]]:
     """Apply the hooks over the global batch and keep this replica's surviving rows.
 
     Returns:
-        The kept rows, in their order, and metrics (which count every row once: on one rank of each replica).
+        The kept rows, in their order; what the hooks decided on all of this replica's rows; and metrics (which count
+        every row once: on one rank of each replica).
     """
     batch = fire_batch(rollouts, scores, teacher_names)
     selection = apply_hooks(batch, hooks, reducer=Reducer(grid.row_group), micro_batch_size=micro_batch_size)
@@ -72,7 +72,7 @@ def select(
         teacher_log_probs=tuple(scores.log_probs[i] for i in kept),
         weights=tuple(weights[i, : len(rollouts.responses[i])] for i in kept),
     )
-    return rows, _metrics(rollouts, scores, selection)
+    return rows, selection, _metrics(rollouts, scores, selection)
 
 
 def _metrics(rollouts: Rollouts, scores: Scores, selection: Selection) -> dict[str, Value]:
@@ -100,20 +100,6 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, Value]:
         "rollout/truncated": Mean(sum(rollouts.truncated), rows),
         "rollout/entropy": Mean(sum(float(e.sum()) for e in rollouts.entropies), tokens),
     }
-
-
-def sample_lines(rollouts: Rollouts, scores: Scores, decode: Callable[[list[int]], str]) -> Iterator[dict[str, Any]]:
-    """This replica's answers as lines of ``samples.jsonl``."""
-    for i, response in enumerate(rollouts.responses):
-        yield {
-            "row": rollouts.row_ids[i],
-            "teacher": scores.teachers[i],
-            "prompt": rollouts.prompts[i].text,
-            "response": decode(response.tolist()),
-            "tokens": len(response),
-            "truncated": rollouts.truncated[i],
-            "reverse_kl": float((rollouts.log_probs[i] - scores.log_probs[i]).sum()),
-        }
 
 
 def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:

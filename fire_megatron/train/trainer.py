@@ -33,8 +33,9 @@ from fire_megatron.train.gpus import RunGpus
 from fire_megatron.train.guard import NONFINITE, UpdateGuard, whole_loss
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
+from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.schedule import learning_rate
-from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, sample_lines, select
+from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
 from fire_megatron.train.setup import Run, StudentRun, everywhere, prepare
 from fire_megatron.train.status import RunStatus, begin, write_status
 
@@ -275,7 +276,7 @@ class Trainer:
         self._check_stop()
         with self._timed("update"):
             self._show("update")
-            rows, selected = select(
+            rows, selection, selected = select(
                 rollouts,
                 scores,
                 run.router.names,
@@ -284,7 +285,8 @@ class Trainer:
                 grid=run.grid,
             )
             updated = self._update(rows, scores.kept, step)
-        self.logger.samples(step + 1, sample_lines(rollouts, scores, run.inputs.tokenizer.decode))
+        lines = sample_lines(rollouts, scores, selection, run.inputs.tokenizer.decode, most=recipe.metrics.samples)
+        self.logger.samples(step + 1, lines)
         # Every rank of a replica holds the same rollouts; one of them counts.
         counts = run.grid.tp_rank == 0 and run.grid.is_first_stage
         return (rollout_metrics(rollouts) | selected if counts else {}) | routed | updated

@@ -25,11 +25,21 @@ def test_files_of_a_run(tmp_path):
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2]
 
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    places = [(step, row) for step in (1, 2) for row in (0, 1, 2)]
-    assert [(sample["step"], sample["row"]) for sample in samples] == places
+    assert [sample["step"] for sample in samples] == [1, 1, 1, 2, 2, 2]
+    assert [sum(not sample["kept"] for sample in samples if sample["step"] == step) for step in (1, 2)] == [1, 1]
     for sample in samples:
-        assert sample["teacher"] in ("math", "code") and sample["prompt"].startswith("w")
-        assert 1 <= sample["tokens"] <= 6 and isinstance(sample["response"], str)
+        assert sample["teacher"] == sample["label"] in ("math", "code") and sample["prompt"].startswith("w")
+        by_token = sample["by_token"]
+        assert 1 <= sample["tokens"] <= 6 and "".join(by_token["text"]) == sample["response"]
+        assert all(len(column) == sample["tokens"] for column in by_token.values())
+        assert (sample["mean_log_prob"] < sample["threshold"]) == (sample["reason"] == "below_threshold")
+        assert ("weight" in by_token) == sample["kept"] == (sample["reason"] is None)
+    metrics = {line["step"]: line for line in read_metrics(run_dir)}
+    for sample in samples:
+        step = metrics[sample["step"]]
+        assert sample["threshold"] == step[f"fire/threshold/{sample['teacher']}"], "the one that the filter used"
+        for weight in sample["by_token"].get("weight", []):
+            assert step["fire/token_weight_min"] * 0.999 <= weight <= step["fire/token_weight_max"] * 1.001
 
     assert main(["--recipe", str(recipe), "run.steps=3"]) == 0
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]

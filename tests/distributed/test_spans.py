@@ -162,7 +162,7 @@ class Cast:
         """Scores, metrics and whole gradients of a step."""
         rollouts = rollouts_of(replica_rows(ROWS, self.grid), self.mixed)
         scores = self.score(rollouts, ROWS)
-        kept, _ = select(
+        kept, *_ = select(
             rollouts, scores, self.router.names, build_hooks(self.loss.hooks), micro_batch_size=2, grid=self.grid
         )
         part, traffic = self.router.attach(rebalance(kept, grid=self.grid), scores.kept)

@@ -96,7 +96,7 @@ def run_step(
     router = make_router(teachers, ROUTE, grid, factory, prompts=rows(mixed)[0], mixture=loss.mixture)
     rollouts = rollouts_of(replica_rows(count, grid), mixed)
     scores = score(router, rollouts, keep_states=True)
-    kept, selected = select(
+    kept, _, selected = select(
         rollouts,
         scores,
         router.names,
@@ -274,7 +274,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     student = Student(
         model, grid, loss=LossConfig(), optimizer=OptimizerConfig(distributed=False), precision=PrecisionConfig()
     )
-    kept, metrics = select(rollouts, scores, router.names, [], micro_batch_size=1, grid=grid)
+    kept, _, metrics = select(rollouts, scores, router.names, [], micro_batch_size=1, grid=grid)
     part = rebalance(kept, grid=grid)
     student.accumulate_gradients(part, tokens=student.count_tokens(part, Reducer(grid.pg.dp)))
     if mine:

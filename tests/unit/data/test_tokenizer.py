@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.tokenizer import load_tokenizer
+from fire_megatron.data.tokenizer import load_tokenizer, token_texts
 
 CHAT = [{"role": "user", "content": "what is two"}]
 
@@ -128,3 +128,52 @@ def test_importing_the_package_does_not_import_transformers():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+TEXT = "Größe 日本語 🎉 👩‍👩‍👧\n\n  x = 1  # don't .\ufffd end"
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    """Byte-level BPE without merges: most characters above ASCII take several tokens."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>"])}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>").save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def test_token_texts_of_bytes(byte_tokenizer):
+    ids = byte_tokenizer.encode_piece(TEXT)
+    texts = token_texts(ids, byte_tokenizer.decode)
+    assert len(ids) == len(TEXT.encode()) == len(texts) and "".join(texts) == TEXT
+    assert texts[:5] == ["G", "r", "", "ö", ""], "the byte that completes a character has it"
+    ended = token_texts([*byte_tokenizer.encode_piece("日"), *byte_tokenizer.eos_ids], byte_tokenizer.decode)
+    assert ended == ["", "", "日", ""]
+    cut = byte_tokenizer.encode_piece("a🎉")[:3]
+    assert "".join(token_texts(cut, byte_tokenizer.decode)) == byte_tokenizer.decode(cut) != "a"
+
+
+def test_token_texts_of_pieces(sentencepiece_tokenizer, plain_tokenizer):
+    ids = sentencepiece_tokenizer.encode_piece("what is two plus")
+    texts = token_texts(ids, sentencepiece_tokenizer.decode)
+    assert "".join(texts) == "what is two plus" and " is" in "".join(texts[1:]), "spaces inside a text are kept"
+    assert sum(text != "" for text in texts) >= 4
+    # Special tokens in the middle neither have text nor take the next word's space.
+    assert token_texts([5, 2, 6, 3, 7], plain_tokenizer.decode) == ["what", "", " is", "", " two"]
+    assert token_texts([], plain_tokenizer.decode) == [] and token_texts([2], plain_tokenizer.decode) == [""]
+
+
+def test_token_texts_where_decoding_changes_what_came_before():
+    """Such as a tokenizer that joins an apostrophe to what follows it: nothing is lost, it only comes later."""
+
+    def decode(ids):
+        return " ".join("ab'm"[i] for i in ids).replace(" ' m", "'m").replace(" b", "B")
+
+    texts = token_texts([0, 2, 3, 1], decode)
+    assert "".join(texts) == decode([0, 2, 3, 1]) == "a'mB" and texts == ["a", "", "'m", "B"]

@@ -12,6 +12,7 @@ from fire_megatron.fire import hooks as registry
 from fire_megatron.fire.apply import apply_hooks
 from fire_megatron.fire.batch import Selection
 from fire_megatron.fire.hooks import build_hooks, register_hook
+from fire_megatron.fire.statistics import row_means
 from fire_megatron.metrics.values import Mean, Sum, reduce_metrics
 from fire_megatron.parallel.reducer import Reducer
 
@@ -143,6 +144,22 @@ def test_a_hook_of_the_users_own(random_batch, unregister):
     assert selection.metrics["fire/token_weight_mean"].result == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("scope", ["global", "microbatch"])
+def test_details_are_what_the_decisions_came_from(random_batch, scope):
+    batch = random_batch(20)
+    options = {"alpha": 2.0, "beta": 0.5, "scope": scope}
+    selection = run(batch, [HookConfig("filter", {"scope": scope}), HookConfig("reweight", options)], 5)
+    assert set(selection.details) == {"threshold", "confidence", "confusion"}
+    details = selection.details
+    means_B = row_means(batch.teacher_logp_BR, batch.mask_BR)
+    assert torch.equal(selection.keep_B, means_B >= details["threshold"])
+    product_BR = (1 + 2 * details["confidence"]) * (1 + 0.5 * details["confusion"])
+    scale_BR = torch.where(batch.mask_BR, selection.weight_BR / product_BR, 0)
+    sizes = [5] * 4 if scope == "microbatch" else [20]
+    for scale, mask in zip(scale_BR.split(sizes), batch.mask_BR.split(sizes), strict=True):
+        assert torch.allclose(scale[mask], scale[mask][0]), "one mean over all tokens that are seen together"
+
+
 def test_a_hook_may_scale_weights_and_forget_earlier_metrics(random_batch, unregister):
     @register_hook("halve")
     def halve():
@@ -154,7 +171,7 @@ def test_a_hook_may_scale_weights_and_forget_earlier_metrics(random_batch, unreg
     batch = random_batch(20)
     selection = run(batch, [HookConfig("filter"), HookConfig("halve")])
     assert (selection.weight_BR[batch.mask_BR] == 0.5).all()
-    assert "fire/threshold/math" in selection.metrics
+    assert "fire/threshold/math" in selection.metrics and "threshold" in selection.details
 
 
 def test_a_hook_cannot_bring_back_dropped_rows(random_batch, unregister):

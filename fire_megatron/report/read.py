@@ -1,0 +1,245 @@
+"""What a run's folder holds, read as far as it goes: a run in progress, or one of an older version, is read too."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fire_megatron.checkpoint.files import read_marker
+from fire_megatron.config.errors import RecipeError, UserError
+from fire_megatron.config.yaml_text import parse_yaml
+from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
+
+_STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+_LATER_RECIPE = re.compile(r"recipe_from_(\d+)\.yaml")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, as its folder tells."""
+
+    name: str
+    """``run.name``, or the folder's."""
+    folder: Path
+    recipe_text: str
+    """recipe.yaml; empty where there is none."""
+    recipe_changes: tuple[tuple[int, str], ...]
+    """Step after which the run was resumed with another recipe, and what differs from the one before (unified diff)."""
+    recipe: Mapping[str, Any]
+    """The latest recipe as plain values; empty where it cannot be read."""
+    metrics: tuple[Mapping[str, Any], ...]
+    """Lines of metrics.jsonl by step, one each."""
+    samples: tuple[Mapping[str, Any], ...]
+    """Lines of samples.jsonl by step, as many as were asked for."""
+    num_samples: int
+    """All lines of samples.jsonl."""
+    checkpoints: tuple[int, ...]
+    """Steps whose checkpoints are complete."""
+    state: str
+    """What status.json says: ``running`` (also of a run that was killed), ``done``, ``stopped``, ``failed``; or ""."""
+    error: str
+    """Why it failed, or nothing."""
+    notes: tuple[str, ...]
+    """What could not be read."""
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that have been logged."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run, by its latest recipe."""
+        steps = self._section("run").get("steps")
+        return steps if type(steps) is int else None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Teachers and mixtures, in the recipe's order; those that only metrics name come last."""
+        found = dict.fromkeys(str(name) for name in self._section("teachers"))
+        for line in self.metrics:
+            found |= dict.fromkeys(key.split("/")[1] for key in line if key.startswith("teacher/"))
+        return tuple(found)
+
+    def _section(self, name: str) -> Mapping[str, Any]:
+        section = self.recipe.get(name)
+        return section if isinstance(section, dict) else {}
+
+
+def read_run(directory: str | Path, *, max_samples: int) -> RunData:
+    """Read a run's folder.
+
+    Args:
+        directory: the run's ``run.dir``.
+        max_samples: lines of samples.jsonl to take; of more, those of steps spread evenly from first to last.
+
+    Raises:
+        UserError: no such folder, or not a run's.
+    """
+    folder = Path(directory)
+    _require_run(folder)
+    notes: list[str] = []
+    text = _text(folder / RECIPE_FILE)
+    recipe, changes = _recipes(folder, text, notes)
+    metrics = {line["step"]: line for line in _whole_lines(folder / METRICS_FILE, notes)}
+    samples, total = _samples(folder / SAMPLES_FILE, max_samples, notes)
+    section = recipe.get("run")
+    status = _object(_text(folder / _STATUS_FILE))
+    return RunData(
+        name=str(section.get("name", folder.name)) if isinstance(section, dict) else folder.resolve().name,
+        folder=folder.resolve(),
+        recipe_text=text,
+        recipe_changes=changes,
+        recipe=recipe,
+        metrics=tuple(metrics[step] for step in sorted(metrics)),
+        samples=samples,
+        num_samples=total,
+        checkpoints=_checkpoints(folder, recipe),
+        state=str(status.get("state") or ""),
+        error=str(status.get("error") or ""),
+        notes=tuple(notes),
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file() or (folder / RECIPE_FILE).is_file()
+
+
+def _require_run(folder: Path) -> None:
+    if not folder.is_dir():
+        near = difflib.get_close_matches(folder.name, [p.name for p in _folders(folder.parent)], n=1)
+        advice = f"did you mean {folder.parent / near[0]}?" if near else "give the run.dir of a run"
+        raise UserError(f"{folder}: no such folder; {advice}")
+    if not _is_run(folder):
+        runs = [path for path in (folder.absolute().parent, *_folders(folder)) if _is_run(path)]
+        advice = f"for example {runs[0]}" if runs else "the folder that the recipe names as run.dir"
+        raise UserError(
+            f"{folder}: not the folder of a run (neither {METRICS_FILE} nor {RECIPE_FILE} there); give one, {advice}"
+        )
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _recipes(folder: Path, first: str, notes: list[str]) -> tuple[Mapping[str, Any], tuple[tuple[int, str], ...]]:
+    """The latest recipe's values, and how each later recipe differs from the one before it."""
+    later = sorted(
+        (int(match[1]), path) for path in folder.glob("recipe_from_*.yaml") if (match := _LATER_RECIPE.match(path.name))
+    )
+    changes, before = [], first
+    for step, path in later:
+        now = _text(path)
+        lines = difflib.unified_diff(before.splitlines(), now.splitlines(), lineterm="", n=1)
+        changes.append((step, "\n".join(list(lines)[2:])))
+        before = now
+    try:
+        values = parse_yaml(before, source=RECIPE_FILE)
+    except RecipeError as error:
+        notes.append(f"The recipe cannot be read: {error}")
+        values = None
+    return values if isinstance(values, dict) else {}, tuple(changes)
+
+
+def _checkpoints(folder: Path, recipe: Mapping[str, Any]) -> tuple[int, ...]:
+    section = recipe.get("checkpoint")
+    named = section.get("dir") if isinstance(section, dict) else None
+    parent = Path(named) if isinstance(named, str) else folder / "checkpoints"
+    found = (
+        int(match[1])
+        for path in _folders(parent)
+        if (match := _STEP_FOLDER.fullmatch(path.name)) and read_marker(path) is not None
+    )
+    return tuple(sorted(found))
+
+
+def _whole_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Objects with a step; a line that is still being written is passed over, one that is damaged is noted."""
+    damaged = 0
+    for _, line in _lines(path):
+        parsed = _parsed(line)
+        if parsed is None:
+            damaged += 1
+        else:
+            yield parsed
+    if damaged:
+        notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {path.name} left out")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each line that has an end."""
+    if not path.is_file():
+        return
+    offset = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                yield offset, line
+            offset += len(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    value = _object(line)
+    return value if type(value.get("step")) is int else None
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; an empty one where the text is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+_STEP = re.compile(rb'\{"step": (\d+),')
+"""How the logger begins a line, so that lines that will not be shown need not be parsed."""
+
+
+def _samples(path: Path, most: int, notes: list[str]) -> tuple[tuple[Mapping[str, Any], ...], int]:
+    """The chosen lines and how many there are. Reads the file twice, to hold only what is shown."""
+    places: dict[int, list[int]] = {}
+    damaged = 0
+    for offset, line in _lines(path):
+        match = _STEP.match(line)
+        step = int(match[1]) if match else (_parsed(line) or {}).get("step")
+        if step is None:
+            damaged += 1
+        else:
+            places.setdefault(step, []).append(offset)
+    chosen = []
+    if places:
+        with path.open("rb") as stream:
+            for offset in sorted(offset for step in _spread(places, most) for offset in step):
+                stream.seek(offset)
+                parsed = _parsed(stream.readline())
+                damaged += parsed is None
+                chosen += [parsed] if parsed is not None else []
+    if damaged:
+        notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {path.name} left out")
+    return tuple(sorted(chosen, key=lambda line: line["step"])), sum(map(len, places.values()))
+
+
+def _spread(places: Mapping[int, list[int]], most: int) -> list[list[int]]:
+    """Whole steps, evenly from the first to the last, that have at most ``most`` lines together; where not even the
+    last step fits, its first lines."""
+    steps = sorted(places)
+    if sum(map(len, places.values())) <= most:
+        return [places[step] for step in steps]
+    count = min(len(steps), most // max(map(len, places.values())))
+    if count <= 1:
+        return [places[steps[-1]][:most]]
+    return [places[steps[round(i * (len(steps) - 1) / (count - 1))]] for i in range(count)]

@@ -6,28 +6,26 @@ malice. A folder from elsewhere, such as megatron-core's own, has none and is re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fire_megatron.config.errors import DamagedCheckpoint
+from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
 
 CHECKSUMS = "checksums.json"
 _BLOCK = 2**20
 
 
 class Counting:
-    """A file to write to, which knows the checksum of what has been written since :meth:`restart`."""
+    """A file to write to, which knows the checksum of what has been written ."""
 
     def __init__(self, stream: BinaryIO) -> None:
         """Args: stream: opened for writing."""
         self.stream, self.name = stream, stream.name
-        self.checksum = 0
-
-    def restart(self) -> None:
-        """Forget what has been written so far."""
         self.checksum = 0
 
     def write(self, data: Any) -> int:
@@ -75,13 +73,11 @@ class Checksums:
             DamagedCheckpoint: they cannot be read.
         """
         path = folder / CHECKSUMS
-        try:
+        if not path.exists():
+            return cls({}, {})
+        with reading(f"{path}:"):
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(values["chunks"], values["files"])
-        except FileNotFoundError:
-            return cls({}, {})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedCheckpoint(f"{path}: cannot be read ({error}); copy the checkpoint again") from error
 
     def save(self, folder: Path) -> None:
         """Write them to a folder.
@@ -92,22 +88,60 @@ class Checksums:
         text = json.dumps({"algorithm": "crc32", "chunks": self._chunks, "files": self._files})
         (folder / CHECKSUMS).write_text(text, encoding="utf-8")
 
-    def check_chunk(self, path: Path, position: int, length: int) -> None:
-        """Compare a chunk's bytes.
+    def check_chunk(self, path: Path, position: int, length: int) -> bool:
+        """Compare a chunk's bytes. Returns whether there was anything to compare with.
 
         Raises:
             DamagedCheckpoint: they are not those that were written.
             OSError: they cannot be read.
         """
         wanted = self._chunks.get(path.name, {}).get(str(position))
-        if wanted is not None and of_file(path, start=position, length=length) != wanted:
+        if wanted is None:
+            return False
+        if of_file(path, start=position, length=length) != wanted:
             raise DamagedCheckpoint(
                 f"{path}: damaged: the {length} bytes from {position} on are not those that were written; "
                 "copy the checkpoint again"
             )
+        return True
 
-    def check_file(self, path: Path) -> None:
+    def check_file(self, path: Path) -> bool:
         """The same for a whole file, which may be missing."""
         wanted = self._files.get(path.name)
-        if wanted is not None and path.exists() and of_file(path) != wanted:
+        if wanted is None or not path.exists():
+            return False
+        if of_file(path) != wanted:
             raise DamagedCheckpoint(f"{path}: damaged: is not what was written; copy the checkpoint again")
+        return True
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[Reading]:
+    """Turn what goes wrong while a file is read into an error of the checkpoint.
+
+    Raises:
+        DamagedCheckpoint: its contents make no sense, and nothing has shown that they are what was written.
+        CheckpointError: the file system or the machine's memory fails, which says nothing of the file and may pass.
+    """
+    state = Reading()
+    try:
+        yield state
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{what} cannot be read: {error}; copy the checkpoint again") from error
+    except Exception as error:  # zip, pickle and JSON errors alike mean a damaged file
+        text = f"{what} cannot be read ({type(error).__name__}: {error})"
+        if not (state.verified or isinstance(error, (OSError, MemoryError))):
+            raise DamagedCheckpoint(f"{text}; copy the checkpoint again") from error
+        passing = CheckpointError(f"{text}; try again")
+        passing.passing = True
+        raise passing from error
+
+
+@dataclass
+class Reading:
+    """What is known of a file that is being read."""
+
+    verified: bool = False
+    """Whether its bytes are those that were written."""

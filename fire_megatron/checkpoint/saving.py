@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,11 +100,11 @@ def state_chunks(model: FireGPT, optimizer: MegatronOptimizer, *, grid: ModelGri
             yield Chunk(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape))
 
 
-def _write_chunks(writer: ShardWriter, chunks: Iterable[Chunk]) -> None:
+def _write_chunks(writer: ShardWriter, chunks: Iterable[Chunk], progress: Callable[[], None]) -> None:
     """Raises OSError where this rank cannot write, but only after its part in the other ranks' reduces."""
     failure = None
     for chunk in chunks:
-        tick()
+        progress()
         if failure is None:
             try:
                 writer.write(chunk.key, chunk.data, offset=chunk.offset, global_shape=chunk.global_shape)
@@ -113,8 +114,10 @@ def _write_chunks(writer: ShardWriter, chunks: Iterable[Chunk]) -> None:
         raise failure
 
 
-def write_step(file: StepFile, chunks: Iterable[Chunk], *, group: dist.ProcessGroup) -> Path:
-    """Write a step and put it in its place. Collective over the group.
+def write_step(
+    file: StepFile, chunks: Iterable[Chunk], *, group: dist.ProcessGroup, progress: Callable[[], None] = tick
+) -> Path:
+    """Write a step and put it in its place. Collective over the group. ``progress`` is called before each chunk.
 
     Raises:
         CheckpointError: on every rank, if any rank cannot write; earlier checkpoints are untouched.
@@ -124,7 +127,7 @@ def write_step(file: StepFile, chunks: Iterable[Chunk], *, group: dist.ProcessGr
 
     def write() -> list:
         with ShardWriter(weights, rank=group.rank()) as writer:
-            _write_chunks(writer, chunks)
+            _write_chunks(writer, chunks, progress)
             return writer.close()
 
     entries = [e for part in all_gather_objects(_attempt(write, file.target, group), group=group) for e in part]
@@ -156,10 +159,12 @@ def _attempt(action: Callable[[], Any], target: Path, group: dist.ProcessGroup) 
         try:
             return action()
         except (OSError, CheckpointError) as error:
-            raise CheckpointError(
+            refused = CheckpointError(
                 f"{target}: cannot be written ({error}); earlier checkpoints are untouched; checkpoint.dir must have "
                 "room and be one folder for all ranks"
-            ) from error
+            )
+            refused.passing = True
+            raise refused from error
 
     return on_all_ranks(attempt, group=group)
 
@@ -191,7 +196,8 @@ class Saver:
         self._grid, self._group, self._holding = grid, background, holding
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._done: list[tuple[int, float]] = []
+        self._done: deque[tuple[int, float]] = deque()
+        self._pieces = 0
 
     def save(
         self,
@@ -228,22 +234,30 @@ class Saver:
         )
         chunks = state_chunks(model, optimizer, grid=self._grid)
         if self._group is None:
-            self._write(file, chunks, self._grid.span)
+            self._write(file, chunks, self._grid.span, tick)
             return
         held = []
         for chunk in chunks:
             tick()
             held.append(replace(chunk, data=host_copy(chunk.data)))
         self._thread = threading.Thread(
-            target=self._write_or_keep_failure, args=(file, held, self._group), name=f"saving step {step}"
+            target=self._write_or_keep_failure,
+            args=(file, held, self._group, self._advance),
+            name=f"saving step {step}",
         )
         self._thread.start()
 
-    def _write(self, file: StepFile, chunks: Iterable[Chunk], group: dist.ProcessGroup) -> None:
+    def _write(
+        self, file: StepFile, chunks: Iterable[Chunk], group: dist.ProcessGroup, progress: Callable[[], None]
+    ) -> None:
         started = time.perf_counter()
         with self._holding():
-            write_step(file, chunks, group=group)
+            write_step(file, chunks, group=group, progress=progress)
         self._done.append((file.step, time.perf_counter() - started))
+
+    def _advance(self) -> None:
+        """On the thread that writes: the one that trains may not be said to get on by it."""
+        self._pieces += 1
 
     def _write_or_keep_failure(self, *arguments: Any) -> None:
         try:
@@ -253,8 +267,12 @@ class Saver:
 
     def finished(self) -> list[tuple[int, float]]:
         """Steps completed since the last call, and the seconds that each took to write. Does not wait."""
-        done, self._done = self._done, []
-        return done
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the step that was being saved could not be written, which :meth:`wait` tells on all ranks."""
+        return self._failure is not None
 
     def wait(self) -> None:
         """Wait for the step that is being saved, if one is.
@@ -262,9 +280,12 @@ class Saver:
         Raises:
             CheckpointError: on every rank alike, if it could not be written.
         """
+        seen = self._pieces
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(timeout=1.0)
-            tick()
+            if seen != self._pieces:
+                seen = self._pieces
+                tick()
         self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from fire_megatron.checkpoint.checksums import Checksums, Counting, of_file
+from fire_megatron.checkpoint.checksums import Checksums, Counting, of_file, reading
 from fire_megatron.config.errors import DamagedCheckpoint
 
 METADATA = ".metadata"
@@ -210,17 +210,14 @@ class ShardReader:
         """
         self.folder = folder
         self._checksums = Checksums.read(folder)
-        try:
+        if not (folder / METADATA).exists():
+            raise DamagedCheckpoint(f"{folder}: has no {METADATA}; the checkpoint is incomplete")
+        # Verified or not: one from elsewhere may be whole and yet not for us, which no other attempt changes.
+        with reading(f"{folder / METADATA}:"):
             self._checksums.check_file(folder / METADATA)
             with (folder / METADATA).open("rb") as stream:
                 metadata = _MetadataUnpickler(stream).load()
             self.tensors = _stored_tensors(metadata)
-        except FileNotFoundError:
-            raise DamagedCheckpoint(f"{folder}: has no {METADATA}; the checkpoint is incomplete") from None
-        except DamagedCheckpoint:
-            raise
-        except Exception as error:  # a damaged pickle raises almost anything
-            raise DamagedCheckpoint(f"{folder / METADATA}: cannot be read ({type(error).__name__}: {error})") from error
 
     def check_files(self) -> None:
         """Compare the files' sizes with the metadata.
@@ -280,17 +277,11 @@ class ShardReader:
 
     def _chunk(self, entry: Entry) -> torch.Tensor:
         path = self.folder / entry.file
-        try:
-            self._checksums.check_chunk(path, entry.position, entry.length)
+        with reading(f"{path}: {entry.key}") as state:
+            state.verified = self._checksums.check_chunk(path, entry.position, entry.length)
             with path.open("rb") as stream:
                 view = _create_file_view(stream, entry.position, entry.length)
                 chunk = torch.load(view, map_location="cpu", weights_only=True)
-        except DamagedCheckpoint:
-            raise
-        except Exception as error:  # zip, pickle and file errors alike mean a damaged file
-            raise DamagedCheckpoint(
-                f"{path}: {entry.key} cannot be read ({error}); copy the checkpoint again"
-            ) from error
         if not isinstance(chunk, torch.Tensor) or tuple(chunk.shape) != entry.sizes or chunk.dtype != entry.dtype:
             raise DamagedCheckpoint(f"{path}: {entry.key} is not what {METADATA} says; copy the checkpoint again")
         return chunk
@@ -327,10 +318,6 @@ def read_common(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: ``common.pt`` is missing or damaged.
     """
-    try:
-        Checksums.read(folder).check_file(folder / COMMON)
+    with reading(f"{folder / COMMON}:") as state:
+        state.verified = Checksums.read(folder).check_file(folder / COMMON)
         return torch.load(folder / COMMON, map_location="cpu", weights_only=True)
-    except DamagedCheckpoint:
-        raise
-    except Exception as error:  # zip, pickle and file errors alike
-        raise DamagedCheckpoint(f"{folder / COMMON}: cannot be read ({error})") from error

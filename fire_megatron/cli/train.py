@@ -52,22 +52,31 @@ def _train(recipe: Recipe, world: World) -> int:
     from fire_megatron.platform import launch
     from fire_megatron.platform.watch import EXIT_CODE, FAREWELL_IN_FAILURE
     from fire_megatron.train.inputs import rank_roles
+    from fire_megatron.train.interrupt import StopRequest
     from fire_megatron.train.status import note_failure
     from fire_megatron.train.trainer import Trainer
 
     held = rank_roles(recipe, world)
-    watch = launch.watch(world, roles=held, timeout=recipe.run.collective_timeout).start()
+    watch = launch.watch(world, roles=held, timeout=recipe.run.collective_timeout)
+
+    def note(reason: str, *, hopeless: bool = False) -> None:
+        if world.is_main:
+            note_failure(Path(recipe.run.dir), reason, hopeless=hopeless)
+
+    watch.on_leave = note
+    watch.start()
+    stop = StopRequest().install()  # loading takes its time, and what asks to stop may not ask again
     try:
-        Trainer(recipe, world, watch).train()
+        Trainer(recipe, world, watch, stop).train()
         watch.close()
         return 0
     except UserError as error:
-        if world.is_main:
-            note_failure(Path(recipe.run.dir), error)
+        note(str(error), hopeless=not error.passing)
         if error.everywhere or world.size == 1:
             watch.close()
             raise
         reason, code = str(error), 2
+        launch.report_mistake(error)
         print(f"error on rank {world.rank}: {reason}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         if world.size == 1:
@@ -75,9 +84,11 @@ def _train(recipe: Recipe, world: World) -> int:
         reason, code = f"{held} on rank {world.rank} was interrupted", 130
     except Exception as error:
         if world.size == 1:
+            note(f"{type(error).__name__}: {error}")
             raise
         traceback.print_exc()
         reason, code = _reason(error, watch, f"{held} on rank {world.rank}"), EXIT_CODE
+        note(reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
     watch.fail(reason)
     watch.close(farewell=FAREWELL_IN_FAILURE)
@@ -99,8 +110,8 @@ def _reason(error: Exception, watch: Watch, here: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe.
 
-    Exit codes: 0 done or stopped on request with everything saved, 2 a mistake in the input, 3 another rank has died or
-    failed, 130 interrupted twice or before there was anything to save.
+    Exit codes: 0 done, or stopped on request with everything saved that was sound, 2 a mistake in the input, 3 another
+    rank has died or failed, 130 interrupted twice or before there was anything to save.
     """
     args = _parser().parse_intermixed_args(argv)
     # torch takes seconds to import; mistakes in a recipe should not.
@@ -124,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = launch.start(recipe.run.device, timeout=recipe.run.collective_timeout, threads=recipe.run.threads)
         return _train(recipe, world)
     except UserError as error:
+        launch.report_mistake(error)
         if rank == 0 or not error.everywhere:
             where = "" if error.everywhere or launch.launched_world_size() == 1 else f" on rank {rank}"
             print(f"error{where}: {error}", file=sys.stderr, flush=True)

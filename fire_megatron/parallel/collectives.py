@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from fire_megatron.config.errors import UserError
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import compute_device, tick
 
 T = TypeVar("T")
 
@@ -22,6 +23,8 @@ def all_gather_objects(value: T, *, group: dist.ProcessGroup) -> list[T]:
         return [value]
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, value, group=group)
+    if threading.current_thread() is threading.main_thread():
+        tick()  # to have waited for others until they came is progress
     return gathered
 
 
@@ -131,30 +134,34 @@ def world_narrowed_to(group: dist.ProcessGroup) -> Iterator[None]:
         dist.all_gather_object, dist.get_world_size = gather, size
 
 
-def raise_on_any(problem: str | None, error: type[UserError], *, group: dist.ProcessGroup) -> None:
+def raise_on_any(
+    problem: str | None, error: type[UserError], *, group: dist.ProcessGroup, passing: bool = False
+) -> None:
     """Raise on every rank of ``group`` when any rank has a problem, so that none waits for another.
 
     Args:
         problem: this rank's message, or None.
         error: exception type of this rank's problem; the first one's is raised.
         group: the ranks that must agree.
+        passing: whether this rank's problem may go away by itself.
     """
-    told = [pair for pair in all_gather_objects((problem, error), group=group) if pair[0]]
+    told = [entry for entry in all_gather_objects((problem, error, passing), group=group) if entry[0]]
     if told:
-        raised = told[0][1]("\n".join(dict.fromkeys(text for text, _ in told)))
-        raised.everywhere = True
+        raised = told[0][1]("\n".join(dict.fromkeys(text for text, _, _ in told)))
+        raised.everywhere, raised.passing = True, all(passing for _, _, passing in told)
         raise raised
 
 
 def on_all_ranks(action: Callable[..., T], *args: object, group: dist.ProcessGroup, **kwargs: object) -> T:
-    """Run something that may find a user's mistake and that communicates with nobody; if any rank of ``group`` does,
-    every rank raises."""
+    """Run something that may find a user's mistake; if any rank of ``group`` does, every rank raises. Where the action
+    itself communicates, it must raise on all the ranks that take part or on none before the last message."""
     problem, result = None, None
     try:
         result = action(*args, **kwargs)
     except UserError as error:
         problem = error
-    raise_on_any(str(problem) if problem else None, type(problem) if problem else UserError, group=group)
+    text, kind = (str(problem), type(problem)) if problem else (None, UserError)
+    raise_on_any(text, kind, group=group, passing=problem is not None and problem.passing)
     return result  # type: ignore[return-value]
 
 

@@ -64,6 +64,15 @@ def launched_rank() -> int:
     return _variable("RANK", "SLURM_PROCID", default=0)
 
 
+def report_mistake(error: UserError) -> None:
+    """Let the script that started this process know of an error that another start would meet again, in the file that
+    it has named; exit codes do not come through torchrun."""
+    path = os.environ.get("FIRE_MEGATRON_MISTAKE")
+    if path and not error.passing:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as stream:
+            stream.write(f"{error}\n")
+
+
 class Restart(enum.Enum):
     """How this process came to be started."""
 

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +38,7 @@ _STALL = "no progress"
 """How the verdict on a run that hangs begins."""
 _HURRIED = 8.0
 """Seconds without a sign of life that are enough once the launcher has begun to stop the processes."""
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _active: Watch | None = None
 """Of this process, once it shows signs of life."""
 
@@ -59,6 +59,8 @@ class Watch:
         self._roles, self._timeout = roles, timeout
         self._interval = min(1.0, timeout / 20)
         self._main = threading.main_thread().ident
+        self.on_leave: Callable[[str], object] = lambda reason: None
+        """Is told why this process leaves on account of another, before it does."""
         self._saving = False
         self.doing("starting")
         self._count = 0
@@ -240,7 +242,7 @@ class Watch:
         at_work = {rank: beat for rank, beat in beats.items() if beat["count"] != _DONE}
         # Who waits for others waits in vain only when there is nobody left who works.
         candidates = {rank: beat for rank, beat in at_work.items() if not beat["patient"]} or at_work
-        stalled = [rank for rank, beat in candidates.items() if beat["still"] > self._timeout and not beat["saving"]]
+        stalled = [rank for rank, beat in candidates.items() if beat["still"] > self._timeout]
         if not stalled:
             return None
         others = [rank for rank in at_work if rank not in stalled]
@@ -254,6 +256,8 @@ class Watch:
         return text
 
     def _leave(self, verdict: str) -> None:
+        with contextlib.suppress(Exception):
+            self.on_leave(verdict)
         stack = sys._current_frames().get(self._main)
         if verdict.startswith(_STALL) and stack is not None:
             print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(stack))}", file=sys.stderr, flush=True)

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from fire_megatron.checkpoint.steps import find_saved, saved_steps, set_damaged_aside
+from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
 from fire_megatron.checkpoint.training import TrainingState, load_training_state
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
 from fire_megatron.metrics.logger import METRICS_FILE
-from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.platform import World, get_rng_state, set_rng_state
 from fire_megatron.train.setup import StudentRun, checkpoint_folder
 
@@ -22,8 +19,14 @@ from fire_megatron.train.setup import StudentRun, checkpoint_folder
 class Checkpoints:
     """Of one run, seen from one rank."""
 
-    def __init__(self, recipe: Recipe, world: World, say: Callable[[str], None]) -> None:
-        """Find what there is to continue from. Collective over the world.
+    def __init__(self, recipe: Recipe, world: World, say: Callable[[str], None], found: list[Path]) -> None:
+        """See whether the run may go on from what there is.
+
+        Args:
+            recipe: of the run.
+            world: this process's place.
+            say: tells people something.
+            found: folders of the complete steps, the newest first, as the first rank sees them.
 
         Raises:
             RecipeError: ``run.resume`` does not fit what is there; on the ranks that find it so.
@@ -31,10 +34,7 @@ class Checkpoints:
         """
         self.recipe, self.world, self.say = recipe, world, say
         self.folder = checkpoint_folder(recipe)
-        # The first rank decides: views of a shared folder may differ for a moment. The others then look for these.
-        seen = find_saved(self.folder) if world.is_main else []
-        self.found: list[Path] = all_gather_objects(seen, group=dist.group.WORLD)[0]
-        """Folders of the complete steps at the start, the newest first."""
+        self.found = found
         self._fingerprint = ""
         self.saved = 0
         """Last step of which a save has begun, or that the run continues from."""

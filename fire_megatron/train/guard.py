@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from fire_megatron.config.schema import GuardConfig
 from fire_megatron.metrics.values import Mean, Value
+from fire_megatron.parallel.collectives import all_gather_stacked
 from fire_megatron.platform import compute_device
 
 NONFINITE, SPIKE = "nonfinite", "spike"
@@ -39,6 +40,8 @@ class UpdateGuard:
         """Whether the last update was skipped for a number that is not finite: the weights themselves may be."""
         self.total = 0
         """Updates skipped in the whole run."""
+        self.exhausted = False
+        """Whether more updates have been skipped in a row than may be."""
         self._now = {NONFINITE: 0, SPIKE: 0}
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
@@ -75,11 +78,7 @@ class UpdateGuard:
         """Count an update that is not made."""
         self.in_a_row, self.total, self.ruined = self.in_a_row + 1, self.total + 1, reason == NONFINITE
         self._now[reason] += 1
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether more updates have been skipped in a row than may be."""
-        return self.in_a_row > self._config.max_skipped
+        self.exhausted = self.exhausted or self.in_a_row > self._config.max_skipped
 
     def metrics(self) -> dict[str, float]:
         """Updates skipped since the last call, in a row and in all; alike on every rank."""
@@ -91,29 +90,30 @@ class UpdateGuard:
         }
 
     def state(self) -> dict[str, Any]:
-        """What to save."""
+        """What to save; nothing is while :attr:`ruined`."""
         seen: Mapping[str, Sequence[float]] = {name: list(values) for name, values in self._seen.items()}
-        return {"seen": seen, "in_a_row": self.in_a_row, "total": self.total, "ruined": self.ruined}
+        return {"seen": seen, "in_a_row": self.in_a_row, "total": self.total}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved; with nothing saved, from the start."""
         for name, values in state.get("seen", {}).items():
             self._seen[name] = deque(values, maxlen=self._config.spike_window)
         self.in_a_row, self.total = state.get("in_a_row", 0), state.get("total", 0)
-        self.ruined = state.get("ruined", False)
 
 
-def whole_loss(report: Mapping[str, Value], *, group: dist.ProcessGroup) -> float:
-    """The loss of an update, whose tokens are spread over ranks. Collective: one all-reduce of two numbers.
+def agreed(report: Mapping[str, Value], grad_norm: float, *, group: dist.ProcessGroup) -> tuple[float, float]:
+    """Loss and gradient norm of an update, the same on every rank to the last bit. Collective: one gather of three
+    numbers.
 
     Args:
-        report: this rank's part of the metrics of the update; ranks that report nothing have no ``loss``.
+        report: this rank's part of the metrics of the update, whose tokens are spread over ranks; those that report
+            nothing have no ``loss``.
+        grad_norm: as this rank has it; replicas that each reduce it themselves may differ in the last bit.
         group: all ranks of the student.
     """
     part = report.get("loss", Mean(0.0, 0.0))
     assert isinstance(part, Mean)
-    sums = torch.tensor([part.total, part.count], dtype=torch.float64, device=compute_device())
-    if group.size() > 1:
-        dist.all_reduce(sums, group=group)
-    total, count = sums.tolist()
-    return total / count if count else 0.0
+    mine = torch.tensor([part.total, part.count, grad_norm], dtype=torch.float64, device=compute_device())
+    total, count, norms = all_gather_stacked(mine, group=group).T
+    loss = float(total.sum() / count.sum()) if float(count.sum()) else 0.0
+    return loss, float(norms.max())  # not-a-number, if any is

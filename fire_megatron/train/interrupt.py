@@ -23,8 +23,8 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def install(self) -> StopRequest:
-        """Catch SIGINT, SIGTERM and SIGUSR1. A second Ctrl-C interrupts at once."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        """Catch SIGINT, SIGTERM and SIGUSR1. A second Ctrl-C interrupts at once. May be called again."""
+        for number in () if self._previous else (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -32,6 +32,7 @@ class StopRequest:
         """Give the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:

@@ -117,6 +117,7 @@ def _load_models(
     grids: Mapping[str, ModelGrid],
     keys: Mapping[str, Hashable],
     world: World,
+    watch: Watch,
     say: Say,
 ) -> dict[str, _Loaded]:
     """This rank's parts of the roles that it holds, by recipe path; roles of one key share a model. Teachers that wait
@@ -130,6 +131,7 @@ def _load_models(
     used = used_vocabulary(shapes)
     away = _offloaded(recipe, keys)
     for path, role in sorted(roles(recipe).items(), key=lambda item: item[0] == "student"):
+        watch.doing(f"loading {path}")
         say(f"loading {path} from {role.checkpoint} on {_place(grids[path].layout)}")
         if not grids[path].is_member or keys[path] in by_key:
             continue
@@ -236,7 +238,7 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     grids = {path: factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
     grid = grids["student"]
     keys = model_keys(recipe, grids, world.device)
-    loaded = _load_models(recipe, shapes, grids, keys, world, say)
+    loaded = _load_models(recipe, shapes, grids, keys, world, watch, say)
     heads = everywhere(_heads, recipe, shapes, loaded)
     pool = _pool(recipe, shapes, grids, keys, loaded, factory, watch)
     control = (

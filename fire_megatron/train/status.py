@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fire_megatron.config.errors import TrainingError, UserError
+from fire_megatron.config.errors import TrainingError
 from fire_megatron.metrics.jsonl import replace_json
 from fire_megatron.platform.launch import Restart
 
 STATUS_FILE = "status.json"
+_IN_VAIN = "not restarted, since it would fail again: "
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -56,12 +57,12 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
     replace_json(run_dir / STATUS_FILE, asdict(replace(status, time=time.time())))
 
 
-def note_failure(run_dir: Path, error: UserError) -> None:
+def note_failure(run_dir: Path, error: str, *, hopeless: bool) -> None:
     """Write that a run which is under way has failed. Does its best: the error itself is what matters."""
     status = read_status(run_dir)
     if status is not None and status.state == "running":
         with contextlib.suppress(OSError):
-            write_status(run_dir, replace(status, state="failed", error=str(error), hopeless=not error.passing))
+            write_status(run_dir, replace(status, state="failed", error=error, hopeless=hopeless))
 
 
 def begin(run_dir: Path, *, saved: int | None, restart: Restart, max_restarts: int) -> RunStatus:
@@ -80,7 +81,7 @@ def begin(run_dir: Path, *, saved: int | None, restart: Restart, max_restarts: i
     if restart is Restart.NO or before is None or before.state in ("done", "stopped"):
         return RunStatus("running", saved or 0, saved)
     if restart is Restart.LAUNCHER and before.state == "failed" and before.hopeless:
-        raise TrainingError(f"not restarted, since it would fail again: {before.error}")
+        raise TrainingError(f"{_IN_VAIN}{(before.error or '').removeprefix(_IN_VAIN)}")
     restarts = before.restarts + 1 if before.saved == saved else 1
     if restarts > max_restarts:
         where = "before its first checkpoint" if saved is None else f"after the checkpoint of step {saved}"

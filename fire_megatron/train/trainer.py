@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
+import torch.distributed as dist
+
+from fire_megatron.checkpoint.steps import find_saved
 from fire_megatron.config.errors import TrainingError, UserError
-from fire_megatron.config.load import load_recipe, save_recipe
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.heldout import format_table, replica_rows
-from fire_megatron.metrics.logger import RECIPE_FILE, MetricsLogger, set_aside, writing_to
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
+from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import (
     Watch,
@@ -30,14 +31,14 @@ from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Checkpoints
 from fire_megatron.train.gpus import RunGpus
-from fire_megatron.train.guard import NONFINITE, UpdateGuard, whole_loss
+from fire_megatron.train.guard import NONFINITE, UpdateGuard, agreed
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
+from fire_megatron.train.run_folder import RunFolder
 from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
-from fire_megatron.train.setup import Run, StudentRun, everywhere, prepare
-from fire_megatron.train.status import RunStatus, begin, write_status
+from fire_megatron.train.setup import Run, StudentRun, checkpoint_folder, everywhere, prepare
 
 
 class _Stopped(Exception):
@@ -47,13 +48,16 @@ class _Stopped(Exception):
 class Trainer:
     """Runs a recipe from its first or last saved step to its end."""
 
-    def __init__(self, recipe: Recipe, world: World, watch: Watch | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, watch: Watch | None = None, stop: StopRequest | None = None
+    ) -> None:
         """Build or resume the run. Collective over the world.
 
         Args:
             recipe: as loaded and checked by config/.
             world: this process's place.
             watch: its signs of life; without one it shows none.
+            stop: hears signals already; without one they are heard from :meth:`train` on.
 
         Raises:
             UserError: see :func:`fire_megatron.train.setup.prepare`; also a run folder that may not be continued.
@@ -61,19 +65,22 @@ class Trainer:
         self.recipe, self.world = recipe, world
         timeout = recipe.run.collective_timeout
         self.watch = watch or launch.watch(world, roles=rank_roles(recipe, world), timeout=timeout)
-        self.folder = Path(recipe.run.dir)
-        self.checkpoints = everywhere(Checkpoints, recipe, world, self._say)
-        self.status = everywhere(self._begin)
+        self.stop = stop or StopRequest()
+        # The first rank decides: views of a shared folder may differ for a moment. The others then look for these.
+        seen = find_saved(checkpoint_folder(recipe)) if world.is_main else []
+        found = all_gather_objects(seen, group=dist.group.WORLD)[0]
+        self.checkpoints = everywhere(Checkpoints, recipe, world, self._say, found)
+        self.folder = everywhere(RunFolder, recipe, world, self._say, saved=self.checkpoints.newest())
         seed_everything(recipe.run.seed, device=world.device)
         self.prepared: Run = prepare(recipe, world, self.watch, self._say)
         self.guard = UpdateGuard(recipe.optimizer.guard)
         self.step = 0
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self.watch.doing("resuming")
         resumed = everywhere(self._resume)
-        self.logger = everywhere(self._open_run_folder, resumed=resumed)
+        self.logger = everywhere(self.folder.open, step=self.step, resumed=resumed)
         self.gpus = RunGpus(world.device, recipe.metrics, self.prepared.control)
-        self.stop = StopRequest()
         self._clock: dict[str, float] = {}
 
     @property
@@ -85,47 +92,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             print(text, flush=True)
-
-    # ---- run folder -------------------------------------------------------------------------------------------
-
-    def _begin(self) -> RunStatus | None:
-        """Note that the run is under way, unless it has been restarted often enough; only the main rank writes."""
-        if not self.world.is_main:
-            return None
-        saved, most = self.checkpoints.newest(), self.recipe.run.max_restarts
-        status = begin(self.folder, saved=saved, restart=launch.restart(), max_restarts=most)
-        if status.restarts:
-            self._say(f"restart {status.restarts} of {most} without a new checkpoint")
-        with writing_to(self.folder):
-            write_status(self.folder, status)
-        return status
-
-    def _note(self, **changes: object) -> None:
-        """Bring ``status.json`` up to date."""
-        if self.status is not None:
-            self.status = replace(self.status, **{"step": self.step, **changes})
-            write_status(self.folder, self.status)
-
-    def _open_run_folder(self, *, resumed: bool) -> MetricsLogger:
-        """Save the resolved recipe and open the metrics; only the main rank writes."""
-        if self.world.is_main:
-            for path in [] if resumed else set_aside(self.folder):
-                self._say(f"an earlier run here saved no checkpoint to continue from; its file is now {path}")
-            self._save_recipe()
-        return MetricsLogger(
-            self.folder,
-            self.recipe.metrics,
-            total_steps=self.recipe.run.steps,
-            start_step=self.step if resumed else -1,
-            enabled=self.world.is_main,
-        )
-
-    def _save_recipe(self) -> None:
-        """The recipe as used; beside the first one where a resumed run has another."""
-        first = self.folder / RECIPE_FILE
-        if first.exists() and load_recipe(first) == self.recipe:
-            return
-        save_recipe(self.recipe, self.folder / f"recipe_from_{self.step:06d}.yaml" if first.exists() else first)
 
     def _resume(self) -> bool:
         """Whether there was something to continue from."""
@@ -146,18 +112,18 @@ class Trainer:
     def _tell_saved(self) -> None:
         for step, seconds in self.run.saver.finished():
             self.logger.message(f"saved checkpoint of step {step} to {self.checkpoints.folder} in {seconds:.1f} s")
-            self._note(saved=step, restarts=0)
+            self.folder.note(step=self.step, saved=step, restarts=0)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
         """Run to the end, or until asked to stop. Returns whether the recipe's last step is done."""
         self._say(capability_report(self.world.device))
-        # Given back only at an end in good order: a launcher that sees one rank fail signals the others, which shall
-        # live long enough to say which it was.
         self.stop.install()
         with self.gpus:
             done = self._serve() if self.prepared.student is None else self._lead()
+        # Given back only at an end in good order: a launcher that sees one rank fail signals the others, which shall
+        # live long enough to say which it was.
         self.stop.restore()
         return done
 
@@ -195,13 +161,15 @@ class Trainer:
             self._save_if_sound()
             self._finish_saving()
         if done and self.guard.ruined:
-            self._give_up()
-        self._note(state="done" if done else "stopped")
+            self._give_up("the last update was skipped")
+        self.folder.note(step=self.step, state="done" if done else "stopped")
         if done:
             self._print_table()
         else:
+            saved = self.checkpoints.saved
+            left = "" if saved == self.step else f" from step {saved}, since later updates were skipped"
             name = self.stop.signal_name
-            self.logger.message(f"stopped by {name} after step {self.step}; run again to continue")
+            self.logger.message(f"stopped by {name} after step {self.step}; run again to continue{left}")
         return done
 
     def _save_if_sound(self) -> None:
@@ -211,7 +179,6 @@ class Trainer:
 
     def _finish_saving(self) -> None:
         """Wait for what is being written, also when the run is about to end with an error."""
-        self.watch.doing("saving")
         self.run.saver.wait()
         self._tell_saved()
 
@@ -249,22 +216,24 @@ class Trainer:
         if self.run.held_out and (due or (last and evaluation.at_end)):
             self.last_eval = self._evaluate()
             reduced |= self.last_eval
-        rows = self.recipe.rollout.prompts_per_step * self.recipe.rollout.samples_per_prompt
-        if reduced.get("fire/dropped/nonfinite", 0.0) >= rows:  # there was no update to be judged
+        if "grad_norm" not in reduced and reduced.get("fire/dropped/nonfinite"):  # no update, and perhaps no wonder
             self.guard.skip(NONFINITE)
         self.logger.log(self.step, reduced | self.guard.metrics())
+        self._tell_saved()
         if self.guard.exhausted:
-            self._give_up()
+            self._save_if_sound()
+            most = self.recipe.optimizer.guard.max_skipped
+            self._give_up(f"{self.guard.in_a_row} updates in a row were skipped (optimizer.guard.max_skipped={most})")
 
-    def _give_up(self) -> None:
-        """End the run, since updates are skipped again and again."""
+    def _give_up(self, what: str) -> None:
+        """End the run, since updates are skipped."""
+        self._finish_saving()
         guard, kept = self.guard, self.checkpoints.newest()
+        why = "loss, gradient or log-probabilities were not finite" if guard.ruined else "loss or gradient jumped"
         error = TrainingError(
-            f"step {self.step}: {guard.in_a_row} updates in a row were skipped "
-            f"(optimizer.guard.max_skipped={self.recipe.optimizer.guard.max_skipped}), the last because "
-            + ("loss, gradient or all log-probabilities were not finite" if guard.ruined else "loss or gradient jumped")
-            + f", so the run stops; lower optimizer.lr ({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise "
-            "warmup_steps; then " + (f"run again to continue from step {kept}" if kept else "start again")
+            f"step {self.step}: {what}, since {why}, so the run stops; lower optimizer.lr "
+            f"({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise warmup_steps; then "
+            + (f"run again to continue from step {kept}" if kept else "start again")
         )
         error.everywhere = True  # every rank counts alike
         raise error
@@ -342,10 +311,14 @@ class Trainer:
             part, traffic = self.run.router.attach(part, kept)
             merge(metrics, traffic)
             report = student.accumulate_gradients(part, tokens=tokens, old=old_log_probs)
-            loss = whole_loss(report, group=self.run.grid.span)
-            metrics |= student.update(lambda norm, loss=loss: self.guard.judge(loss, norm) is not None)
+            metrics |= student.update(partial(self._skips, report))
             merge(metrics, report)
         return metrics
+
+    def _skips(self, report: Mapping[str, Value], norm: float) -> bool:
+        """Whether to skip the update that these are of."""
+        loss, norm = agreed(report, norm, group=self.run.grid.span)
+        return self.guard.judge(loss, norm) is not None
 
     def _evaluate(self) -> dict[str, float]:
         assert self.run.held_out is not None
@@ -368,6 +341,8 @@ class Trainer:
             passed_on = control.asked_to_stop()
             if passed_on:
                 self.stop.signal_name = f"{passed_on} to a rank without the student"
+        if self.run.saver.failed and self.stop.signal_name is None:  # which all ranks then raise
+            self.stop.signal_name = "a checkpoint that cannot be written"
         return self.stop.agreed(group=self.run.grid.span)
 
     def _check_stop(self) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fire_megatron.config.errors import RecipeError, TrainingError
+from fire_megatron.config.errors import TrainingError
 from fire_megatron.platform.launch import Restart
 from fire_megatron.train.status import STATUS_FILE, RunStatus, begin, note_failure, read_status, write_status
 
@@ -46,17 +46,17 @@ def test_what_ended_well_does_not_count(tmp_path, state):
 
 def test_a_mistake_is_not_tried_again_by_the_launcher(tmp_path):
     start(tmp_path, restart=Restart.NO)
-    note_failure(tmp_path, RecipeError("run.foo: wrong"))
-    with pytest.raises(TrainingError, match="would fail again: run.foo: wrong"):
-        start(tmp_path)
+    note_failure(tmp_path, "run.foo: wrong", hopeless=True)
+    for _ in range(3):
+        with pytest.raises(TrainingError, match="^not restarted, since it would fail again: run.foo: wrong$") as error:
+            start(tmp_path)
+        note_failure(tmp_path, str(error.value), hopeless=True)
     assert start(tmp_path, restart=Restart.SCHEDULER).restarts == 1, "the user may have put it right"
 
 
 def test_what_passes_is_tried_again(tmp_path):
     start(tmp_path, restart=Restart.NO)
-    error = TrainingError("teachers.math did not answer")
-    error.passing = True
-    note_failure(tmp_path, error)
+    note_failure(tmp_path, "teachers.math did not answer", hopeless=False)
     assert read_status(tmp_path).error == "teachers.math did not answer"
     assert start(tmp_path).restarts == 1
 

@@ -1,17 +1,20 @@
+# shellcheck shell=bash
 # What the sbatch scripts of this folder share; sourced by them, after their variables are set. docs/slurm.md explains.
 #
 # Every stage is left out when what it makes is there already, so a job that is put back in the queue goes on where it
 # was. Variables, besides those that the scripts set:
-: "${RUN_DIR:=}"            # the run's folder; empty takes the recipe's run.dir
-: "${OVERRIDES:=}"          # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
+: "${RUN_DIR:=}"              # the run's folder; empty takes the recipe's run.dir
+: "${OVERRIDES:=}"            # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
 : "${CONVERTED:=checkpoints}" # where Hugging Face folders are converted to
-: "${PROCESSES_PER_NODE:=}" # empty: one a GPU, or one where there is none
-: "${EVALUATE_ARGS:=}"      # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
-: "${SRUN_ARGS:=}"          # more arguments of every srun: "--container-image=..."
-: "${PYTHON:=}"             # empty takes .venv/bin/python where it is, or python3
+: "${PROCESSES_PER_NODE:=}"   # empty: one a GPU, or one where there is none
+: "${EVALUATE_ARGS:=}"        # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
+: "${SRUN_ARGS:=}"            # more arguments of every srun: "--container-image=..."
+: "${PYTHON:=}"               # empty takes .venv/bin/python where it is, or python3
 
 STOPPED=75 # exit code of slurm/node.sh: the job was asked to stop
 DRY_RUN=
+ASKED= # whether this script itself was
+STEP=  # process id of the srun in progress
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
 
@@ -20,18 +23,57 @@ fail() {
   exit 2
 }
 
-# Run a command, or print it.
-run() {
+# The signal before the time limit comes to this script alone, which passes it on; more than once, since processes that
+# are still being started do not hear it.
+pass_on() {
+  ASKED=1
+  say "asked to stop"
+  local step=$STEP
+  while [[ -n $step ]] && kill -0 "$step" 2>/dev/null; do
+    scancel --signal=USR1 "$SLURM_JOB_ID" || true
+    sleep 20
+  done &
+}
+
+requeue() {
+  say "the job goes back into the queue to continue"
+  scontrol requeue "$SLURM_JOB_ID" || fail "this job may not be put back in the queue; sbatch it again to continue"
+  sleep 600 # Slurm ends this script
+  exit "$STOPPED"
+}
+
+# Run an srun, or print it, and leave its exit code in CODE; does not come back when the job was asked to stop. srun runs
+# in the background, since bash hears signals only between commands.
+step() {
   if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "$@"
+    printf '%q ' srun "$@"
     echo
-  else
-    "$@"
+    CODE=0
+    return
+  fi
+  srun "$@" &
+  STEP=$!
+  local again
+  while true; do
+    CODE=0
+    wait "$STEP" || CODE=$?
+    kill -0 "$STEP" 2>/dev/null || break
+  done
+  # A signal may have ended the last wait, and not the step.
+  again=0
+  wait "$STEP" 2>/dev/null || again=$?
+  [[ $again -eq 127 ]] || CODE=$again
+  STEP=
+  if [[ $CODE -eq $STOPPED || (-n $ASKED && $CODE -ne 0) ]]; then
+    requeue
   fi
 }
 
 # One process on the first node.
-on_one_node() { run srun --nodes=1 --ntasks=1 $SRUN_ARGS "$@"; }
+on_one_node() {
+  step --nodes=1 --ntasks=1 $SRUN_ARGS bash slurm/node.sh "$@"
+  [[ $CODE -eq 0 ]] || exit "$CODE"
+}
 
 # One torchrun a node, a log file a node:  on_all_nodes STAGE ATTEMPT -m MODULE...
 # torchrun's own restarts are not used: over several nodes its agents count them differently, and the workers then look
@@ -39,36 +81,18 @@ on_one_node() { run srun --nodes=1 --ntasks=1 $SRUN_ARGS "$@"; }
 on_all_nodes() {
   local stage=$1 attempt=$2
   shift 2
-  local port=$((20000 + SLURM_JOB_ID % 20000))
   # Which node holds the rendezvous is said, not guessed: a node's name in Slurm need not be its host name. Nothing but
   # a node's own srun task knows its number, hence the inner shell.
   local launch='exec bash slurm/node.sh "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
-  run srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     --output="$LOGS/$stage-node%n-%N.log" --open-mode=append $SRUN_ARGS \
     bash -c "$launch" "$PYTHON" \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES_PER_NODE" \
-    --rdzv-backend c10d --rdzv-endpoint "$FIRST_NODE:$port" \
+    --rdzv-backend c10d --rdzv-endpoint "$FIRST_NODE:$((20000 + SLURM_JOB_ID % 12000))" \
     --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage.$attempt" "$@"
 }
 
-# Run a stage once on all nodes, and leave its exit code in CODE; where the job was asked to stop meanwhile, put it back
-# in the queue.
-attempt() {
-  # In the background, since bash hears signals only between commands.
-  on_all_nodes "$@" &
-  local step=$!
-  while true; do
-    CODE=0
-    wait "$step" || CODE=$?
-    kill -0 "$step" 2>/dev/null || break
-  done
-  [[ $CODE -eq $STOPPED ]] || return 0
-  say "$1 was asked to stop and has saved what it had"
-  scontrol requeue "$SLURM_JOB_ID" || fail "this job may not be put back in the queue; sbatch it again to continue"
-  sleep 600 # Slurm ends this script
-}
-
-newest_checkpoint() { ls -d "$CHECKPOINTS"/step_* 2>/dev/null | tail -n 1; }
+newest_checkpoint() { ls -d "$CHECKPOINTS"/step_* 2>/dev/null | tail -n 1 || true; }
 
 # Run a stage until it succeeds. What fails is started again from its last checkpoint, as long as there is a new one at
 # least every so many times:  stage NAME RESTARTS -m MODULE...
@@ -76,20 +100,28 @@ stage() {
   local name=$1 restarts=$2 failures=0 count=0 before now
   shift 2
   say "$name: see $LOGS/$name-*.log"
-  before=$(newest_checkpoint) || true
+  before=$(newest_checkpoint)
+  # Written by a process that fails for a mistake, which another start would only repeat.
+  export FIRE_MEGATRON_MISTAKE=$LOGS/mistake
   while true; do
-    attempt "$name" "$count" "$@"
+    rm -f "$FIRE_MEGATRON_MISTAKE"
+    on_all_nodes "$name" "$count" "$@"
     [[ $CODE -ne 0 ]] || return 0
     count=$((count + 1))
-    tail -n 20 "$LOGS/$name"-*.log >&2
+    tail -n 20 "$LOGS/$name"-*.log >&2 || true
     say "$name failed with code $CODE"
-    now=$(newest_checkpoint) || true
+    # At preemption Slurm signals the processes, not this script.
+    if grep -qs '"state": "stopped"' "$RUN_DIR/status.json" && [[ $name == train ]]; then
+      requeue
+    fi
+    now=$(newest_checkpoint)
     [[ $now == "$before" ]] || failures=0
     before=$now
     failures=$((failures + 1))
-    # What the run itself says of its failure: a mistake is not tried again.
-    if [[ $failures -gt $restarts ]] || grep -qs '"hopeless": true' "$RUN_DIR/status.json"; then
-      echo "error: $name failed; logs are in $LOGS" >&2
+    if [[ -e $FIRE_MEGATRON_MISTAKE ]]; then
+      fail "$name: $(cat "$FIRE_MEGATRON_MISTAKE")"
+    elif [[ $failures -gt $restarts ]]; then
+      echo "error: $name failed $failures times in a row without a new checkpoint; logs are in $LOGS" >&2
       exit "$CODE"
     fi
     say "$name: starting again from ${now:-the beginning}, $failures of $restarts without a new checkpoint"
@@ -98,9 +130,14 @@ stage() {
 }
 
 # A key of the recipe, with all overrides.
-recipe_key() { "$PYTHON" -m fire_megatron recipe "$RECIPE" --key "$1" ${KEYS[@]+"${KEYS[@]}"}; }
+recipe_key() {
+  local inside=()
+  # Where the package is in a container only, so is Python.
+  [[ -z $SRUN_ARGS || -n $DRY_RUN ]] || inside=(srun --nodes=1 --ntasks=1 $SRUN_ARGS)
+  ${inside[@]+"${inside[@]}"} "$PYTHON" -m fire_megatron recipe "$RECIPE" --key "$1" ${KEYS[@]+"${KEYS[@]}"}
+}
 
-# The converted checkpoint of a role; converts a Hugging Face folder the first time:  converted ROLE FOLDER
+# The converted checkpoint of a role, in CHECKPOINT; converts a Hugging Face folder the first time:  converted ROLE FOLDER
 converted() {
   local role=$1 folder=$2
   if [[ -f $folder/fire_checkpoint.json ]]; then
@@ -133,7 +170,7 @@ check_settings() {
     PYTHON=python3
     [[ ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
   fi
-  command -v "$PYTHON" >/dev/null || fail "PYTHON: there is no $PYTHON"
+  [[ -n $SRUN_ARGS ]] || command -v "$PYTHON" >/dev/null || fail "PYTHON: there is no $PYTHON"
   [[ -n $DRY_RUN || -n ${SLURM_JOB_ID:-} ]] || fail "start this with sbatch, or with --dry-run"
   : "${SLURM_JOB_ID:=0}" "${SLURM_JOB_NUM_NODES:=1}"
   if [[ -z $PROCESSES_PER_NODE ]]; then
@@ -151,18 +188,19 @@ main() {
     *) fail "unknown argument $1; --dry-run prints what would be done" ;;
   esac
   check_settings
+  trap pass_on USR1
+  # How long torchrun lets its processes save when it is told to end (30 s otherwise); Slurm's own limits come before.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
   KEYS=($OVERRIDES)
   [[ -z $RUN_DIR ]] || KEYS+=("run.dir=$RUN_DIR")
-  recipe_key run.name >/dev/null || exit 2 # before anything is converted
-  local pair
+  RUN_DIR=$(recipe_key run.dir) || exit 2 # also finds what is wrong with the recipe, before anything is converted
+  local pair steps restarts last
   converted student "$STUDENT"
   KEYS+=("student.checkpoint=$CHECKPOINT")
   for pair in $TEACHERS; do
     converted "teachers.${pair%%=*}" "${pair#*=}"
     KEYS+=("teachers.${pair%%=*}.checkpoint=$CHECKPOINT")
   done
-  RUN_DIR=$(recipe_key run.dir)
-  local steps restarts last
   CHECKPOINTS=$(recipe_key checkpoint.dir)
   [[ $CHECKPOINTS != null ]] || CHECKPOINTS=$RUN_DIR/checkpoints
   steps=$(recipe_key run.steps)
@@ -170,8 +208,6 @@ main() {
   printf -v last '%s/step_%06d' "$CHECKPOINTS" "$steps"
   LOGS=$RUN_DIR/logs/$SLURM_JOB_ID
   [[ -n $DRY_RUN ]] || mkdir -p "$LOGS"
-  # Passed on to whatever trains: a signal for the batch script alone would be lost.
-  trap 'say "signal USR1"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
   say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $PROCESSES_PER_NODE processes, run in $RUN_DIR"
 
   if [[ -f $last/fire_checkpoint.json ]]; then

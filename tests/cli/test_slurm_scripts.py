@@ -107,3 +107,54 @@ def test_a_node_hears_a_signal(number, child, code):
         os.killpg(process.pid, number)  # every process of the step, as Slurm does
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
+
+
+HARNESS = """
+source slurm/common.sh
+set -euo pipefail
+LOGS=$FOLDER CHECKPOINTS=$FOLDER/checkpoints RUN_DIR=$FOLDER
+SLURM_JOB_ID=7 SLURM_JOB_NUM_NODES=2 PYTHON=python PROCESSES_PER_NODE=1 FIRST_NODE=here
+mkdir -p "$CHECKPOINTS"
+trap pass_on USR1
+scontrol() { echo "scontrol $*"; }
+scancel() { echo "scancel $*"; touch "$FOLDER/asked"; }
+sleep() { command sleep 0.1; }
+attempts() { cat "$FOLDER"/attempt_* 2>/dev/null | wc -l; }
+srun() { echo "${FIRE_MEGATRON_RESTART:-0}" > "$FOLDER/attempt_$(attempts)"; BODY; }
+stage train 3 -m fire_megatron.train
+echo "done after $(attempts)"
+"""
+"""The script's own logic, with functions in the place of Slurm's commands."""
+
+COURSES = {
+    "succeeds": ("return 0", 0, 1, "done after 1"),
+    "fails": ("return 9", 9, 4, "train failed 4 times in a row without a new checkpoint"),
+    "fails with checkpoints": (
+        '[[ $(attempts) -gt 6 ]] || { touch "$CHECKPOINTS/step_$(attempts)"; return 9; }', 0, 7, "done after 7"
+    ),
+    "is a mistake": ('echo "run.foo: wrong" > "$FIRE_MEGATRON_MISTAKE"; return 1', 2, 1, "train: run.foo: wrong"),
+    "is asked to stop": ("return 75", 75, 1, "scontrol requeue 7"),
+    "is preempted": ('echo \'"state": "stopped"\' > "$RUN_DIR/status.json"; return 1', 75, 1, "scontrol requeue 7"),
+    # The signal comes to the script, which passes it on; the step ends in its own way.
+    "nears its time limit": (
+        'kill -USR1 $$; until [[ -e $FOLDER/asked ]]; do command sleep 0.05; done; return 138',
+        75, 1, "scontrol requeue 7",
+    ),
+    "is done just before its time limit": (
+        'kill -USR1 $$; until [[ -e $FOLDER/asked ]]; do command sleep 0.05; done', 0, 1, "done after 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_a_stage_that(course, tmp_path):
+    body, code, attempts, words = COURSES[course]
+    environment = {**os.environ, "FOLDER": str(tmp_path)}
+    command = ["bash", "-c", HARNESS.replace("BODY", body)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stdout + done.stderr
+    counts = [path.read_text().strip() for path in sorted(tmp_path.glob("attempt_*"))]
+    assert len(counts) == attempts
+    if course == "fails":
+        assert counts == ["0", "1", "2", "3"], "the run is told that it is restarted"

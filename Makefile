@@ -55,7 +55,7 @@ quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megat
 		--recipe recipes/smollm2_two_teachers.yaml
 
 test: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore tests/distributed
 	$(TORCHRUN) --nproc-per-node 2 -m pytest -q tests/distributed
 	$(TORCHRUN) --nproc-per-node 4 -m pytest -q tests/distributed
 

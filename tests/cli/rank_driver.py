@@ -18,7 +18,7 @@ from unittest import mock
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.cli.train import main
 from fire_megatron.config.errors import CheckpointError, DataError, RecipeError
-from fire_megatron.train import inputs, trainer
+from fire_megatron.train import inputs, run_folder
 
 
 def _raises(error):
@@ -42,7 +42,9 @@ SPOILT = {
     "plugin": lambda: mock.patch.object(inputs, "build_hooks", _raises(RecipeError("rank-local: plugin"))),
     "files": lambda: mock.patch.object(ShardReader, "check_files", _raises(CheckpointError("rank-local: files"))),
     "chunk": lambda: mock.patch.object(ShardReader, "_chunk", _raises(CheckpointError("rank-local: chunk"))),
-    "run folder": lambda: mock.patch.object(trainer, "MetricsLogger", _raises(RecipeError("rank-local: run folder"))),
+    "run folder": lambda: mock.patch.object(
+        run_folder, "MetricsLogger", _raises(RecipeError("rank-local: run folder"))
+    ),
     "disk": lambda: file_limit(4096),
 }
 """What goes wrong on one rank only."""

@@ -300,7 +300,7 @@ def weights_file_missing(box):
     box.names["file"].unlink()
 
 
-@case("{file}", "cannot be read", "copy the checkpoint again")
+@case("{file}", "damaged", "copy the checkpoint again")
 def weights_overwritten(box):
     box.names["file"] = only(box.copy("math"), "weights/*.distcp")
     box.names["file"].write_bytes(bytes(box.names["file"].stat().st_size))
@@ -310,12 +310,13 @@ def weights_overwritten(box):
 def tensor_missing(box):
     box.names["folder"] = box.copy("student")
     path = box.names["folder"] / "weights" / ".metadata"
+    path.with_name("checksums.json").unlink()  # as of a folder from elsewhere
     metadata = pickle.loads(path.read_bytes())
     del metadata.state_dict_metadata["decoder.final_layernorm.weight"]
     path.write_bytes(pickle.dumps(metadata))
 
 
-@case("{file}", "cannot be read")
+@case("{file}", "damaged")
 def metadata_damaged(box):
     box.names["file"] = box.copy("student") / "weights" / ".metadata"
     box.names["file"].write_bytes(box.names["file"].read_bytes()[:100])
@@ -329,6 +330,7 @@ class _Command:
 @case("{file}", "cannot be read", "refuses builtins.print")
 def metadata_that_runs_code(box):
     box.names["file"] = box.copy("student") / "weights" / ".metadata"
+    box.names["file"].with_name("checksums.json").unlink()
     box.names["file"].write_bytes(pickle.dumps(_Command()))
 
 
@@ -507,7 +509,7 @@ def resumed_with_other_prompts(box):
     box.recipe["data"]["train"][0]["path"] = str(path)
 
 
-@case("{file} is cut short", "delete {checkpoint}", resumes=True)
+@case("{file} is cut short", "none of the checkpoints", resumes=True)
 def resumed_from_a_damaged_checkpoint(box):
     box.names["checkpoint"] = box.resume()
     box.names["file"] = only(box.names["checkpoint"], "weights/*.distcp")
@@ -521,7 +523,7 @@ def resumed_from_weights_alone(box):
     shutil.copytree(box.inputs / "student", box.names["checkpoint"])
 
 
-@case("common.pt", "cannot be read", "delete {checkpoint}", resumes=True)
+@case("{checkpoint}/weights/common.pt: damaged", "another run.dir", resumes=True)
 def resumed_without_common_values(box):
     box.names["checkpoint"] = box.resume()
     (box.names["checkpoint"] / "weights" / "common.pt").write_bytes(b"")

@@ -15,8 +15,10 @@ from fire_megatron.data.records import Prompt
 
 _EXAMPLES = 5
 """Wrong rows named one by one before the rest is counted."""
+MOST_SAMPLES = 2**16
+"""Of a problem."""
 Encode = Callable[[list[dict[str, str]]], list[int] | None]
-"""Token ids of a chat; see :class:`fire_megatron.data.prompts.Encoder`."""
+"""Token ids of a chat, by :class:`fire_megatron.data.prompts.Encoder`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,14 @@ class Benchmark:
 
     @property
     def code(self) -> int:
-        """24 bits of the name."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:3])
+        """23 bits of the name."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:3]) >> 1
+
+    def row_id(self, problem: int, sample: int) -> int:
+        """What, with the seed, fixes the random numbers of an answer: nothing else of the run does, so more problems or
+        more samples leave those that there are as they were."""
+        assert problem < 2**24 and sample < MOST_SAMPLES
+        return (self.code << 40) | (sample << 24) | problem
 
 
 def read_benchmark(path: str | Path, *, name: str | None = None, limit: int = 0) -> Benchmark:

@@ -88,10 +88,13 @@ class PartWriter:
             raise DataError(f"--out {folder}: cannot be written ({error}); choose another folder") from error
 
     def write(self, generation: Generation) -> None:
-        """Append one; it is there for a rerun whatever happens to this process."""
+        """Append one; it is there for a rerun whatever happens to this process. Raises DataError: no space."""
         line = generation.line().encode()
-        while line:
-            line = line[os.write(self._file, line) :]
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise DataError(f"--out: an answer cannot be written ({error}); make room and run again") from error
 
     def close(self) -> None:
         """Close the file."""

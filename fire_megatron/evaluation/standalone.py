@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -46,6 +47,8 @@ _VOTE_EVERY = 16
 """Tokens between two questions to the ranks of a replica whether one was asked to stop."""
 _FOLDER_DELAY = 120.0
 """Seconds after which a folder on another machine shows what other ranks have written."""
+_NUMBERS = itertools.count()
+"""One an evaluation of this process: what it keeps in the store goes by it."""
 T = TypeVar("T")
 
 
@@ -105,7 +108,7 @@ class Evaluation:
     ) -> None:
         """Args: stopped: name of the signal that asked this process to stop."""
         self.work, self.options, self.world, self.watch, self.stopped = work, options, world, watch, stopped
-        self.store = launch.store()
+        self.store, self._keys = launch.store(), f"evaluation/{next(_NUMBERS)}"
         self.factory = GridFactory(timeout=options.timeout)
         layout = everywhere(lambda: Layout(tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size))
         self.grid: ModelGrid = self.factory.grid(layout)
@@ -176,7 +179,7 @@ class Evaluation:
         """Answers that are not there after so many were to be sampled."""
 
         def count() -> int:
-            expected = pending - self.store.add("evaluation/done", 0)
+            expected = pending - self.store.add(f"{self._keys}/done", 0)
             deadline = time.monotonic() + _FOLDER_DELAY
             while (missing := len(self._unanswered())) > expected and time.monotonic() < deadline:
                 time.sleep(1.0)
@@ -196,7 +199,7 @@ class Evaluation:
             if name not in parts:
                 parts[name] = files.enter_context(PartWriter(options.out, name, self.world.rank))
             parts[name].write(generation)
-            self.store.add("evaluation/done", 1)
+            self.store.add(f"{self._keys}/done", 1)
 
         self.watch.doing("sampling")
         with (
@@ -210,14 +213,14 @@ class Evaluation:
                 while (rows := self._take(pending)) is not None:
                     answerer.answer(rows, self._asking())
             except _Stopped:
-                self.store.set("evaluation/stopped", "")
+                self.store.set(f"{self._keys}/stopped", "")
             everywhere(answerer.drain, group=self.waiting)
 
     def _take(self, pending: Sequence[Row]) -> Sequence[Row] | None:
         """The replica's next rows from the queue that all replicas share; None at its end or when asked to stop."""
         start = len(pending)
-        if self.grid.leads_rows and not self.store.check(["evaluation/stopped"]):
-            start = (self.store.add("evaluation/taken", 1) - 1) * self.options.batch_size
+        if self.grid.leads_rows and not self.store.check([f"{self._keys}/stopped"]):
+            start = (self.store.add(f"{self._keys}/taken", 1) - 1) * self.options.batch_size
         start = min(all_gather_objects(start, group=self.grid.pg.mp))
         return pending[start : start + self.options.batch_size] or None
 
@@ -243,8 +246,8 @@ class Evaluation:
         def show() -> None:
             with tqdm(total=total, desc="answers", unit="answer", mininterval=0.2 if terminal else 30.0) as bar:
                 while not end.wait(0.5):
-                    bar.update(store.add("evaluation/done", 0) - bar.n)
-                bar.update(store.add("evaluation/done", 0) - bar.n)
+                    bar.update(store.add(f"{self._keys}/done", 0) - bar.n)
+                bar.update(store.add(f"{self._keys}/done", 0) - bar.n)
 
         thread = threading.Thread(target=show, daemon=True)
         if self.world.is_main:

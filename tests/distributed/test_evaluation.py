@@ -1,0 +1,94 @@
+"""Evaluating on several ranks gives what one process gives, byte by byte, in any layout and after a change of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from boxed_models import make_model, write_benchmark
+from roles import share
+
+from fire_megatron.cli.evaluate import _parser, _read
+from fire_megatron.config.errors import UserError
+from fire_megatron.evaluation.generations import PARTS
+from fire_megatron.evaluation.standalone import Evaluation
+from fire_megatron.platform import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def inputs(world, tmp_path_factory):
+    folder = Path(share(str(tmp_path_factory.mktemp("evaluation"))))
+    if world.is_main:
+        make_model(folder / "model")
+        write_benchmark(folder / "sums.jsonl", 5)
+        write_benchmark(folder / "more.jsonl", 2)
+        _alone(folder)
+    dist.barrier()
+    return folder
+
+
+def _alone(folder):
+    """One plain process, from the command line."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    subprocess.run(
+        [sys.executable, "-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", "5"],
+        check=True,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        timeout=50,
+    )
+
+
+def _arguments(folder, out):
+    benchmarks = [str(folder / name) for name in ("sums.jsonl", "more.jsonl")]
+    return ["--checkpoint", str(folder / "model"), "--benchmark", *benchmarks, "--out", str(out), *FIXED.split()]
+
+
+def evaluate(world, folder, out, *options, stopped=lambda: None):
+    """The command as ranks that are there already run it."""
+    work, settings = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
+    watch = launch.watch(world, roles="the model", timeout=60)
+    return Evaluation(work, settings, world, watch, stopped).run()
+
+
+def results(folder, out):
+    return [(folder / out / name).read_text() for name in ("sums.jsonl", "more.jsonl", "scores.json")]
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor 2", "--pipeline 2"])
+def test_every_layout_is_one_process(world, inputs, layout):
+    out = "out" + layout.replace(" ", "")
+    scores = evaluate(world, inputs, out, *layout.split())
+    assert results(inputs, out) == results(inputs, "alone")
+    assert not (inputs / out / PARTS).exists()
+    reported = json.loads((inputs / out / "scores.json").read_text())["benchmarks"]
+    assert {name: result.as_dict() for name, result in scores.items()} == reported, "the same on every rank"
+    assert 0 < scores["sums"].average.value < 1
+
+
+def test_a_stop_of_one_rank_ends_all_and_another_layout_continues(world, inputs):
+    asked = []
+
+    def stopped():
+        """The last rank is signalled after its first question."""
+        asked.append(1)
+        return "SIGTERM" if world.rank == world.size - 1 else None
+
+    assert evaluate(world, inputs, "stopped", stopped=stopped) is None
+    assert not (inputs / "stopped" / "scores.json").exists()
+    evaluate(world, inputs, "stopped", "--tensor", "2")
+    assert results(inputs, "stopped") == results(inputs, "alone")
+
+
+def test_a_folder_that_only_rank_0_finds_wrong(world, inputs):
+    with pytest.raises(UserError, match="--seed: "):
+        evaluate(world, inputs, "out", "--seed", "8")
+    with pytest.raises(UserError, match="does not divide"):
+        evaluate(world, inputs, "other", "--tensor", "3")

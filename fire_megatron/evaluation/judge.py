@@ -16,6 +16,7 @@ from typing import Self
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.evaluation.judge_worker import READY
+from fire_megatron.platform import tick
 
 LONGEST = 1000
 """Characters; a longer answer is right only if it is the right one to the letter."""
@@ -46,6 +47,7 @@ class Judge:
 
     def equal(self, right: str, given: str | None) -> bool:
         """Whether ``given`` says what ``right`` says; None, empty, unreadable or endless is wrong."""
+        tick()
         if given is None or not given.strip():
             return False
         if given.strip() == right.strip():

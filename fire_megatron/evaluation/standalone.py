@@ -19,7 +19,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fire_megatron.checkpoint.load import load_weights
-from fire_megatron.config.errors import UserError
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
@@ -37,7 +36,7 @@ from fire_megatron.evaluation.generations import (
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.source import Source
 from fire_megatron.models.build import build_model, transformer_config
-from fire_megatron.parallel.collectives import all_gather_objects, largest, raise_on_any
+from fire_megatron.parallel.collectives import all_gather_objects, largest, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Watch, World, launch
 from fire_megatron.rollout.engine import MegatronEngine
@@ -84,18 +83,6 @@ class Work:
     """What fixes the answers besides model and benchmarks, by option."""
 
 
-def everywhere(action: Callable[..., T], *arguments: Any, group: dist.ProcessGroup | None = None) -> T:
-    """Do something that may find a user's mistake; if any rank of the group (of the world) does, all of them raise."""
-    problem, result = None, None
-    try:
-        result = action(*arguments)
-    except UserError as error:
-        problem = error
-    kind = type(problem) if problem else UserError
-    raise_on_any(str(problem) if problem else None, kind, group=group or dist.group.WORLD)
-    return result  # type: ignore[return-value]
-
-
 class _Stopped(Exception):
     """A rank of the replica was asked to stop."""
 
@@ -110,22 +97,33 @@ class Evaluation:
         self.work, self.options, self.world, self.watch, self.stopped = work, options, world, watch, stopped
         self.store, self._keys = launch.store(), f"evaluation/{next(_NUMBERS)}"
         self.factory = GridFactory(timeout=options.timeout)
-        layout = everywhere(lambda: Layout(tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size))
+        layout = self._everywhere(Layout, tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size)
         self.grid: ModelGrid = self.factory.grid(layout)
         group = self.factory.cpu_group(range(world.size))
         assert group is not None
         self.waiting = group
         """Of all ranks, for what may take as long as a replica samples."""
-        self.judge = everywhere(Judge)
+        self.judge = self._everywhere(Judge)
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
             print(text, flush=True)
 
+    def _everywhere(self, action: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        return on_all_ranks(action, *arguments, group=dist.group.WORLD, **options)
+
+    def _gather(self, value: T) -> list[T]:
+        """Every rank's, however long some of them take to get here."""
+        self.watch.doing("waiting for the others", patient=True)
+        return all_gather_objects(value, group=self.waiting)
+
     def _on_main(self, action: Callable[..., T], *arguments: Any) -> T | None:
-        """The same on rank 0 alone, while the others wait, however long it takes; they get None."""
-        main = self.world.is_main
-        return everywhere(*((action, *arguments) if main else (lambda: None,)), group=self.waiting)
+        """Do something that may find a user's mistake on rank 0 alone, while the others wait, however long it takes;
+        they get None, or all of them raise."""
+        if self.world.is_main:
+            return on_all_ranks(action, *arguments, group=self.waiting)
+        self.watch.doing("waiting for rank 0", patient=True)
+        return on_all_ranks(lambda: None, group=self.waiting)
 
     def run(self) -> dict[str, Scores] | None:
         """Sample what is missing and score.
@@ -144,7 +142,6 @@ class Evaluation:
             if missing:
                 self._say(f"stopped with {missing} answers to go; run again to continue")
                 return None
-            self.watch.doing("scoring")
             scores = self._score()
         self._on_main(self._report, scores)
         return scores
@@ -169,7 +166,7 @@ class Evaluation:
         self._on_main(
             require_settings, self.options.out, str(source.folder), source.fingerprint, self.work.settings, digests
         )
-        pending: list[Row] = all_gather_objects(self._on_main(self._unanswered), group=self.waiting)[0] or []
+        pending: list[Row] = self._gather(self._on_main(self._unanswered))[0] or []
         total = sum(1 for _ in self._rows())
         if 0 < len(pending) < total:
             self._say(f"{self.options.out} holds {total - len(pending)} of {total} answers already")
@@ -185,7 +182,7 @@ class Evaluation:
                 time.sleep(1.0)
             return missing
 
-        return all_gather_objects(self._on_main(count), group=self.waiting)[0] or 0
+        return self._gather(self._on_main(count))[0] or 0
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
@@ -201,7 +198,6 @@ class Evaluation:
             parts[name].write(generation)
             self.store.add(f"{self._keys}/done", 1)
 
-        self.watch.doing("sampling")
         with (
             ExitStack() as files,
             Answerer(
@@ -209,12 +205,14 @@ class Evaluation:
             ) as answerer,
             self._progress(len(pending)),
         ):
+            self.watch.doing("sampling")
             try:
                 while (rows := self._take(pending)) is not None:
                     answerer.answer(rows, self._asking())
             except _Stopped:
                 self.store.set(f"{self._keys}/stopped", "")
-            everywhere(answerer.drain, group=self.waiting)
+            self.watch.doing("waiting for the others", patient=True)
+            on_all_ranks(answerer.drain, group=self.waiting)
 
     def _take(self, pending: Sequence[Row]) -> Sequence[Row] | None:
         """The replica's next rows from the queue that all replicas share; None at its end or when asked to stop."""
@@ -262,18 +260,18 @@ class Evaluation:
     def _engine(self) -> MegatronEngine:
         """The model, loaded. A Hugging Face model is converted into a folder that goes as soon as it is loaded."""
         options, source = self.options, self.work.source
-        self.watch.doing("loading")
         role = RoleConfig(
             checkpoint=str(source.folder),
             parallel=ParallelConfig(tensor=options.tensor, pipeline=options.pipeline),
             precision=PrecisionConfig(dtype=options.dtype),
         )
         shape = source.shape
-        everywhere(lambda: transformer_config(shape, role, self.grid.layout, device=self.world.device))
+        self._everywhere(transformer_config, shape, role, self.grid.layout, device=self.world.device)
         folder = options.out / ".converted"
         try:
             self._on_main(source.converted, folder)
-            model = everywhere(lambda: build_model(shape, role, self.grid, device=self.world.device))
+            self.watch.doing("loading")
+            model = self._everywhere(build_model, shape, role, self.grid, device=self.world.device)
             load_weights(model, folder if source.is_hf else source.folder, grid=self.grid)
         finally:
             if self.world.is_main:
@@ -299,13 +297,14 @@ class Evaluation:
             held = read_generations(self.options.out, benchmark.name)
             return {key: replace(generation, text="") for key, generation in held.items()}
 
-        answers = all_gather_objects(self._on_main(without_texts), group=self.waiting)[0]
+        answers = self._gather(self._on_main(without_texts))[0]
         assert answers is not None
+        self.watch.doing("counting votes")
         mine: dict[int, list[int | None]] = {}
         if self.grid.leads_rows:
             for problem in range(self.grid.row_replica, problems, self.grid.row_replicas):
                 mine[problem] = vote_classes(answers, problem, samples, self.judge)
-        classes = dict(ChainMap(*all_gather_objects(mine, group=self.waiting)))
+        classes = dict(ChainMap(*self._gather(mine)))
         return score_answers(answers, classes, problems, samples)
 
     def _report(self, scores: dict[str, Scores]) -> None:

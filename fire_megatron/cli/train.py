@@ -94,15 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _train(recipe, world)
         return 0
     except UserError as error:
-<<<<<<< HEAD
-        launch.report_mistake(error)
-        if rank == 0 or not error.everywhere:
-            where = "" if error.everywhere or launch.launched_world_size() == 1 else f" on rank {rank}"
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
-=======
         return report(error, rank)
->>>>>>> d1c6741 (evaluate: score checkpoints on benchmarks, shared among ranks, resumable)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

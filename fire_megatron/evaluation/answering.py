@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
+from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.answers import last_boxed
@@ -35,6 +36,7 @@ class Row(NamedTuple):
 class SamplingEngine(Engine, Protocol):
     """A rollout engine that says what ends an answer."""
 
+    config: RolloutConfig
     stop_ids: frozenset[int]
     seed: int
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 from fire_megatron.config.errors import DataError
 
 SETTINGS = "settings.json"
+SCORES = "scores.json"
 PARTS = "parts"
 
 

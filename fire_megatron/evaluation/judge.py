@@ -27,6 +27,12 @@ _STARTING = 300.0
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
+def require_math_verify() -> None:
+    """Raises DataError: what judges answers is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise DataError("answers are judged by math-verify, which is not installed; pip install math-verify")
+
+
 class Judge:
     """Whether answers are right. May be used from any thread; one judgement at a time."""
 
@@ -36,8 +42,7 @@ class Judge:
         Raises:
             DataError: math-verify is not installed.
         """
-        if importlib.util.find_spec("math_verify") is None:
-            raise DataError("answers are judged by math-verify, which is not installed; pip install math-verify")
+        require_math_verify()
         self.seconds = seconds
         self.unjudged = 0
         """Answers counted as wrong because judging them took too long."""

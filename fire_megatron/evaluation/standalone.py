@@ -26,6 +26,7 @@ from fire_megatron.evaluation.answering import Answerer, Row, score_answers, vot
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores, table
 from fire_megatron.evaluation.generations import (
+    SCORES,
     Generation,
     PartWriter,
     merge_parts,
@@ -41,7 +42,6 @@ from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Watch, World, launch
 from fire_megatron.rollout.engine import MegatronEngine
 
-SCORES = "scores.json"
 _VOTE_EVERY = 16
 """Tokens between two questions to the ranks of a replica whether one was asked to stop."""
 _FOLDER_DELAY = 120.0

@@ -7,24 +7,26 @@ from pathlib import Path
 
 from models import EOS, VOCABULARY, save_megatron
 
-WRITINGS = 60
-r"""Ways to write each number: 1, 1.0, 1.00, ..."""
-
 
 def make_model(folder: Path, family: str = "qwen3", **changes) -> Path:
     r"""A converted checkpoint and, beside it, the Hugging Face folder (``-hf``); most tokens say ``\boxed{0}`` to
-    ``\boxed{3}`` in one of many writings."""
+    ``\boxed{3}``, each in one of many writings."""
     save_megatron(family, folder, **{"num_hidden_layers": 2, **changes})
     for place in (folder, folder.with_name(folder.name + "-hf")):
-        path = place / "tokenizer.json"
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        words = {name: number for name, number in tokenizer["model"]["vocab"].items() if number < 50 or number == EOS}
-        for number in range(50, VOCABULARY):
-            value, zeros = number % 4, number // 4 - 12
-            words[f"\\boxed{{{value}{'.' + '0' * zeros if zeros else ''}}}"] = number
-        tokenizer["model"]["vocab"] = words
-        path.write_text(json.dumps(tokenizer), encoding="utf-8")
+        box_words(place)
     return folder
+
+
+def box_words(folder: Path) -> None:
+    """Change the words of a model's tokenizer."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    words = {name: number for name, number in tokenizer["model"]["vocab"].items() if number < 50 or number == EOS}
+    for number in range(50, VOCABULARY):
+        value, zeros = number % 4, number // 4 - 12
+        words[f"\\boxed{{{value}{'.' + '0' * zeros if zeros else ''}}}"] = number
+    tokenizer["model"]["vocab"] = words
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def write_benchmark(path: Path, problems: int) -> Path:

@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from boxed_models import make_model, write_benchmark
-from roles import share
+from roles import Roles, share
 
 from fire_megatron.cli.evaluate import _parser, _read
 from fire_megatron.config.errors import UserError
+from fire_megatron.config.schema import RolloutConfig
+from fire_megatron.data.prompts import Encoder
+from fire_megatron.data.tokenizer import load_tokenizer
+from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
+from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.generations import PARTS
+from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.standalone import Evaluation
+from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform import launch
+from fire_megatron.rollout.engine import MegatronEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
@@ -92,3 +100,40 @@ def test_a_folder_that_only_rank_0_finds_wrong(world, inputs):
         evaluate(world, inputs, "out", "--seed", "8")
     with pytest.raises(UserError, match="does not divide"):
         evaluate(world, inputs, "other", "--tensor", "3")
+
+
+def take(world, roles, folder, path, layout, file):
+    """An exam in training's way, on a model that is loaded in some layout."""
+    model, grid = roles.build(path, layout)
+    tokenizer = load_tokenizer(path)
+    benchmark = read_benchmark(folder / "sums.jsonl")
+    prompts = encode_problems(benchmark, Encoder(tokenizer), room=400)
+    rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16)
+    engine = MegatronEngine(model, grid, rollout, stop_ids=tokenizer.eos_ids, seed=7)
+    exam = Exam(benchmark, prompts, 3, 4, engine, grid, tokenizer)
+    with Judge() as judge:
+        scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
+    dist.barrier()
+    return scores, file.read_text()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
+def test_an_exam_in_training_is_the_command(world, inputs, sizes):
+    roles = Roles(world, inputs)
+    layout = Layout(**sizes, num_ranks=world.size)
+    scores, written = take(world, roles, inputs, inputs / "model", layout, inputs / f"exam{sizes}.jsonl")
+    assert written == (inputs / "alone" / "sums.jsonl").read_text()
+    assert scores.as_dict() == json.loads((inputs / "alone" / "scores.json").read_text())["benchmarks"]["sums"]
+
+
+def test_replicas_that_share_experts(world, inputs):
+    """They sample in rounds, also those that have no answer left to sample."""
+    roles, path = Roles(world, inputs), inputs / "experts"
+    if world.is_main:
+        make_model(path, "qwen3-moe")
+    dist.barrier()
+    apart, shared = (
+        take(world, roles, inputs, path, Layout(expert=size, num_ranks=world.size), inputs / f"experts{size}.jsonl")
+        for size in (1, 2)
+    )
+    assert apart == shared

@@ -96,6 +96,11 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     benchmarks = read_benchmarks([(path, None, args.limit) for path in args.benchmark])
     source = open_source(args.hf or args.checkpoint, is_hf=args.hf is not None)
     tokenizer = load_tokenizer(source.folder)
+    if tokenizer.vocab_size > source.shape.vocab_size:
+        raise DataError(
+            f"{source.folder}: the model's vocabulary of {source.shape.vocab_size} does not hold the tokenizer's "
+            f"{tokenizer.vocab_size} tokens; give the tokenizer that belongs to the model"
+        )
     if not tokenizer.has_chat_template and (args.chat_template == "on" or args.system_prompt is not None):
         option = "--chat-template on" if args.chat_template == "on" else "--system-prompt"
         raise DataError(f"{option}: the tokenizer of {source.folder} has no chat template; leave it out")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
@@ -309,14 +310,17 @@ class Evaluation:
 
     def _report(self, scores: dict[str, Scores]) -> None:
         """Put the parts together, write the scores and print them."""
-        for benchmark in self.work.benchmarks:
-            merge_parts(self.options.out, benchmark.name)
         report = {
             "model": str(self.work.source.folder),
             "settings": self.work.settings,
             "benchmarks": {name: result.as_dict() for name, result in scores.items()},
         }
-        write_atomically(self.options.out / SCORES, json.dumps(report, indent=2) + "\n")
+        try:
+            for benchmark in self.work.benchmarks:
+                merge_parts(self.options.out, benchmark.name)
+            write_atomically(self.options.out / SCORES, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise DataError(f"--out {self.options.out}: cannot be written ({error}); run again with room") from error
         print(
             f"\n% right, with 95% intervals over problems\n{table(scores)}\nwritten to {self.options.out}", flush=True
         )

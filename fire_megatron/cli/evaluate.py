@@ -87,7 +87,8 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.data.prompts import Encoder
+    from fire_megatron.config.schema import DataConfig, SourceConfig
+    from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer
     from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmarks
     from fire_megatron.evaluation.source import open_source
@@ -106,8 +107,14 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
         raise DataError(f"{option}: the tokenizer of {source.folder} has no chat template; leave it out")
     if args.system_prompt is not None and args.chat_template == "off":
         raise DataError("--system-prompt: needs a chat template and --chat-template is off; leave out one of them")
-    encode = Encoder(tokenizer, chat_template=args.chat_template, system_prompt=args.system_prompt)
-    room = source.shape.max_positions - args.max_new_tokens
+    data = DataConfig(
+        train=tuple(SourceConfig(path=path) for path in args.benchmark),
+        chat_template=args.chat_template,
+        system_prompt=args.system_prompt,
+        max_prompt_tokens=sys.maxsize,
+        too_long="error",
+    )
+    encode, room = Encoder(data, tokenizer), source.shape.max_positions - args.max_new_tokens
     prompts = [encode_problems(benchmark, encode, room=room) for benchmark in benchmarks]
     dtype = ("bfloat16" if device.is_cuda else "float32") if args.dtype == "auto" else args.dtype
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template")

@@ -18,7 +18,7 @@ _EXAMPLES = 5
 MOST_SAMPLES = 2**16
 """Of a problem."""
 Encode = Callable[[list[dict[str, str]]], list[int] | None]
-"""Token ids of a chat, by :class:`fire_megatron.data.prompts.Encoder`."""
+"""Token ids of a chat, by :class:`fire_megatron.data.encoder.Encoder`."""
 
 
 @dataclass(frozen=True)

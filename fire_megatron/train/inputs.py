@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from fire_megatron.config.evaluation import NAME
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
-from fire_megatron.data.prompts import Encoder, read_prompts
+from fire_megatron.data.encoder import Encoder
+from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fire_megatron.evaluation.benchmarks import Benchmark, encode_problems, read_benchmarks
@@ -219,7 +221,7 @@ def _read_benchmarks(
         return ()
     require_math_verify()
     benchmarks = read_benchmarks([(config.path, config.name, config.limit) for config in configs])
-    encode = Encoder(tokenizer, chat_template=recipe.data.chat_template, system_prompt=recipe.data.system_prompt)
+    encode = Encoder(replace(recipe.data, max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):
         key = f"evaluation.benchmarks.{i}"

@@ -13,8 +13,8 @@ from roles import Roles, share
 
 from fire_megatron.cli.evaluate import _parser, _read
 from fire_megatron.config.errors import UserError
-from fire_megatron.config.schema import RolloutConfig
-from fire_megatron.data.prompts import Encoder
+from fire_megatron.config.schema import DataConfig, RolloutConfig, SourceConfig
+from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.tokenizer import load_tokenizer
 from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
 from fire_megatron.evaluation.during import Exam
@@ -27,6 +27,7 @@ from fire_megatron.rollout.engine import MegatronEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
+DATA = DataConfig(train=(SourceConfig(path="none"),))
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -107,7 +108,7 @@ def take(world, roles, folder, path, layout, file):
     model, grid = roles.build(path, layout)
     tokenizer = load_tokenizer(path)
     benchmark = read_benchmark(folder / "sums.jsonl")
-    prompts = encode_problems(benchmark, Encoder(tokenizer), room=400)
+    prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
     rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16)
     engine = MegatronEngine(model, grid, rollout, stop_ids=tokenizer.eos_ids, seed=7)
     exam = Exam(benchmark, prompts, 3, 4, engine, grid, tokenizer)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,25 +35,34 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 @pytest.fixture(scope="module")
 def inputs(world, tmp_path_factory):
     folder = Path(share(str(tmp_path_factory.mktemp("evaluation"))))
-    if world.is_main:
-        make_model(folder / "model")
-        write_benchmark(folder / "sums.jsonl", 5)
-        write_benchmark(folder / "more.jsonl", 2)
-        _alone(folder)
+    if not world.is_main:
+        dist.barrier()
+        yield folder
+        return
+    make_model(folder / "model")
+    write_benchmark(folder / "sums.jsonl", 5)
+    write_benchmark(folder / "more.jsonl", 2)
     dist.barrier()
-    return folder
+    with (folder / "alone.log").open("w") as log, _alone(folder, log) as process:
+        yield folder
+        process.kill()
 
 
-def _alone(folder):
-    """One plain process, from the command line."""
+def _alone(folder, log):
+    """One plain process, from the command line, meanwhile."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    subprocess.run(
-        [sys.executable, "-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", "5"],
-        check=True,
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        timeout=50,
-    )
+    command = ["-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", "5"]
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def alone(folder):
+    """Where that process has put its results; each rank waits for them by itself, however long it takes."""
+    deadline = time.monotonic() + 300
+    while not (folder / "alone" / "scores.json").exists():
+        assert time.monotonic() < deadline, (folder / "alone.log").read_text()
+        time.sleep(0.2)
+    return folder / "alone"
 
 
 def _arguments(folder, out):
@@ -67,15 +77,15 @@ def evaluate(world, folder, out, *options, stopped=lambda: None):
     return Evaluation(work, settings, world, watch, stopped).run()
 
 
-def results(folder, out):
-    return [(folder / out / name).read_text() for name in ("sums.jsonl", "more.jsonl", "scores.json")]
+def results(folder):
+    return [(folder / name).read_text() for name in ("sums.jsonl", "more.jsonl", "scores.json")]
 
 
 @pytest.mark.parametrize("layout", ["", "--tensor 2", "--pipeline 2"])
 def test_every_layout_is_one_process(world, inputs, layout):
     out = "out" + layout.replace(" ", "")
     scores = evaluate(world, inputs, out, *layout.split())
-    assert results(inputs, out) == results(inputs, "alone")
+    assert results(inputs / out) == results(alone(inputs))
     assert not (inputs / out / PARTS).exists()
     reported = json.loads((inputs / out / "scores.json").read_text())["benchmarks"]
     assert {name: result.as_dict() for name, result in scores.items()} == reported, "the same on every rank"
@@ -93,7 +103,7 @@ def test_a_stop_of_one_rank_ends_all_and_another_layout_continues(world, inputs)
     assert evaluate(world, inputs, "stopped", stopped=stopped) is None
     assert not (inputs / "stopped" / "scores.json").exists()
     evaluate(world, inputs, "stopped", "--tensor", "2")
-    assert results(inputs, "stopped") == results(inputs, "alone")
+    assert results(inputs / "stopped") == results(alone(inputs))
 
 
 def test_a_folder_that_only_rank_0_finds_wrong(world, inputs):
@@ -123,8 +133,8 @@ def test_an_exam_in_training_is_the_command(world, inputs, sizes):
     roles = Roles(world, inputs)
     layout = Layout(**sizes, num_ranks=world.size)
     scores, written = take(world, roles, inputs, inputs / "model", layout, inputs / f"exam{sizes}.jsonl")
-    assert written == (inputs / "alone" / "sums.jsonl").read_text()
-    assert scores.as_dict() == json.loads((inputs / "alone" / "scores.json").read_text())["benchmarks"]["sums"]
+    assert written == (alone(inputs) / "sums.jsonl").read_text()
+    assert scores.as_dict() == json.loads((alone(inputs) / "scores.json").read_text())["benchmarks"]["sums"]
 
 
 def test_replicas_that_share_experts(world, inputs):

@@ -5,7 +5,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fire_megatron.evaluation.estimates import RESAMPLES, bootstrap, majority, pass_at, powers_to, score, table
@@ -19,6 +19,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n):
         assert pass_at(np.array([c]), n, k)[0] == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_pass_at_k_is_equation_1_of_chen_et_al(n, data):
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
@@ -61,6 +62,7 @@ def test_majority(classes, correct, expected):
     assert majority(classes, [bool(c) for c in correct]) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([None, 0, 1, 2]), st.booleans()), min_size=1, max_size=7))
 def test_majority_against_its_definition(samples):
     votes = ["right" if right else name for name, right in samples if right or name is not None]

@@ -115,7 +115,7 @@ class Judge:
     def _ask(self, right: str, given: str) -> bool:
         if self._process is None:
             self._process = self._start()
-        verdict = _exchange(self._process, [right, given], patience=_WALL * self.seconds)
+        verdict = _exchange(self._process, [right, given], patience=_STARTING + _WALL * self.seconds)
         if verdict is None:
             self.unjudged += 1
             self._end()

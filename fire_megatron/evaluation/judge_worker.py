@@ -51,8 +51,17 @@ def _math_verify() -> tuple[Any, Any, Any]:
     return parse, functools.partial(math_verify.verify, timeout_seconds=None, allow_set_relation_comp=True), sympy
 
 
-def algebra(right: str, given: str) -> bool:
+def _limit(seconds: float) -> None:
+    """End this process after so much CPU time from now; 0 takes that back. Nobody catches the signal."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _algebra(right: str, given: str, *, seconds: float) -> bool:
     """Whether math-verify finds two LaTeX expressions equal; False for what it cannot read."""
+    if not _math_verify.cache_info().currsize:  # most answers need no algebra, and sympy takes a second to import
+        _limit(0)
+        _math_verify()
+        _limit(seconds)
     parse, verify, sympy = _math_verify()
     a, b = parse(right), parse(given)
     return bool(a and b and verify(a, b)) and not _differ_where_small(a[0], b[0], sympy)
@@ -70,18 +79,20 @@ def _differ_where_small(a: Any, b: Any, sympy: Any) -> bool:
     return size < _SMALL and abs(x - y) > _AGREES * size
 
 
-def _verdict(right: str, given: str) -> bool:
+def _verdict(right: str, given: str, seconds: float) -> bool:
+    _limit(seconds)
     try:
-        return equal(right, given, algebra)
+        return equal(right, given, functools.partial(_algebra, seconds=seconds))
     except (Exception, RecursionError, MemoryError):  # sympy raises many kinds on what is no mathematics
         return False
+    finally:
+        _limit(0)
 
 
 def main() -> None:
     """Judge until the other end closes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    _math_verify()
     for chatter in (1, 2):  # parsers print what they cannot read
         os.dup2(nowhere, chatter)
     with contextlib.suppress(ValueError, OSError):  # a lower limit stands
@@ -90,10 +101,7 @@ def main() -> None:
     print(json.dumps(READY), file=answers, flush=True)
     for line in sys.stdin:
         right, given = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody catches SIGPROF, so it ends the process
-        verdict = _verdict(right, given)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(verdict), file=answers, flush=True)
+        print(json.dumps(_verdict(right, given, seconds)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

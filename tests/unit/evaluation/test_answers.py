@@ -101,7 +101,7 @@ def test_every_right_answer_is_equal_to_itself():
 
 def test_right_answers_differ_from_others_of_like_length():
     with Judge() as judge:
-        same = [pair for pair in zip(GOLD[::12], GOLD[1::12], strict=False) if judge.equal(*pair)]
+        same = [pair for pair in zip(GOLD[::20], GOLD[1::20], strict=False) if judge.equal(*pair)]
     assert not same
 
 

@@ -216,11 +216,20 @@ class Evaluation:
             on_all_ranks(answerer.drain, group=self.waiting)
 
     def _take(self, pending: Sequence[Row]) -> Sequence[Row] | None:
-        """The replica's next rows from the queue that all replicas share; None at its end or when asked to stop."""
+        """The replica's next rows from the queue that all share; None at its end, or when another replica has stopped.
+
+        Raises:
+            _Stopped: on every rank of the replica, if one of them was asked to stop.
+        """
         start = len(pending)
         if self.grid.leads_rows and not self.store.check([f"{self._keys}/stopped"]):
             start = (self.store.add(f"{self._keys}/taken", 1) - 1) * self.options.batch_size
-        start = min(all_gather_objects(start, group=self.grid.pg.mp))
+        starts, asked = zip(
+            *all_gather_objects((start, self.stopped() is not None), group=self.grid.pg.mp), strict=True
+        )
+        if any(asked):
+            raise _Stopped
+        start = min(starts)
         return pending[start : start + self.options.batch_size] or None
 
     def _asking(self) -> Callable[[int], None]:

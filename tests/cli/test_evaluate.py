@@ -30,7 +30,7 @@ def evaluate(inputs, tmp_path):
     def run(*options, model="--checkpoint", out=tmp_path / "out", benchmarks=("sums",), samples=SAMPLES):
         folder = inputs / ("model" if model == "--checkpoint" else "model-hf")
         files = [str(inputs / f"{name}.jsonl") for name in benchmarks]
-        fixed = ["--max-new-tokens", "24", "--batch-size", "4", "--device", "cpu", "--samples", str(samples)]
+        fixed = ["--max-new-tokens", "12", "--batch-size", "8", "--device", "cpu", "--samples", str(samples)]
         return main([model, str(folder), "--benchmark", *files, "--out", str(out), *fixed, *map(str, options)])
 
     return run
@@ -41,7 +41,7 @@ def whole(inputs, tmp_path_factory):
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("whole")
     assert main(
-        f"--checkpoint {inputs}/model --benchmark {inputs}/sums.jsonl --out {out} --max-new-tokens 24 --batch-size 4 "
+        f"--checkpoint {inputs}/model --benchmark {inputs}/sums.jsonl --out {out} --max-new-tokens 12 --batch-size 8 "
         f"--device cpu --samples {SAMPLES}".split()
     ) == 0  # fmt: skip
     return out
@@ -71,7 +71,7 @@ def test_scores_are_those_of_what_was_written(whole):
     for row in rows:
         value = row["text"].rpartition("{")[2].partition("}")[0] or None
         assert row["answer"] == value and row["correct"] == (value is not None and float(value) == float(row["right"]))
-        assert row["truncated"] == (row["tokens"] == 24) or row["tokens"] == 24
+        assert row["truncated"] == (row["tokens"] == 12) or row["tokens"] == 12
     scores = json.loads((whole / "scores.json").read_text())["benchmarks"]["sums"]
     right = [sum(r["correct"] for r in rows[p * SAMPLES : (p + 1) * SAMPLES]) for p in range(PROBLEMS)]
     assert 0 < sum(right) < PROBLEMS * SAMPLES, "a test of nothing"
@@ -173,10 +173,10 @@ def test_mistakes_in_the_model_and_in_what_is_there(evaluate, whole, inputs, tmp
     refused("no such checkpoint folder", "--checkpoint", tmp_path / "none")
     refused("--hf", "--hf", tmp_path / "none")
     refused("is a Hugging Face checkpoint; convert it first", "--checkpoint", f"{inputs}/model-hf")
-    fixed = ["--max-new-tokens", 24]
+    fixed = ["--max-new-tokens", 12]
     there = ["--checkpoint", f"{inputs}/model", "--out", whole]
     refused("--seed: ", *there, *fixed, "--seed", 8)
-    refused("--max-new-tokens: ", *there, "--max-new-tokens", 25)
+    refused("--max-new-tokens: ", *there, "--max-new-tokens", 13)
     refused("has other weights or another tokenizer", "--hf", f"{inputs}/model-hf", "--out", whole, *fixed)
     with pytest.raises(SystemExit, match="2"):
         main(["--checkpoint", "a", "--hf", "b", "--benchmark", "c"])

@@ -32,6 +32,7 @@ setup(
         "einops",  # megatron-core's communication grid
         "numpy",
         "tqdm",
+        "math-verify>=0.9",  # judges answers; pure Python, 5 MB with its parser (sympy comes with torch)
     ],
     extras_require={
         # psutil: what megatron-core 0.19 saves checkpoints with, which it does not declare.

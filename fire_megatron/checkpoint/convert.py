@@ -32,6 +32,7 @@ from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.platform import tick
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -191,6 +192,7 @@ def hf_to_megatron(
         (temporary / WEIGHTS).mkdir()
         stored: set[str] = set()
         for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
+            tick()
             kept = target_dtype or reader.dtype(tensor.sources)
             stored.add(str(kept).removeprefix("torch."))
             for where, piece in tensor.parts():

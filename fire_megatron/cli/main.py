@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fire_megatron.cli import plan, recipe, report, train
+from fire_megatron.cli import evaluate, plan, recipe, report, train
 
 _COMMANDS = {
     "train": (train.main, "run a recipe (under torchrun or srun)"),
     "recipe": (recipe.main, "print a recipe with its defaults and overrides"),
+    "evaluate": (evaluate.main, "score a model on benchmarks (under torchrun or srun, or alone)"),
     "plan": (plan.main, "say what a recipe needs on so many GPUs, without any"),
     "report": (report.main, "write a run's curves and trajectories as an HTML page"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
 from fire_megatron.config.errors import Problem, RecipeProblems
+from fire_megatron.config.evaluation import BenchmarkConfig
 from fire_megatron.config.fp8 import fp8_problems
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.roles import roles
@@ -42,6 +43,12 @@ class Context:
         train = {f"data.train.{i}": source for i, source in enumerate(self.recipe.data.train)}
         held_out = {f"evaluation.prompts.{i}": source for i, source in enumerate(self.recipe.evaluation.prompts)}
         return train | held_out
+
+    @property
+    def files(self) -> dict[str, SourceConfig | BenchmarkConfig]:
+        """Every file of prompts or problems by its key."""
+        benchmarks = {f"evaluation.benchmarks.{i}": file for i, file in enumerate(self.recipe.evaluation.benchmarks)}
+        return self.sources | benchmarks
 
     def number(self, role: str, name: str) -> int | None:
         """A whole number of a role's ``config.json``; None when it is not there."""
@@ -94,7 +101,7 @@ def _labels(context: Context) -> Iterator[Problem]:
 
 
 def _prompt_files(context: Context) -> Iterator[Problem]:
-    for key, source in () if context.elsewhere else context.sources.items():
+    for key, source in () if context.elsewhere else context.files.items():
         path = Path(source.path)
         if not path.exists():
             yield Problem(f"{key}.path", f"{path} does not exist{looked_in(path)}; correct the path")
@@ -301,8 +308,11 @@ def _counts(context: Context) -> Iterator[Problem]:
             f"{recipe.optimizer.mini_batches} updates from {answers} answers a step "
             "(rollout.prompts_per_step x samples_per_prompt); lower it",
         )
-    if recipe.evaluation.every and not recipe.evaluation.prompts:
-        yield Problem("evaluation.every", f"{recipe.evaluation.every}, but evaluation.prompts names no file; give one")
+    if recipe.evaluation.every and not (recipe.evaluation.prompts or recipe.evaluation.benchmarks):
+        yield Problem(
+            "evaluation.every",
+            f"{recipe.evaluation.every}, but evaluation.prompts and evaluation.benchmarks name no file; give one",
+        )
     if recipe.data.system_prompt is not None and recipe.data.chat_template == "off":
         yield Problem("data.system_prompt", "needs a chat template and data.chat_template is off; use auto or on")
 
@@ -323,7 +333,7 @@ def _writable(context: Context) -> Iterator[Problem]:
 def _home(context: Context) -> Iterator[Problem]:
     """``~`` is the shell's, which does not see into a recipe; taken literally it would make a folder of that name."""
     paths = {f"{key}.checkpoint": role.checkpoint for key, role in context.roles.items()}
-    paths |= {f"{key}.path": source.path for key, source in context.sources.items()}
+    paths |= {f"{key}.path": source.path for key, source in context.files.items()}
     paths |= {"run.dir": context.recipe.run.dir, "checkpoint.dir": context.recipe.checkpoint.dir or ""}
     for key, path in paths.items():
         if path.startswith("~"):

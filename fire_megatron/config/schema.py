@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fire_megatron.config.errors import Problem
+from fire_megatron.config.evaluation import BenchmarkConfig
 from fire_megatron.config.kinds import Count, Fraction, NonNegative, Positive, Seed, Size, Text, Threads
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.section import Match, NonEmpty, Range, Section
@@ -302,16 +303,18 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """Reverse KL to each teacher on fixed held-out prompts."""
+    """Reverse KL to each teacher on fixed held-out prompts, and answers to benchmarks."""
 
     every: Count = 0
     """Evaluate after every so many steps; 0 leaves it at start and end."""
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """Benchmarks that the student answers: docs/evaluation.md."""
     prompts: tuple[SourceConfig, ...] = ()
-    """Files of held-out prompts; with none there is no evaluation."""
+    """Files of held-out prompts for the reverse KL; with none it is not measured."""
     num_prompts: Count = 0
     """Prompts of each label, from the start; 0 takes all."""
     max_new_tokens: Size = 64
-    """Longest answer, in tokens."""
+    """Longest answer to a held-out prompt, in tokens."""
     at_start: bool = True
     """Whether to evaluate before the first step."""
     at_end: bool = True
@@ -359,7 +362,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Reverse KL to each teacher on fixed held-out prompts."""
+    """Reverse KL to each teacher on fixed held-out prompts, and answers to benchmarks."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Where metrics go."""
 

@@ -73,9 +73,12 @@ def summary(metrics: Mapping[str, float]) -> str:
 
 
 def evaluation_summary(metrics: Mapping[str, float]) -> str:
-    """Reverse KL on held-out prompts; empty when the step was not evaluated."""
+    """Reverse KL on held-out prompts and right answers to benchmarks; empty when the step was not evaluated."""
     teachers = list(_per_teacher(metrics, "eval"))
-    return f"held-out reverse KL  {'  '.join(teachers)}" if teachers else ""
+    parts = [f"held-out reverse KL  {'  '.join(teachers)}"] if teachers else []
+    averages = {key.removeprefix("eval/"): value for key, value in metrics.items() if "/avg@" in key}
+    parts += [f"{key.replace('/', ' ')} {value:.1%}" for key, value in sorted(averages.items())]
+    return "  ".join(parts)
 
 
 class _Lines:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fire_megatron.checkpoint.whole import open_whole
-from fire_megatron.config.errors import RecipeError, UserError
+from fire_megatron.config.errors import DataError, RecipeError, UserError
+from fire_megatron.config.evaluation import NAME
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
+from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from fire_megatron.evaluation.benchmarks import Benchmark, encode_problems, read_benchmarks
+from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks
 from fire_megatron.models.build import (
     check_megatron_overrides,
@@ -37,6 +42,8 @@ class Inputs:
     route: dict[str, str]
     notes: tuple[str, ...]
     """What was read, for people."""
+    benchmarks: tuple[tuple[Benchmark, list[Prompt]], ...] = ()
+    """With their problems as prompts."""
 
 
 def role_layout(role: RoleConfig, num_ranks: int) -> Layout:
@@ -205,6 +212,30 @@ def _check_vocabularies(recipe: Recipe, shapes: Mapping[str, ModelShape], tokeni
     return [f"vocabularies differ in unused entries at the end ({listed}): the first {used} are used"]
 
 
+def _read_benchmarks(
+    recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer
+) -> tuple[tuple[Benchmark, list[Prompt]], ...]:
+    """Raises DataError: a benchmark that cannot be answered, or nothing to judge answers with."""
+    configs = recipe.evaluation.benchmarks
+    if not configs:
+        return ()
+    require_math_verify()
+    benchmarks = read_benchmarks([(config.path, config.name, config.limit) for config in configs])
+    encode = Encoder(replace(recipe.data, max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    read = []
+    for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):
+        key = f"evaluation.benchmarks.{i}"
+        if not NAME.accepts(benchmark.name) or benchmark.name in recipe.teachers:
+            why = "is a teacher's" if benchmark.name in recipe.teachers else f"is not of {NAME}"
+            raise DataError(f"{key}.name: {benchmark.name!r} {why}; give another name")
+        try:
+            prompts = encode_problems(benchmark, encode, room=shape.max_positions - config.max_new_tokens)
+        except DataError as error:
+            raise DataError(f"{key}.max_new_tokens: {config.max_new_tokens}: {error}") from error
+        read.append((benchmark, prompts))
+    return tuple(read)
+
+
 def recipe_checkpoint(recipe: Recipe, path: str) -> str:
     """Checkpoint folder of the role at a recipe path."""
     return roles(recipe)[path].checkpoint
@@ -227,4 +258,6 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     hooks = load_plugins(recipe)
     shapes, inputs = check_roles(recipe, device=device, num_ranks=num_ranks), read_inputs(recipe)
     notes = _check_vocabularies(recipe, shapes, inputs.tokenizer)
-    return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes))
+    benchmarks = _read_benchmarks(recipe, shapes["student"], inputs.tokenizer)
+    notes += [f"benchmark {benchmark.name}: {len(problems)} problems" for benchmark, problems in benchmarks]
+    return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes), benchmarks=benchmarks)

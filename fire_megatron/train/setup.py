@@ -18,6 +18,7 @@ from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
+from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
@@ -54,6 +55,7 @@ class StudentRun:
     hooks: list[Hook]
     order: PromptOrder
     held_out: HeldOut | None
+    exams: list[Exam]
     saver: Saver
 
 
@@ -293,8 +295,8 @@ def _student_run(
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )
-    held_out = _held_out(recipe, inputs, model, router, grid)
-    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, saver)
+    held_out, exams = _held_out(recipe, inputs, model, router, grid), _exams(recipe, inputs, model, grid)
+    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, exams, saver)
 
 
 def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], loaded: Mapping[str, _Loaded]) -> dict[str, OutputLayer]:
@@ -316,3 +318,18 @@ def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRou
     )
     engine = MegatronEngine(model, grid, config, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
     return HeldOut(inputs.held_out, engine, router, grid)
+
+
+def _exams(recipe: Recipe, inputs: Inputs, model: FireGPT, grid: ModelGrid) -> list[Exam]:
+    exams = []
+    for config, (benchmark, prompts) in zip(recipe.evaluation.benchmarks, inputs.benchmarks, strict=True):
+        rollout = replace(
+            recipe.rollout,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            batch_size=0,  # an exam batches itself
+        )
+        engine = MegatronEngine(model, grid, rollout, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
+        exams.append(Exam(benchmark, prompts, config.samples, config.batch_size, engine, grid, inputs.tokenizer))
+    return exams

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -13,6 +14,7 @@ from fire_megatron.checkpoint.steps import find_saved
 from fire_megatron.config.errors import TrainingError, UserError
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
+from fire_megatron.evaluation.during import take_exams
 from fire_megatron.evaluation.heldout import format_table, replica_rows
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects
@@ -144,7 +146,7 @@ class Trainer:
         every, final = self.recipe.checkpoint.every, self.recipe.checkpoint.final
         done = False
         try:
-            if self.step == 0 and self.run.held_out and self.recipe.evaluation.at_start:
+            if self.step == 0 and self._measures and self.recipe.evaluation.at_start:
                 self.first_eval = self._evaluate()
                 self.logger.log(0, self.first_eval)
             while self.step < self.recipe.run.steps:
@@ -213,7 +215,7 @@ class Trainer:
         metrics |= self.gpus.values()
         reduced = reduce_metrics(metrics, group=self.run.grid.span)
         reduced["rollout/tokens_per_second"] = reduced["rollout/tokens"] / reduced["time/rollout"]
-        if self.run.held_out and (due or (last and evaluation.at_end)):
+        if self._measures and (due or (last and evaluation.at_end)):
             self.last_eval = self._evaluate()
             reduced |= self.last_eval
         if "grad_norm" not in reduced and reduced.get("fire/dropped/nonfinite"):  # no update, and perhaps no wonder
@@ -320,13 +322,26 @@ class Trainer:
         loss, norm = agreed(report, norm, group=self.run.grid.span)
         return self.guard.judge(loss, norm) is not None
 
+    @property
+    def _measures(self) -> bool:
+        """Whether there is something to evaluate."""
+        return self.run.held_out is not None or bool(self.run.exams)
+
     def _evaluate(self) -> dict[str, float]:
-        assert self.run.held_out is not None
         self.watch.doing("evaluation")
-        most = len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
-        measured = self.run.held_out.measure(self._progress("evaluation", most))
+        measured: dict[str, Value] = {}
+        if self.run.held_out is not None:
+            most = (
+                len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
+            )
+            measured = self.run.held_out.measure(self._progress("evaluation", most))
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
-        return reduce_metrics(measured if counts else {}, group=self.run.grid.span)
+        reduced = reduce_metrics(measured if counts else {}, group=self.run.grid.span)
+        folder = Path(self.recipe.run.dir) / "evaluation" / f"step_{self.step:06d}"
+        examined = take_exams(
+            self.run.exams, folder, writes=self.world.is_main, stopped=self._asked_to_stop, progress=self._progress
+        )
+        return reduced | examined
 
     def _print_table(self) -> None:
         if self.last_eval and self.world.is_main:

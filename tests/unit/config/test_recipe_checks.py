@@ -218,7 +218,10 @@ def _home_folder(values: Values) -> None:
             "loss.hooks.1.name: no hook is named 'reweigh'; did you mean reweight? Built in are filter, re",
         ),
         (_mini_batches, "optimizer.mini_batches: 5 updates from 4 answers a step"),
-        (_evaluation_without_prompts, "evaluation.every: 5, but evaluation.prompts names no file; give one"),
+        (
+            _evaluation_without_prompts,
+            "evaluation.every: 5, but evaluation.prompts and evaluation.benchmarks name no file; give one",
+        ),
         (_system_prompt, "data.system_prompt: needs a chat template and data.chat_template is off; use auto or on"),
         (_run_dir_below_a_file, "prompts.jsonl is a file; choose another folder"),
         (_checkpoint_dir_is_a_file, "checkpoint.dir: "),

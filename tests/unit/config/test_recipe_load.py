@@ -146,7 +146,7 @@ def test_a_teachers_name_becomes_a_part_of_metric_names(values: dict[str, Any]) 
         ("optimiser", "optimiser: unknown key; did you mean optimizer?"),
         ("teachers.math.parallel.tensors", "teachers.math.parallel.tensors: unknown key; did you mean teachers.math."),
         ("teachers.math.parallel.TENSOR", "did you mean teachers.math.parallel.tensor?"),
-        ("optimizer.temperature", "optimizer.temperature: unknown key; did you mean rollout.temperature?"),
+        ("optimizer.group_size", "optimizer.group_size: unknown key; did you mean rollout.group_size?"),
         ("run.tensor", "did you mean student.parallel.tensor or teachers.NAME.parallel.tensor?"),
         ("checkpoint.xyzzy", "checkpoint.xyzzy: unknown key; the keys here are every, dir, keep, final"),
         ("data.train.0.labels", "data.train.0.labels: unknown key; did you mean data.train.0.label?"),

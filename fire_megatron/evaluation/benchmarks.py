@@ -1,0 +1,143 @@
+"""Benchmark files: problems with their right answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fire_megatron.config.errors import DataError
+from fire_megatron.data.files import read_rows, shown
+from fire_megatron.data.records import Prompt
+
+_EXAMPLES = 5
+"""Wrong rows named one by one before the rest is counted."""
+MOST_SAMPLES = 2**16
+"""Of a problem."""
+Encode = Callable[[list[dict[str, str]]], list[int] | None]
+"""Token ids of a chat, by :class:`fire_megatron.data.encoder.Encoder`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem."""
+
+    place: str
+    """``file:line``."""
+    text: str
+    answer: str
+    """The right answer, as in the file."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The problems of a file."""
+
+    name: str
+    """The file's name without its ending, unless another was given; a part of metric and file names."""
+    problems: tuple[Problem, ...]
+    digest: str
+    """Of every problem and answer in the file, whatever the limit."""
+
+    @property
+    def code(self) -> int:
+        """23 bits of the name."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:3]) >> 1
+
+    def row_id(self, problem: int, sample: int) -> int:
+        """What, with the seed, fixes the random numbers of an answer: nothing else of the run does, so more problems or
+        more samples leave those that there are as they were."""
+        assert problem < 2**24 and sample < MOST_SAMPLES
+        return (self.code << 40) | (sample << 24) | problem
+
+
+def read_benchmark(path: str | Path, *, name: str | None = None, limit: int = 0) -> Benchmark:
+    """Read a file of objects with ``problem`` and ``answer``: JSON Lines or a JSON list, plain or gzipped.
+
+    Args:
+        path: the file.
+        name: instead of the file's.
+        limit: problems taken from the start; 0 takes all. The whole file is checked.
+
+    Raises:
+        DataError: a file that cannot be read, or rows that are wrong, by file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such benchmark file; give JSON Lines with problem and answer")
+    problems: list[Problem] = []
+    wrong: list[str] = []
+    for place, row in read_rows(path):
+        try:
+            problems.append(_problem(place, row))
+        except DataError as error:
+            wrong.append(f"{place}: {error}")
+    if wrong:
+        rest = [f"... and {len(wrong) - _EXAMPLES} more wrong rows"] if len(wrong) > _EXAMPLES else []
+        raise DataError("\n".join([*wrong[:_EXAMPLES], *rest]))
+    if not problems:
+        raise DataError(f"{path}: holds no problem; give JSON Lines with problem and answer")
+    digest = hashlib.sha256("".join(json.dumps([p.text, p.answer]) + "\n" for p in problems).encode()).hexdigest()
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    return Benchmark(name or stem, tuple(problems[: limit or None]), digest)
+
+
+def _problem(place: str, row: dict[str, Any] | DataError) -> Problem:
+    if isinstance(row, DataError):
+        raise row
+    text, answer = row.get("problem"), row.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"'problem' is {shown(text)}; write the problem's text there")
+    if type(answer) in (int, float):
+        answer = json.dumps(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError(f"'answer' is {shown(answer)}; write the right answer there, as text or a number")
+    return Problem(place, text, answer)
+
+
+def read_benchmarks(files: Sequence[tuple[str | Path, str | None, int]]) -> list[Benchmark]:
+    """Several files, each with the name and limit of :func:`read_benchmark`.
+
+    Raises:
+        DataError: see there; also two of one name.
+    """
+    benchmarks = [read_benchmark(path, name=name, limit=limit) for path, name, limit in files]
+    codes: dict[int, str] = {}
+    for benchmark, (path, _, _) in zip(benchmarks, files, strict=True):
+        if benchmark.code in codes:
+            raise DataError(
+                f"{path}: its name {benchmark.name!r} is taken by {codes[benchmark.code]}; results and samples go by "
+                "name, so rename one of the files"
+            )
+        codes[benchmark.code] = str(path)
+    return benchmarks
+
+
+def encode_problems(benchmark: Benchmark, encode: Encode, *, room: int) -> list[Prompt]:
+    """Tokenized problems.
+
+    Args:
+        benchmark: read.
+        encode: makes token ids of a chat.
+        room: tokens that a prompt may have beside the longest answer.
+
+    Raises:
+        DataError: a problem that is too long or cannot be encoded, by file and line.
+    """
+    prompts = []
+    for index, problem in enumerate(benchmark.problems):
+        try:
+            token_ids = encode([{"role": "user", "content": problem.text}])
+        except DataError as error:
+            raise DataError(f"{problem.place}: {error}") from error
+        assert token_ids is not None, "an encoder that drops prompts"
+        if len(token_ids) > room:
+            raise DataError(
+                f"{problem.place}: {len(token_ids)} tokens, and the model's positions leave {max(room, 0)} beside the "
+                "longest answer; lower the new tokens of an answer"
+            )
+        prompts.append(Prompt(index, benchmark.name, tuple(token_ids), problem.text))
+    return prompts

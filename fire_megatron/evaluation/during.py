@@ -1,0 +1,154 @@
+"""A benchmark in the course of training, answered by the model that trains, on its own grid."""
+
+from __future__ import annotations
+
+import json
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fire_megatron.config.errors import DataError
+from fire_megatron.data.records import Prompt
+from fire_megatron.data.tokenizer import Tokenizer
+from fire_megatron.evaluation.answering import Answerer, Row, SamplingEngine, score_answers, vote_classes
+from fire_megatron.evaluation.benchmarks import Benchmark
+from fire_megatron.evaluation.estimates import Scores
+from fire_megatron.evaluation.generations import SCORES, Generation, write_atomically
+from fire_megatron.evaluation.heldout import replica_rows
+from fire_megatron.evaluation.judge import Judge
+from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
+from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.rollout.engine import Progress
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A benchmark and what answers it. Every rank of the model's grid has it."""
+
+    benchmark: Benchmark
+    prompts: list[Prompt]
+    samples: int
+    batch_size: int
+    """Answers that a replica samples together; 0 for all of its own."""
+    engine: SamplingEngine
+    grid: ModelGrid
+    tokenizer: Tokenizer
+
+    @property
+    def own_rows(self) -> int:
+        """Answers that this replica samples."""
+        return len(replica_rows(len(self.prompts) * self.samples, self.grid))
+
+    def take(
+        self,
+        judge: Judge,
+        file: Path,
+        *,
+        writes: bool,
+        stopped: Callable[[], bool],
+        progress: Progress | None = None,
+    ) -> Scores | None:
+        """Answer, judge and score. Collective over the grid; the result does not depend on its layout.
+
+        Args:
+            judge: of this rank.
+            file: for every answer, whole or not there.
+            writes: whether this rank writes it; one does.
+            stopped: whether the run was asked to stop; collective over the grid, the same on every rank.
+            progress: told of sampled tokens.
+
+        Returns:
+            The same on every rank; None when the run was asked to stop meanwhile.
+
+        Raises:
+            DataError: on every rank: the file cannot be written.
+        """
+        answers = self._answers(judge, stopped, progress)
+        if answers is None:
+            return None
+        mine: dict[int, list[int | None]] = {}
+        if self.grid.leads_rows:
+            for problem in replica_rows(len(self.prompts), self.grid):
+                mine[problem] = vote_classes(answers, problem, self.samples, judge)
+        classes = dict(ChainMap(*all_gather_objects(mine, group=self.grid.span)))
+        lines = (answers[key].line() for key in sorted(answers))
+        on_all_ranks(_write, file if writes else None, lines, group=self.grid.span)
+        return score_answers(answers, classes, len(self.prompts), self.samples)
+
+    def _answers(
+        self, judge: Judge, stopped: Callable[[], bool], progress: Progress | None
+    ) -> dict[tuple[int, int], Generation] | None:
+        """All answers, on every rank. Replicas sample in rounds: those that share experts have to decode together."""
+        rows = [Row(0, problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]
+        mine = [rows[i] for i in replica_rows(len(rows), self.grid)]
+        most = -(-len(rows) // self.grid.row_replicas)
+        size = self.batch_size or most
+        made: dict[tuple[int, int], Generation] = {}
+
+        def sink(_: str, generation: Generation) -> None:
+            made[generation.key] = generation
+
+        parts = (self.engine, self.grid, self.tokenizer, [self.benchmark], [self.prompts])
+        with Answerer(*parts, judge=judge, sink=sink) as answerer:
+            for start in range(0, most, size):
+                if stopped():
+                    return None
+                answerer.answer(mine[start : start + size], progress)
+            answerer.drain()
+        return dict(ChainMap(*all_gather_objects(made, group=self.grid.span)))
+
+
+def take_exams(
+    exams: Sequence[Exam],
+    folder: Path,
+    *,
+    writes: bool,
+    stopped: Callable[[], bool],
+    progress: Callable[[str, int], Progress],
+) -> dict[str, float]:
+    """All benchmarks of a step. Collective over the grid.
+
+    Args:
+        exams: one a benchmark.
+        folder: for ``<benchmark>.jsonl`` of each and ``scores.json`` of all, which has the intervals too.
+        writes: whether this rank writes them.
+        stopped: see :meth:`Exam.take`; what is done by then is reported.
+        progress: makes what is told of sampled tokens, of a name and the most of them.
+
+    Returns:
+        ``eval/<benchmark>/...`` of docs/metrics.md, the same on every rank.
+    """
+    results: dict[str, Scores] = {}
+    if not exams:
+        return {}
+    with Judge() as judge:
+        for exam in exams:
+            name = exam.benchmark.name
+            told = progress(name, exam.own_rows * exam.engine.config.max_new_tokens)
+            scores = exam.take(judge, folder / f"{name}.jsonl", writes=writes, stopped=stopped, progress=told)
+            if scores is None:
+                break
+            results[name] = scores
+    if results:
+        report = json.dumps({name: scores.as_dict() for name, scores in results.items()}, indent=2) + "\n"
+        on_all_ranks(_write, folder / SCORES if writes else None, [report], group=exams[0].grid.span)
+    return {key: value for name, scores in results.items() for key, value in _metrics(name, scores).items()}
+
+
+def _write(file: Path | None, lines: Iterable[str]) -> None:
+    """A file, on the rank that has one to write. Raises DataError: it cannot be written."""
+    if file is None:
+        return
+    try:
+        write_atomically(file, lines)
+    except OSError as error:
+        raise DataError(f"run.dir: {file} cannot be written ({error}); make room and run again") from error
+
+
+def _metrics(name: str, scores: Scores) -> dict[str, float]:
+    n = scores.samples
+    values = {f"avg@{n}": scores.average.value, f"maj@{n}": scores.vote.value}
+    values |= {f"pass@{k}": estimate.value for k, estimate in scores.passes.items()}
+    values |= {"mean_length": scores.mean_length, "truncated": scores.truncated, "unanswered": scores.unanswered}
+    return {f"eval/{name}/{key}": value for key, value in values.items()}

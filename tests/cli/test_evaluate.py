@@ -1,0 +1,182 @@
+"""The evaluation command on one rank: scores, resuming after stops and kills, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from boxed_models import make_model, write_benchmark
+
+from fire_megatron.cli.evaluate import main
+from fire_megatron.evaluation.generations import PartWriter
+
+PROBLEMS, SAMPLES = 6, 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_model(folder / "model")
+    write_benchmark(folder / "sums.jsonl", PROBLEMS)
+    write_benchmark(folder / "more.jsonl", 3)
+    return folder
+
+
+@pytest.fixture
+def evaluate(inputs, tmp_path):
+    """Runs the command on the model; returns its exit code."""
+
+    def run(*options, model="--checkpoint", out=tmp_path / "out", benchmarks=("sums",), samples=SAMPLES):
+        folder = inputs / ("model" if model == "--checkpoint" else "model-hf")
+        files = [str(inputs / f"{name}.jsonl") for name in benchmarks]
+        fixed = ["--max-new-tokens", "12", "--batch-size", "8", "--device", "cpu", "--samples", str(samples)]
+        return main([model, str(folder), "--benchmark", *files, "--out", str(out), *fixed, *map(str, options)])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(
+        f"--checkpoint {inputs}/model --benchmark {inputs}/sums.jsonl --out {out} --max-new-tokens 12 --batch-size 8 "
+        f"--device cpu --samples {SAMPLES}".split()
+    ) == 0  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """(problem, sample) of every answer that is written, in order."""
+    keys = []
+    write = PartWriter.write
+
+    def recording(self, generation):
+        write(self, generation)
+        keys.append(generation.key)
+
+    monkeypatch.setattr(PartWriter, "write", recording)
+    return keys
+
+
+def lines(out, name="sums"):
+    return (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def test_scores_are_those_of_what_was_written(whole):
+    rows = [json.loads(line) for line in lines(whole)]
+    assert [(r["problem"], r["sample"]) for r in rows] == [(p, s) for p in range(PROBLEMS) for s in range(SAMPLES)]
+    for row in rows:
+        value = row["text"].rpartition("{")[2].partition("}")[0] or None
+        assert row["answer"] == value and row["correct"] == (value is not None and float(value) == float(row["right"]))
+        assert row["truncated"] == (row["tokens"] == 12) or row["tokens"] == 12
+    scores = json.loads((whole / "scores.json").read_text())["benchmarks"]["sums"]
+    right = [sum(r["correct"] for r in rows[p * SAMPLES : (p + 1) * SAMPLES]) for p in range(PROBLEMS)]
+    assert 0 < sum(right) < PROBLEMS * SAMPLES, "a test of nothing"
+    assert scores["avg@4"]["value"] == pytest.approx(sum(right) / PROBLEMS / SAMPLES)
+    assert scores["pass@4"]["value"] == pytest.approx(sum(c > 0 for c in right) / PROBLEMS)
+    votes = 0.0
+    for problem in range(PROBLEMS):
+        said = [float(r["answer"]) for r in rows[problem * SAMPLES : (problem + 1) * SAMPLES] if r["answer"]]
+        winners = {v for v in said if said.count(v) == max(map(said.count, said))}
+        votes += (problem % 4 in winners) / len(winners) if winners else 0.0
+    assert scores["maj@4"]["value"] == pytest.approx(votes / PROBLEMS)
+    assert scores["mean_length"] == pytest.approx(sum(r["tokens"] for r in rows) / len(rows))
+    assert sorted(path.name for path in whole.iterdir()) == ["scores.json", "settings.json", "sums.jsonl"]
+
+
+def test_a_stopped_run_continues(evaluate, whole, tmp_path, written, monkeypatch, capsys):
+    write = PartWriter.write
+
+    def stopping(self, generation):
+        write(self, generation)
+        if len(written) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PartWriter, "write", stopping)
+    assert evaluate() == 0
+    shown = capsys.readouterr().out
+    assert f"stopped with {PROBLEMS * SAMPLES - len(written)} answers to go; run again to continue" in shown
+    assert 6 <= len(written) < PROBLEMS * SAMPLES and not (tmp_path / "out" / "scores.json").exists()
+    assert evaluate("--batch-size", 3) == 0
+    assert len(written) == len(set(written)) == PROBLEMS * SAMPLES, "nothing is sampled twice"
+    assert lines(tmp_path / "out") == lines(whole)
+    assert (tmp_path / "out" / "scores.json").read_text() == (whole / "scores.json").read_text()
+
+
+def test_a_killed_run_of_several_ranks_continues(evaluate, whole, tmp_path, written):
+    """Parts of three ranks, the last line of one cut short."""
+    out, made = tmp_path / "out", lines(whole)
+    (out / "parts" / "sums").mkdir(parents=True)
+    shutil.copy(whole / "settings.json", out)
+    for rank, part in enumerate((made[:3], made[5:9], made[12:14])):
+        text = "".join(f"{line}\n" for line in part)
+        (out / "parts" / "sums" / f"{rank:05d}.jsonl").write_text(text if rank else text[:-9])
+    assert evaluate() == 0
+    assert len(written) == PROBLEMS * SAMPLES - 8
+    assert lines(out) == made
+    assert (out / "scores.json").read_text() == (whole / "scores.json").read_text()
+
+
+def test_a_finished_run_grows(evaluate, whole, tmp_path, written, capsys):
+    """More problems, more samples and more benchmarks leave what is there; scores count what is asked for."""
+    out = tmp_path / "out"
+    assert evaluate("--limit", 2, samples=2) == 0
+    assert evaluate() == 0
+    assert evaluate(benchmarks=("sums", "more")) == 0
+    assert len(written) == PROBLEMS * SAMPLES + 3 * SAMPLES
+    assert lines(out) == lines(whole)
+    assert "more" in capsys.readouterr().out
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    assert evaluate("--limit", 2, samples=2) == 0  # needs no model
+    scores = json.loads((out / "scores.json").read_text())["benchmarks"]["sums"]
+    assert (scores["problems"], scores["samples"]) == (2, 2)
+
+
+def test_a_hugging_face_folder(evaluate, whole, tmp_path, inputs):
+    out = tmp_path / "out"
+    assert evaluate(model="--hf") == 0
+    assert lines(out) == lines(whole)
+    assert sorted(path.name for path in out.iterdir()) == ["scores.json", "settings.json", "sums.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", 0], "--samples 0: give 1 to 65535"),
+        (["--temperature", 0], "--samples 4 with --temperature 0 is one answer 4 times"),
+        (["--temperature", -1], "--temperature -1.0: give 0 or more"),
+        (["--top-p", 0], "--top-p 0.0"),
+        (["--max-new-tokens", 510], "sums.jsonl:1: 3 tokens, and the model's positions leave 2"),
+        (["--tensor", 2], "does not divide the 1 ranks"),
+        (["--pipeline", 3], "does not divide the 1 ranks"),
+        (["--chat-template", "on"], "--chat-template on: the tokenizer of"),
+        (["--system-prompt", "be right"], "--system-prompt: the tokenizer of"),
+        (["--benchmark", "none.jsonl"], "none.jsonl: no such benchmark file"),
+        (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
+    ],
+)
+def test_mistakes(evaluate, options, message, capsys):
+    assert evaluate(*options) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_mistakes_in_the_model_and_in_what_is_there(evaluate, whole, inputs, tmp_path, capsys):
+    def refused(message, *arguments):
+        assert main([*map(str, arguments), "--benchmark", f"{inputs}/sums.jsonl", "--device", "cpu"]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and "Traceback" not in shown, shown
+
+    refused("no such checkpoint folder", "--checkpoint", tmp_path / "none")
+    refused("--hf", "--hf", tmp_path / "none")
+    refused("is a Hugging Face checkpoint; convert it first", "--checkpoint", f"{inputs}/model-hf")
+    fixed = ["--max-new-tokens", 12]
+    there = ["--checkpoint", f"{inputs}/model", "--out", whole]
+    refused("--seed: ", *there, *fixed, "--seed", 8)
+    refused("--max-new-tokens: ", *there, "--max-new-tokens", 13)
+    refused("has other weights or another tokenizer", "--hf", f"{inputs}/model-hf", "--out", whole, *fixed)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint", "a", "--hf", "b", "--benchmark", "c"])

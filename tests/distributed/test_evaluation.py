@@ -1,0 +1,150 @@
+"""Evaluating on several ranks gives what one process gives, byte by byte, in any layout and after a change of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from boxed_models import make_model, write_benchmark
+from roles import Roles, share
+
+from fire_megatron.cli.evaluate import _parser, _read
+from fire_megatron.config.errors import UserError
+from fire_megatron.config.schema import DataConfig, RolloutConfig, SourceConfig
+from fire_megatron.data.encoder import Encoder
+from fire_megatron.data.tokenizer import load_tokenizer
+from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
+from fire_megatron.evaluation.during import Exam
+from fire_megatron.evaluation.generations import PARTS
+from fire_megatron.evaluation.judge import Judge
+from fire_megatron.evaluation.standalone import Evaluation
+from fire_megatron.parallel.grid import Layout
+from fire_megatron.platform import launch
+from fire_megatron.rollout.engine import MegatronEngine
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
+DATA = DataConfig(train=(SourceConfig(path="none"),))
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def inputs(world, tmp_path_factory):
+    folder = Path(share(str(tmp_path_factory.mktemp("evaluation"))))
+    if not world.is_main:
+        dist.barrier()
+        yield folder
+        return
+    make_model(folder / "model")
+    write_benchmark(folder / "sums.jsonl", 5)
+    write_benchmark(folder / "more.jsonl", 2)
+    dist.barrier()
+    with (folder / "alone.log").open("w") as log, _alone(folder, log) as process:
+        yield folder
+        process.kill()
+
+
+def _alone(folder, log):
+    """One plain process, from the command line, meanwhile."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    command = ["-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", "5"]
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def alone(folder):
+    """Where that process has put its results; each rank waits for them by itself, however long it takes."""
+    deadline = time.monotonic() + 300
+    while not (folder / "alone" / "scores.json").exists():
+        assert time.monotonic() < deadline, (folder / "alone.log").read_text()
+        time.sleep(0.2)
+    return folder / "alone"
+
+
+def _arguments(folder, out):
+    benchmarks = [str(folder / name) for name in ("sums.jsonl", "more.jsonl")]
+    return ["--checkpoint", str(folder / "model"), "--benchmark", *benchmarks, "--out", str(out), *FIXED.split()]
+
+
+def evaluate(world, folder, out, *options, stopped=lambda: None):
+    """The command as ranks that are there already run it."""
+    work, settings = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
+    watch = launch.watch(world, roles="the model", timeout=60)
+    return Evaluation(work, settings, world, watch, stopped).run()
+
+
+def results(folder):
+    return [(folder / name).read_text() for name in ("sums.jsonl", "more.jsonl", "scores.json")]
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor 2", "--pipeline 2"])
+def test_every_layout_is_one_process(world, inputs, layout):
+    out = "out" + layout.replace(" ", "")
+    scores = evaluate(world, inputs, out, *layout.split())
+    assert results(inputs / out) == results(alone(inputs))
+    assert not (inputs / out / PARTS).exists()
+    reported = json.loads((inputs / out / "scores.json").read_text())["benchmarks"]
+    assert {name: result.as_dict() for name, result in scores.items()} == reported, "the same on every rank"
+    assert 0 < scores["sums"].average.value < 1
+
+
+def test_a_stop_of_one_rank_ends_all_and_another_layout_continues(world, inputs):
+    asked = []
+
+    def stopped():
+        """The last rank is signalled after its first question."""
+        asked.append(1)
+        return "SIGTERM" if world.rank == world.size - 1 else None
+
+    assert evaluate(world, inputs, "stopped", stopped=stopped) is None
+    assert not (inputs / "stopped" / "scores.json").exists()
+    evaluate(world, inputs, "stopped", "--tensor", "2")
+    assert results(inputs / "stopped") == results(alone(inputs))
+
+
+def test_a_folder_that_only_rank_0_finds_wrong(world, inputs):
+    with pytest.raises(UserError, match="--seed: "):
+        evaluate(world, inputs, "out", "--seed", "8")
+    with pytest.raises(UserError, match="does not divide"):
+        evaluate(world, inputs, "other", "--tensor", "3")
+
+
+def take(world, roles, folder, path, layout, file):
+    """An exam in training's way, on a model that is loaded in some layout."""
+    model, grid = roles.build(path, layout)
+    tokenizer = load_tokenizer(path)
+    benchmark = read_benchmark(folder / "sums.jsonl")
+    prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
+    rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16)
+    engine = MegatronEngine(model, grid, rollout, stop_ids=tokenizer.eos_ids, seed=7)
+    exam = Exam(benchmark, prompts, 3, 4, engine, grid, tokenizer)
+    with Judge() as judge:
+        scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
+    dist.barrier()
+    return scores, file.read_text()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
+def test_an_exam_in_training_is_the_command(world, inputs, sizes):
+    roles = Roles(world, inputs)
+    layout = Layout(**sizes, num_ranks=world.size)
+    scores, written = take(world, roles, inputs, inputs / "model", layout, inputs / f"exam{sizes}.jsonl")
+    assert written == (alone(inputs) / "sums.jsonl").read_text()
+    assert scores.as_dict() == json.loads((alone(inputs) / "scores.json").read_text())["benchmarks"]["sums"]
+
+
+def test_replicas_that_share_experts(world, inputs):
+    """They sample in rounds, also those that have no answer left to sample."""
+    roles, path = Roles(world, inputs), inputs / "experts"
+    if world.is_main:
+        make_model(path, "qwen3-moe")
+    dist.barrier()
+    apart, shared = (
+        take(world, roles, inputs, path, Layout(expert=size, num_ranks=world.size), inputs / f"experts{size}.jsonl")
+        for size in (1, 2)
+    )
+    assert apart == shared

@@ -1,0 +1,234 @@
+"""The judge, by a table of right answers and what a model may write for them."""
+
+import threading
+
+import pytest
+
+from fire_megatron.config.errors import DataError
+from fire_megatron.evaluation.judge import LONGEST, Judge
+
+RIGHT = [
+    # the same, written in other ways
+    (r"\frac{1}{2}", r"\dfrac{1}{2}"),
+    (r"\frac{1}{2}", r"\tfrac12"),
+    (r"\frac{1}{2}", "1/2"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", ".5"),
+    (r"\frac43", r"\frac{4}{3}"),
+    (r"\frac 59", r"\cfrac{5}{9}"),
+    (r"1\frac{4}{5}", r"\frac{9}{5}"),
+    (r"137 \frac{1}{2}", "137.5"),
+    ("11\\sqrt2", r"11\sqrt{2}"),
+    ("11\\sqrt2", "11√2"),
+    (r"\frac{sqrt{7} + 1}{2}", r"\frac{1+\sqrt{7}}{2}"),
+    ("8", "2^3"),
+    ("-3", "−3"),
+    ("70 \\sqrt{2}", r"70\,\sqrt{2}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    ("p - q", "-q+p"),
+    (r"\cot x", r"\frac{\cos x}{\sin x}"),
+    ("(a+5)(b+2)", "ab+2a+5b+10"),
+    ("2^{25} \\cdot 26!", r"26!\cdot 2^{25}"),
+    (r"\binom{2n}{n}", r"\frac{(2n)!}{n!\,n!}"),
+    (r"$\frac{1}{2 n+2}$", r"\frac{1}{2(n+1)}"),
+    (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}"),
+    # assignments and equations
+    ("x=5", "5"),
+    ("5", "x = 5"),
+    ("$f(x)=2 x$", "2x"),
+    ("y = 2x + 3", "2x - y + 3 = 0"),
+    ("MR=SRMC", "SRMC=MR"),
+    (r"x^{\prime}+\frac{r}{V} x-r c=0", r"x' + \frac{r}{V}x - rc = 0"),
+    # numbers
+    ("10,\\!080", "10080"),
+    ("10,\\!080", "10,080"),
+    ("10,\\!080", "10{,}080"),
+    ("58,500", "58500"),
+    ("1.6", "1.60"),
+    (".0000672", r"6.72 \times 10^{-5}"),
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    ("4.5e33", r"4.5\cdot10^{33}"),
+    ("4.5e33", r"45 \times 10^{32}"),
+    ("4.5e33", "4.5E+33"),
+    ("1e-8", "10^{-8}"),
+    ("1e-8", r"\frac{1}{10^8}"),
+    ("1.325e-27", r"1.325\times10^{-27}"),
+    ("3e8", "300000000"),
+    ("-1./3", r"-\frac{1}{3}"),
+    ("-3./2", "-1.5"),
+    ("0.333333", r"\frac{1}{3}"),
+    ("1+\\sqrt{3} i", r"1 + i\sqrt{3}"),
+    # percent
+    ("62.5%", r"62.5\%"),
+    ("62.5%", "0.625"),
+    ("62.5%", "62.5"),
+    ("$8 \\%$", "8 percent"),
+    # units and currency
+    (r"90^\circ", "90"),
+    (r"90^\circ", "90°"),
+    (r"90^\circ", r"90^{\circ}"),
+    (r"90^\circ", "90 degrees"),
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
+    (r"864 \mbox{ inches}^2", "864"),
+    (r"864 \mbox{ inches}^2", r"864\text{ in}^2"),
+    (r"5.4 \text{ cents}", r"5.4\ \text{cents}"),
+    ("\\$18.90", "18.90"),
+    ("\\$18.90", r"\$18.9"),
+    ("4.5e33", r"4.5 \times 10^{33}\ \text{erg/s}"),
+    ("4.5e33", r"4.5 \times 10^{33} \, \mathrm{erg} \cdot \mathrm{s}^{-1}"),
+    ("9.6", "9.6 m"),
+    ("9.6", "9.6 cm^2"),
+    # lists in any order, points and sequences in theirs
+    ("1,-2", "-2, 1"),
+    ("1,3,5", r"\{5, 3, 1\}"),
+    ("1,3,5", "1, 3 and 5"),
+    ("1,3,5", r"1, 3, \text{and } 5"),
+    ("$221,$8$", "8,221"),
+    ("E_{1},E_{2}", "E_2, E_1"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1-\sqrt5, 1+\sqrt5\}"),
+    ("$(1,8,19), (2,7,13), (4,5,7)$", "(4,5,7),(1,8,19),(2,7,13)"),
+    ("(1e-9, 2)", r"(10^{-9}, 2)"),
+    ("$f(x)=x$,$f(x)=2-x$", "f(x)=2-x, f(x)=x"),
+    # intervals and sets
+    ("(3,4]", r"\left(3, 4\right]"),
+    ("(3,4]", r"3 < x \le 4"),
+    (r"x \in [-2,7]", "[-2,7]"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty)\cup(-\infty,2)"),
+    ("$(-\\infty, 0) \\cup\\{1\\}$.", r"\{1\}\cup(-\infty,0)"),
+    (r"$k \geqslant 2$", r"k \ge 2"),
+    # words
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{Evelyn}", r"\textbf{evelyn}"),
+    (r"\text{(C)}", "C"),
+    (r"\text{(C)}", "(C)"),
+    (r"\text{even}", r"\mathrm{even}"),
+    # bases, as far as they are written
+    ("52_8", "52_{8}"),
+    ("52_8", "52"),
+    ("np.arcsin(10/13)", r"\arcsin\left(\frac{10}{13}\right)"),
+    ("m", r"\boxed{m}"),
+]
+WRONG = [
+    ("5", "6"),
+    ("5", "-5"),
+    ("27", ""),
+    ("27", "   "),
+    ("27", "27 or 28"),
+    ("1.6", "1.61"),
+    ("0.33", r"\frac{1}{3}"),
+    # numbers that algebra takes for one another
+    ("3e8", "8e3"),
+    ("4.5e33", "4.5e34"),
+    ("1.325e-27", "2.88e-19"),
+    ("1.325e-27", "0"),
+    ("1.325e-27", r"\frac{1}{10^{20}}"),
+    ("2.55e-10", r"\sqrt{2} \times 10^{-12}"),
+    ("(1e-9, 2)", "(1e-12, 2)"),
+    ("58,500", "58, 500, 1"),
+    ("2500,7500", "2500"),
+    ("7,4", "7.4"),
+    ("1,2", "12"),
+    # letters that are variables, not units
+    ("$6m$", "6"),
+    (r"\frac{1}{\sqrt{2}}c", r"\frac{1}{\sqrt{2}}"),
+    ("2k", "2"),
+    ("5", "5x"),
+    ("2", "2e"),
+    ("5.4 \\text{ cents}", "54 \\text{ cents}"),
+    # order, brackets, parts
+    ("(1,2)", "(2,1)"),
+    ("(3,4]", "(3,4)"),
+    ("(3,4]", "[3,4]"),
+    ("(2,2,2),(3,4,3)", "(2,2,2)"),
+    ("1,3,5", "1,3"),
+    ("1,3", "1,3,3"),
+    ("1,1,3", "1,3,3"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(-\infty, 2)"),
+    ("x=5", "x=6"),
+    ("y = 2x + 3", "y = 2x - 3"),
+    ("52_8", "52_9"),
+    ("52_8", "42_{10}"),
+    # words
+    (r"\text{Evelyn}", "Angela"),
+    (r"\text{east}", r"\text{seat}"),
+    (r"\text{odd}", r"\text{even}"),
+    (r"\text{(C)}", "D"),
+    (r"\text{(C)}", r"\text{(B) and (C)}"),
+    ("$(-\\infty, 0) \\cup\\{1\\}$.", "0"),
+    (r"t(0,4]", "4"),
+    # what is no mathematics
+    ("5", r"\frac{"),
+    ("5", "}{"),
+    ("5", r"\\\\"),
+    ("5", "\0"),
+    ("5", "\ud800"),
+    ("5", "五"),
+    ("5", "🦊" * 20),
+    ("5", "$$$$"),
+    ("5", "i think it is five, but i am not sure of it"),
+    ("5", "(" * 40),
+    ("5", r"\frac{1}{" * 100 + "2" + "}" * 100),
+    ("5", "5" * (LONGEST + 1)),
+    ("2", "10^{9999}"),
+]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with Judge() as judge:
+        yield judge
+
+
+@pytest.mark.parametrize(("right", "given"), RIGHT)
+def test_right(judge, right, given):
+    assert judge.equal(right, given)
+
+
+@pytest.mark.parametrize(("right", "given"), WRONG)
+def test_wrong(judge, right, given):
+    assert not judge.equal(right, given)
+
+
+ENDLESS = ["9^{9^{9^9}}", "(" * 400]
+
+
+def test_endless_answers_are_wrong_and_end_nothing():
+    with Judge(seconds=0.5) as judge:
+        for count, given in enumerate(ENDLESS, 1):
+            assert not judge.equal("2", given)
+            assert judge.unjudged == count
+        assert not judge.equal("2", ENDLESS[0]) and judge.unjudged == len(ENDLESS), "a verdict is remembered"
+        assert judge.equal("x+1", "1+x")
+
+
+def test_a_judge_whose_process_dies_judges_on():
+    with Judge() as judge:
+        assert judge.equal("x+1", "1+x")
+        judge._process.kill()
+        judge._process.wait()
+        assert not judge.equal("x+2", "2+x") and judge.unjudged == 1
+        assert judge.equal("x+3", "3+x")
+
+
+def test_any_thread_may_judge(judge):
+    verdicts = []
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append(judge.equal(f"x+{n}", f"{n}+x"))) for n in range(20, 24)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [True] * 4
+
+
+def test_classes(judge):
+    answers = [r"\frac12", "0.5", "7", None, "7.0", "", "x", r"\frac{2}{4}"]
+    assert judge.classes(answers) == [0, 0, 1, None, 1, None, 2, 0]
+
+
+def test_without_math_verify(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install math-verify"):
+        Judge()

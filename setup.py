@@ -36,7 +36,16 @@ setup(
     ],
     extras_require={
         # psutil: what megatron-core 0.19 saves checkpoints with, which it does not declare.
-        "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff>=0.9", "psutil", "pyarrow>=15", *REPORT, "selenium>=4.20"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff>=0.9",
+            "psutil",
+            "pyarrow>=15",
+            *REPORT,
+            "selenium>=4.20",
+        ],
         "data": ["pyarrow>=15"],  # Parquet, in tools/prepare_data.py
         "report": REPORT,
         # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.

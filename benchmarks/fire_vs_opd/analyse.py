@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Table and plot from whatever runs of the study are done.
+
+    python -m benchmarks.fire_vs_opd.analyse --out runs/fire_vs_opd --to benchmarks/fire_vs_opd/results
+
+Writes results.csv (a line a run), table.md and plot.png. Intervals are 95 % Student-t intervals over seeds. Differences
+are paired: an arm's accuracy minus that of plain OPD of the same seed, which began with the same student and prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fire_vs_opd.evaluate import TEMPERATURES
+from benchmarks.fire_vs_opd.study import ARMS
+from benchmarks.fire_vs_opd.tasks import DOMAINS
+
+NAMES = {"opd": "plain OPD", "filter": "filter only", "reweight": "reweight only", "fire": "FiRe (both)"}
+COLOURS = {"opd": "#444444", "filter": "#1f77b4", "reweight": "#2ca02c", "fire": "#d62728"}
+# Quantile 0.975 of Student's t, from 1 degree of freedom on.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
+_WINDOW = 10
+"""Steps that a point of the learning curve is the mean of."""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % t-interval (not a number for a single value)."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return mean, math.nan
+    return mean, _T[min(count - 1, len(_T)) - 1] * statistics.stdev(values) / math.sqrt(count)
+
+
+def read_results(out: Path) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Runs by arm and seed, of seeds of which every arm is done; and models measured before, by name."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+    runs = {(r["arm"], r["seed"]): r for r in found if "arm" in r and not r["changes"]}
+    whole = [seed for seed in {seed for _, seed in runs} if all((arm, seed) in runs for arm in ARMS)]
+    return {key: run for key, run in runs.items() if key[1] in whole}, {r["model"]: r for r in found if "model" in r}
+
+
+def accuracy(result: dict[str, Any], label: str, way: str) -> float:
+    """In per cent; ``both`` is the mean of the domains."""
+    if label == "both":
+        return statistics.fmean(accuracy(result, one, way) for one in DOMAINS)
+    return 100 * result["accuracy"][label][way]
+
+
+def table(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str, Any]]) -> str:
+    """Markdown: accuracy of every arm, then differences to plain OPD."""
+    seeds = sorted({seed for _, seed in runs})
+    columns = [(label, way) for way in TEMPERATURES for label in (*DOMAINS, "both")]
+    head = "| | " + " | ".join(f"{label}, {way}" for label, way in columns) + " |\n|---" + "|---" * len(columns) + "|\n"
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return f"| {name} | " + " | ".join(cells) + " |\n"
+
+    def spread(values: Sequence[float], sign: str = "") -> str:
+        mean, half = interval(values)
+        return f"{mean:{sign}.1f} ± {half:.1f}"
+
+    text = f"Accuracy in per cent on held-out problems, mean ± half of a 95 % t-interval over {len(seeds)} seeds.\n\n{head}"
+    for label in DOMAINS:
+        text += line(f"{label} teacher", [f"{accuracy(models[label], *column):.1f}" for column in columns])
+    before = [models[f"student_{seed}"] for seed in seeds]
+    text += line("student before", [spread([accuracy(model, *column) for model in before]) for column in columns])
+    for arm in ARMS:
+        text += line(NAMES[arm], [spread([accuracy(runs[arm, s], *column) for s in seeds]) for column in columns])
+    text += f"\nDifference to plain OPD of the same seed, percentage points.\n\n{head}"
+    for arm in list(ARMS)[1:]:
+        cells = [
+            spread([accuracy(runs[arm, s], *column) - accuracy(runs["opd", s], *column) for s in seeds], "+")
+            for column in columns
+        ]
+        text += line(NAMES[arm], cells)
+    return text + "\n" + _costs(runs, seeds)
+
+
+def _costs(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -> str:
+    text = "| | rows sampled | rows trained on | tokens sampled | reverse KL of the last 10 steps, math, code |\n"
+    text += "|---|---|---|---|---|\n"
+    for arm in ARMS:
+        mine = [runs[arm, seed] for seed in seeds]
+        kl = [statistics.fmean(statistics.fmean(r["reverse_kl"][label][-10:]) for r in mine) for label in DOMAINS]
+        cells = (
+            f"{statistics.fmean(r['rows_sampled'] for r in mine):.0f}",
+            f"{100 * statistics.fmean(r['keep_ratio'] for r in mine):.1f} %",
+            f"{statistics.fmean(r['tokens_sampled'] for r in mine):.0f}",
+            ", ".join(f"{value:.4f}" for value in kl),
+        )
+        text += f"| {NAMES[arm]} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def lines_of_csv(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str, Any]]) -> str:
+    """A line for every model and run."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [(label, way) for label in DOMAINS for way in TEMPERATURES]
+    writer.writerow(["what", "seed", *(f"{label}_{way}" for label, way in columns), "keep_ratio", "tokens_sampled"])
+    for name, model in models.items():
+        writer.writerow([name, "", *(model["accuracy"][label][way] for label, way in columns), "", ""])
+    for (arm, seed), run in sorted(runs.items(), key=lambda item: (item[0][1], list(ARMS).index(item[0][0]))):
+        values = (run["accuracy"][label][way] for label, way in columns)
+        writer.writerow([arm, seed, *values, round(run["keep_ratio"], 4), run["tokens_sampled"]])
+    return text.getvalue()
+
+
+def _windows(values: Sequence[float]) -> list[float]:
+    return [statistics.fmean(values[i : i + _WINDOW]) for i in range(0, len(values), _WINDOW)]
+
+
+def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str, Any]], path: Path) -> None:
+    """Left: accuracy after, every seed a dot; right: accuracy of the rollouts that were trained on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seeds = sorted({seed for _, seed in runs})
+    figure, (left, *right) = plt.subplots(1, 3, figsize=(15, 4.5), width_ratios=(1.6, 1, 1))
+    groups = [(label, way) for way in TEMPERATURES for label in DOMAINS]
+    for place, (label, way) in enumerate(groups):
+        start = statistics.fmean(accuracy(models[f"student_{seed}"], label, way) for seed in seeds)
+        left.hlines(start, place - 0.4, place + 0.4, colors="black", linestyles="dotted", label=None if place else "before")
+        for i, arm in enumerate(ARMS):
+            x, values = place + 0.2 * (i - 1.5), [accuracy(runs[arm, seed], label, way) for seed in seeds]
+            mean, half = interval(values)
+            left.scatter([x + 0.05] * len(values), values, s=8, color=COLOURS[arm], alpha=0.5)
+            left.errorbar(x, mean, half, fmt="o", capsize=3, color=COLOURS[arm], label=None if place else NAMES[arm])
+    left.set_xticks(range(len(groups)), [f"{label}\n{way}" for label, way in groups])
+    left.set_ylabel("accuracy on held-out problems, %")
+    left.set_title(f"after distillation: mean, 95 % interval, {len(seeds)} seeds")
+    left.legend(fontsize=8)
+    for axis, label in zip(right, DOMAINS, strict=True):
+        for arm in ARMS:
+            curves = [_windows(runs[arm, seed]["rollout_accuracy"][label]) for seed in seeds]
+            means, halves = zip(*(interval([100 * value for value in at]) for at in zip(*curves, strict=True)), strict=True)
+            steps = [_WINDOW * (i + 0.5) for i in range(len(means))]
+            axis.plot(steps, means, color=COLOURS[arm], label=NAMES[arm])
+            axis.fill_between(
+                steps, [m - h for m, h in zip(means, halves, strict=True)],
+                [m + h for m, h in zip(means, halves, strict=True)], color=COLOURS[arm], alpha=0.1,
+            )  # fmt: skip
+        axis.set_title(f"{label}: rollouts of {_WINDOW} steps")
+        axis.set_xlabel("step")
+        axis.set_ylabel("right, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Read, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the study's folder")
+    parser.add_argument("--to", type=Path, help="folder for table and plot; the study's own by default")
+    args = parser.parse_args()
+    runs, models = read_results(args.out)
+    if not runs:
+        raise SystemExit(f"{args.out}: no seed has all of its runs yet; benchmarks.fire_vs_opd.run makes them")
+    target = args.to or args.out
+    target.mkdir(parents=True, exist_ok=True)
+    text = table(runs, models)
+    (target / "table.md").write_text(text, encoding="utf-8")
+    (target / "results.csv").write_text(lines_of_csv(runs, models), encoding="utf-8")
+    plot(runs, models, target / "plot.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Accuracy of a checkpoint on the held-out problems, sampled by fire_megatron's own engine in this process."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fire_vs_opd.tasks import MAX_NEW_TOKENS, is_right
+from fire_megatron.config.schema import RolloutConfig, StudentConfig
+from fire_megatron.data.records import Prompt
+from fire_megatron.data.tokenizer import load_tokenizer
+
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
+_SEED = 7
+_EXAMPLES = 4
+
+
+@cache
+def _world_and_grids() -> tuple[Any, Any]:
+    """Once a process: one rank on the CPU."""
+    from fire_megatron.parallel.grid import GridFactory
+    from fire_megatron.platform import launch
+
+    return launch.start("cpu", threads=1), GridFactory(timeout=600.0)
+
+
+def _load(checkpoint: Path) -> tuple[Any, Any]:
+    """The model and its grid."""
+    from fire_megatron.checkpoint.load import load_weights
+    from fire_megatron.models.build import build_model
+    from fire_megatron.models.hf_config import read_hf_config
+    from fire_megatron.train.inputs import role_layout
+
+    world, grids = _world_and_grids()
+    role = StudentConfig(checkpoint=str(checkpoint))
+    grid = grids.grid(role_layout(role, world.size))
+    model = build_model(read_hf_config(checkpoint), role, grid, device=world.device)
+    load_weights(model, checkpoint, grid=grid)
+    return model, grid
+
+
+def evaluate(checkpoint: Path, problems: dict[str, list[str]]) -> dict[str, Any]:
+    """Sample an answer to every problem, greedily and at temperature 1 with the same random numbers each time.
+
+    Args:
+        checkpoint: a converted checkpoint or a step of a run.
+        problems: by domain.
+
+    Returns:
+        ``accuracy``: by domain and by way of sampling, in 0..1; ``examples``: a few sampled answers of each domain;
+        ``seconds``.
+    """
+    from fire_megatron.rollout.engine import MegatronEngine
+
+    started = time.perf_counter()
+    model, grid = _load(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    rows = [(label, problem) for label, of_label in problems.items() for problem in of_label]
+    prompts = [Prompt(i, label, tuple(tokenizer.encode(text)), text) for i, (label, text) in enumerate(rows)]
+    accuracy: dict[str, dict[str, float]] = {label: {} for label in problems}
+    examples: dict[str, list[str]] = {label: [] for label in problems}
+    for way, temperature in TEMPERATURES.items():
+        config = RolloutConfig(prompts_per_step=1, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature)
+        engine = MegatronEngine(model, grid, config, stop_ids=tokenizer.eos_ids, seed=_SEED)
+        rollouts = engine.generate(prompts, range(len(prompts)), step=0)
+        right: dict[str, list[bool]] = {label: [] for label in problems}
+        for (label, problem), response, cut in zip(rows, rollouts.responses, rollouts.truncated, strict=True):
+            text = tokenizer.decode(response.tolist())
+            right[label].append(is_right(label, problem, text, truncated=cut))
+            if way == "sampled" and len(examples[label]) < _EXAMPLES:
+                examples[label].append(f"{problem} {text} {'right' if right[label][-1] else 'wrong'}")
+        for label, marks in right.items():
+            accuracy[label][way] = sum(marks) / len(marks)
+    return {"accuracy": accuracy, "examples": examples, "seconds": time.perf_counter() - started}

@@ -1,0 +1,199 @@
+"""The study's parts in order: problems, teachers, students, runs. What is there already is not made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fire_vs_opd.pretrain import Training, train
+from benchmarks.fire_vs_opd.tasks import DOMAINS, is_right, problems
+from fire_megatron.config.load import load_recipe
+from fire_megatron.config.schema import Recipe
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+RECIPE = HERE / "recipe.yaml"
+FILTER, REWEIGHT = "{name: filter, percentile: 20}", "{name: reweight, alpha: 1.0, beta: 1.0}"
+ARMS: Mapping[str, str] = {
+    "opd": "[]",
+    "filter": f"[{FILTER}]",
+    "reweight": f"[{REWEIGHT}]",
+    "fire": f"[{FILTER}, {REWEIGHT}]",
+}
+"""Name -> ``loss.hooks``; with the paper's defaults."""
+TEACHERS = {label: Training((label,), layers=3, hidden=96, steps=2000) for label in DOMAINS}
+STUDENT = Training(tuple(DOMAINS), layers=2, hidden=64, steps=2000, stop_at=500)
+"""Its warm-up ends where it gets some answers right and most wrong."""
+TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 4000, 500
+_TRAIN_SEED, _HELD_OUT_SEED = 1, 2
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder that the study is made in."""
+
+    out: Path
+    say: Callable[[str], None] = print
+
+    # ---- problems ---------------------------------------------------------------------------------------------
+
+    @property
+    def held_out(self) -> dict[str, list[str]]:
+        """By domain; the same in every study."""
+        return {label: problems(label, HELD_OUT_PROBLEMS, seed=_HELD_OUT_SEED) for label in DOMAINS}
+
+    def _without(self) -> frozenset[str]:
+        return frozenset(problem for of_label in self.held_out.values() for problem in of_label)
+
+    def prompts(self, label: str) -> Path:
+        """The prompt file that the students sample from."""
+        path = self.out / "data" / f"train_{label}.jsonl"
+        if not path.exists():
+            rows = problems(label, TRAIN_PROBLEMS, seed=_TRAIN_SEED, without=self._without())
+            _write(path, "".join(json.dumps({"problem": problem, "label": label}) + "\n" for problem in rows))
+        return path
+
+    # ---- models -----------------------------------------------------------------------------------------------
+
+    def teacher(self, label: str) -> Path:
+        """The converted specialist of a domain."""
+        return self._model(label, TEACHERS[label], seed=1000 + list(DOMAINS).index(label))
+
+    def student(self, seed: int) -> Path:
+        """The converted student of a seed, warmed up on both domains."""
+        return self._model(f"student_{seed}", STUDENT, seed=seed)
+
+    def _model(self, name: str, training: Training, *, seed: int) -> Path:
+        from fire_megatron.checkpoint.convert import hf_to_megatron
+
+        folder = self.out / "models" / name
+        if not folder.exists():
+            hf = self.out / "models" / f"hf_{name}"
+            started = time.perf_counter()
+            train(training, hf, seed=seed, without=self._without())
+            hf_to_megatron(hf, folder)
+            self.say(f"{name}: trained in {time.perf_counter() - started:.0f} s")
+        return folder
+
+    # ---- runs -------------------------------------------------------------------------------------------------
+
+    def overrides(self, arm: str, seed: int, **changes: object) -> list[str]:
+        """What the arm's run changes in recipe.yaml; ``changes`` are dotted keys with ``__`` for dots."""
+        name = self.run_name(arm, seed, **changes)
+        values = {
+            "run.name": name,
+            "run.dir": self.out / "runs" / name,
+            "run.seed": seed,
+            "student.checkpoint": self.out / "models" / f"student_{seed}",
+            **{f"teachers.{label}.checkpoint": self.out / "models" / label for label in DOMAINS},
+            **{
+                f"data.train.{i}.path": self.out / "data" / f"train_{label}.jsonl" for i, label in enumerate(DOMAINS)
+            },
+            "loss.hooks": ARMS[arm],
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+        return [f"{key}={value}" for key, value in values.items()]
+
+    @staticmethod
+    def run_name(arm: str, seed: int, **changes: object) -> str:
+        """``fire_3``, or with what it changes: ``opd_9_optimizer.lr=0.001``."""
+        return "_".join([arm, str(seed), *(f"{key.replace('__', '.')}={value}" for key, value in changes.items())])
+
+    def recipe(self, arm: str, seed: int) -> Recipe:
+        """The recipe of a run, every default filled in."""
+        return load_recipe(RECIPE, self.overrides(arm, seed))
+
+    def distil(self, arm: str, seed: int, **changes: object) -> dict[str, Any]:
+        """Train an arm with ``fire_megatron.train`` in a process of its own and measure the student that comes out."""
+        name = self.run_name(arm, seed, **changes)
+
+        def make() -> dict[str, Any]:
+            run, started = self.out / "runs" / name, time.perf_counter()
+            shutil.rmtree(run, ignore_errors=True)  # of a run that was broken off
+            command = [sys.executable, "-m", "fire_megatron.train", "--recipe", str(RECIPE)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                command + self.overrides(arm, seed, **changes),
+                cwd=REPOSITORY, env=environment, text=True, capture_output=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            seconds = time.perf_counter() - started
+            found = self._evaluate(max((run / "checkpoints").glob("step_*")))
+            curve = rollout_curve(run)
+            shutil.rmtree(run / "checkpoints")
+            return {"arm": arm, "seed": seed, "changes": changes, **found, "train_seconds": seconds, **curve}
+
+        return self._once(name, make)
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Accuracy of a model before any distillation."""
+        return self._once(name, lambda: {"model": name, **self._evaluate(self.out / "models" / name)})
+
+    def _evaluate(self, checkpoint: Path) -> dict[str, Any]:
+        from benchmarks.fire_vs_opd.evaluate import evaluate
+
+        return evaluate(checkpoint, self.held_out)
+
+    def _once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of that name; made and written if it is not there."""
+        path = self.out / "results" / f"{name}.json"
+        if not path.exists():
+            found = make()
+            _write(path, json.dumps(found, indent=1))
+            self.say(f"{name}: {summary(found)}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One line on a result."""
+    parts = [
+        f"{label} {way} {100 * value:.1f} %"
+        for label, ways in result["accuracy"].items()
+        for way, value in ways.items()
+    ]
+    seconds = result.get("train_seconds")
+    return ", ".join(parts) + (f" after {seconds:.0f} s of training" if seconds else "")
+
+
+def rollout_curve(run: Path) -> dict[str, Any]:
+    """From a run's files, by step: the share of its samples that were right, by domain, its reverse KL to the domain's
+    teacher (nats a token), the share of rows that trained and the tokens sampled in all."""
+    marks: dict[str, dict[int, list[bool]]] = {label: {} for label in DOMAINS}
+    for line in _lines(run / "samples.jsonl"):
+        right = is_right(line["teacher"], line["prompt"], line["response"], truncated=line["truncated"])
+        marks[line["teacher"]].setdefault(line["step"], []).append(right)
+    metrics = [line for line in _lines(run / "metrics.jsonl") if line["step"] > 0]
+    return {
+        "rollout_accuracy": {
+            label: [sum(of_step[step]) / len(of_step[step]) for step in sorted(of_step)]
+            for label, of_step in marks.items()
+        },
+        "reverse_kl": {label: [line[f"teacher/{label}/reverse_kl"] for line in metrics] for label in DOMAINS},
+        "keep_ratio": sum(line["fire/keep_ratio"] for line in metrics) / len(metrics),
+        "rows_sampled": sum(len(of_step) for steps in marks.values() for of_step in steps.values()),
+        "tokens_sampled": sum(line["rollout/tokens"] for line in metrics),
+        "step_seconds": sum(line["time/step"] for line in metrics) / len(metrics),
+    }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+

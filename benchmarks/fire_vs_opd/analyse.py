@@ -41,10 +41,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def read_results(out: Path) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Runs by arm and seed, of seeds of which every arm is done; and models measured before, by name."""
+    """Runs by arm and seed, of seeds of which every arm is done; and models measured before, by name.
+
+    Raises:
+        ValueError: arms of a seed that did not begin with the same rollouts or did not get the same prompts.
+    """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
     runs = {(r["arm"], r["seed"]): r for r in found if "arm" in r and not r["changes"]}
     whole = [seed for seed in {seed for _, seed in runs} if all((arm, seed) in runs for arm in ARMS)]
+    for seed in whole:
+        for what in ("first_rollouts", "prompts", "rows_sampled"):
+            if len({runs[arm, seed][what] for arm in ARMS}) > 1:
+                raise ValueError(f"{out}: {what} of seed {seed} differ between arms, which can then not be compared")
     return {key: run for key, run in runs.items() if key[1] in whole}, {r["model"]: r for r in found if "model" in r}
 
 
@@ -68,7 +76,8 @@ def table(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[st
         mean, half = interval(values)
         return f"{mean:{sign}.1f} ± {half:.1f}"
 
-    text = f"Accuracy in per cent on held-out problems, mean ± half of a 95 % t-interval over {len(seeds)} seeds.\n\n{head}"
+    text = f"Accuracy in per cent on held-out problems, mean ± half of a 95 % t-interval over {len(seeds)} seeds.\n\n"
+    text += head
     for label in DOMAINS:
         text += line(f"{label} teacher", [f"{accuracy(models[label], *column):.1f}" for column in columns])
     before = [models[f"student_{seed}"] for seed in seeds]
@@ -131,7 +140,9 @@ def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str
     groups = [(label, way) for way in TEMPERATURES for label in DOMAINS]
     for place, (label, way) in enumerate(groups):
         start = statistics.fmean(accuracy(models[f"student_{seed}"], label, way) for seed in seeds)
-        left.hlines(start, place - 0.4, place + 0.4, colors="black", linestyles="dotted", label=None if place else "before")
+        left.hlines(
+            start, place - 0.4, place + 0.4, colors="black", linestyles="dotted", label=None if place else "before"
+        )
         for i, arm in enumerate(ARMS):
             x, values = place + 0.2 * (i - 1.5), [accuracy(runs[arm, seed], label, way) for seed in seeds]
             mean, half = interval(values)
@@ -144,13 +155,11 @@ def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str
     for axis, label in zip(right, DOMAINS, strict=True):
         for arm in ARMS:
             curves = [_windows(runs[arm, seed]["rollout_accuracy"][label]) for seed in seeds]
-            means, halves = zip(*(interval([100 * value for value in at]) for at in zip(*curves, strict=True)), strict=True)
-            steps = [_WINDOW * (i + 0.5) for i in range(len(means))]
-            axis.plot(steps, means, color=COLOURS[arm], label=NAMES[arm])
-            axis.fill_between(
-                steps, [m - h for m, h in zip(means, halves, strict=True)],
-                [m + h for m, h in zip(means, halves, strict=True)], color=COLOURS[arm], alpha=0.1,
-            )  # fmt: skip
+            points = [interval([100 * value for value in at]) for at in zip(*curves, strict=True)]
+            steps = [_WINDOW * (i + 0.5) for i in range(len(points))]
+            axis.plot(steps, [mean for mean, _ in points], color=COLOURS[arm], label=NAMES[arm])
+            low, high = [mean - half for mean, half in points], [mean + half for mean, half in points]
+            axis.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.1)
         axis.set_title(f"{label}: rollouts of {_WINDOW} steps")
         axis.set_xlabel("step")
         axis.set_ylabel("right, %")

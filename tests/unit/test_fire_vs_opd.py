@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
-from benchmarks.fire_vs_opd.analyse import interval
+from benchmarks.fire_vs_opd.analyse import interval, read_results, table
 from benchmarks.fire_vs_opd.pretrain import VOCABULARY, make_tokenizer
 from benchmarks.fire_vs_opd.study import ARMS, Study
 from benchmarks.fire_vs_opd.tasks import DOMAINS, MAX_NEW_TOKENS, is_right, problems
@@ -18,7 +19,7 @@ from fire_megatron.data.tokenizer import load_tokenizer
 def test_results_worked_out_by_hand():
     assert DOMAINS["math"].result("47+85+36+12=") == "180"
     assert DOMAINS["math"].result("10+11+12+13=") == "046"
-    # 38152 reversed is 25183; its first two swapped 52183; first to the end 21835; ends exchanged 51832; plus one 62943.
+    # reversed 25183, its first two swapped 52183, first to the end 21835, ends exchanged 51832, plus one 62943
     assert DOMAINS["code"].result("38152|rsfxi=") == "62943"
     assert DOMAINS["code"].result("90909|iiiii=") == "45454"
 
@@ -95,3 +96,41 @@ def test_arms_differ_in_their_hooks_alone():
 def test_intervals():
     mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0 and half == pytest.approx(2.776 * 1.5811388 / 5**0.5, rel=1e-6)
+
+
+def _result(arm: str, seed: int, right: float, **changes: object) -> dict[str, object]:
+    made = {"arm": arm, "seed": seed, "changes": {}, "first_rollouts": f"a{seed}", "prompts": "b", "rows_sampled": 64}
+    accuracy = {label: {"greedy": right, "sampled": right / 2} for label in DOMAINS}
+    curves = {"keep_ratio": 1.0, "tokens_sampled": 9, "reverse_kl": {label: [0.5] for label in DOMAINS}}
+    return {**made, **curves, "accuracy": accuracy, **changes}
+
+
+def _write_results(out: Path, results: list[dict[str, object]]) -> None:
+    (out / "results").mkdir()
+    for i, result in enumerate(results):
+        (out / "results" / f"{i}.json").write_text(json.dumps(result))
+
+
+def test_the_table_compares_seeds_that_are_whole(tmp_path):
+    models = [{"model": name, "accuracy": _result("opd", 0, 0.9)["accuracy"]} for name in ("math", "code")]
+    models += [{"model": f"student_{seed}", "accuracy": _result("opd", 0, 0.2)["accuracy"]} for seed in range(3)]
+    runs = [_result(arm, seed, 0.4 + 0.1 * seed + 0.02 * i) for seed in (0, 1) for i, arm in enumerate(ARMS)]
+    pilot = _result("opd", 900, 1.0, changes={"optimizer__lr": 1e-3})
+    _write_results(tmp_path, [*models, *runs, _result("opd", 2, 1.0), pilot])
+    found, before = read_results(tmp_path)
+    assert {seed for _, seed in found} == {0, 1} and set(before) >= {"math", "code", "student_0"}
+    lines = table(found, before).splitlines()
+    assert "2 seeds" in lines[0]
+    plain, filtered = (next(line for line in lines if line.startswith(f"| {name}")) for name in ("plain", "filter"))
+    assert plain.startswith("| plain OPD | 45.0 ± 63.5 | 45.0 ± 63.5 | 45.0 ± 63.5 | 22.5 ±")
+    assert filtered.startswith("| filter only | 47.0 ±")
+    difference = [line for line in lines if line.startswith("| FiRe (both)")][1]
+    assert difference.startswith("| FiRe (both) | +6.0 ± 0.0 |"), "paired: what seeds have in common is no error"
+
+
+@pytest.mark.parametrize("what", ["first_rollouts", "prompts", "rows_sampled"])
+def test_arms_that_had_other_rollouts_are_refused(tmp_path, what):
+    runs = [_result(arm, 0, 0.5, **({what: 1} if arm == "fire" else {})) for arm in ARMS]
+    _write_results(tmp_path, runs)
+    with pytest.raises(ValueError, match=what):
+        read_results(tmp_path)

@@ -42,16 +42,14 @@ def main() -> None:
         study.prompts(label)
         study.teacher(label)
         study.measure(label)
-    seeds = [PILOT_SEED] if args.pilot else range(args.seeds)
-    for seed in seeds:
+    if args.pilot:
+        runs = [(PILOT_SEED, "opd", {"optimizer__lr": rate}) for rate in args.pilot]
+    else:
+        runs = [(seed, arm, {}) for seed in range(args.seeds) for arm in ARMS]
+    for seed, arm, changes in tqdm(runs, desc="pilot" if args.pilot else "study", unit="run"):
         study.student(seed)
         study.measure(f"student_{seed}")
-    if args.pilot:
-        for rate in tqdm(args.pilot, desc="pilot", unit="run"):
-            study.distil("opd", PILOT_SEED, optimizer__lr=rate)
-        return
-    for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in ARMS], desc="study", unit="run"):
-        study.distil(arm, seed)
+        study.distil(arm, seed, **changes)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,22 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fire_vs_opd.evaluate import TEMPERATURES
-from benchmarks.fire_vs_opd.study import ARMS
+from benchmarks.fire_vs_opd.study import ARMS, CONTROLS
 from benchmarks.fire_vs_opd.tasks import DOMAINS
 
-NAMES = {"opd": "plain OPD", "filter": "filter only", "reweight": "reweight only", "fire": "FiRe (both)"}
-COLOURS = {"opd": "#444444", "filter": "#1f77b4", "reweight": "#2ca02c", "fire": "#d62728"}
+NAMES = {
+    "opd": "plain OPD",
+    "filter": "filter only",
+    "reweight": "reweight only",
+    "fire": "FiRe (both)",
+    "random": "as many dropped, at random",
+}
+COLOURS = {"opd": "#444444", "filter": "#1f77b4", "reweight": "#2ca02c", "fire": "#d62728", "random": "#ff7f0e"}
 # Quantile 0.975 of Student's t, from 1 degree of freedom on.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
@@ -51,9 +57,15 @@ def read_results(out: Path) -> tuple[dict[tuple[str, int], dict[str, Any]], dict
     whole = [seed for seed in {seed for _, seed in runs} if all((arm, seed) in runs for arm in ARMS)]
     for seed in whole:
         for what in ("first_rollouts", "prompts", "rows_sampled"):
-            if len({runs[arm, seed][what] for arm in ARMS}) > 1:
+            if len({run[what] for (_, of), run in runs.items() if of == seed}) > 1:
                 raise ValueError(f"{out}: {what} of seed {seed} differ between arms, which can then not be compared")
     return {key: run for key, run in runs.items() if key[1] in whole}, {r["model"]: r for r in found if "model" in r}
+
+
+def done_arms(runs: Mapping[tuple[str, int], object]) -> list[str]:
+    """Arms that every seed has; the four of FiRe, and controls where they were run."""
+    seeds = {seed for _, seed in runs}
+    return [arm for arm in (*ARMS, *CONTROLS) if all((arm, seed) in runs for seed in seeds)]
 
 
 def accuracy(result: dict[str, Any], label: str, way: str) -> float:
@@ -82,10 +94,10 @@ def table(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[st
         text += line(f"{label} teacher", [f"{accuracy(models[label], *column):.1f}" for column in columns])
     before = [models[f"student_{seed}"] for seed in seeds]
     text += line("student before", [spread([accuracy(model, *column) for model in before]) for column in columns])
-    for arm in ARMS:
+    for arm in done_arms(runs):
         text += line(NAMES[arm], [spread([accuracy(runs[arm, s], *column) for s in seeds]) for column in columns])
     text += f"\nDifference to plain OPD of the same seed, percentage points.\n\n{head}"
-    for arm in list(ARMS)[1:]:
+    for arm in done_arms(runs)[1:]:
         cells = [
             spread([accuracy(runs[arm, s], *column) - accuracy(runs["opd", s], *column) for s in seeds], "+")
             for column in columns
@@ -97,7 +109,7 @@ def table(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[st
 def _costs(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -> str:
     text = "| | rows sampled | rows trained on | tokens sampled | reverse KL of the last 10 steps, math, code |\n"
     text += "|---|---|---|---|---|\n"
-    for arm in ARMS:
+    for arm in done_arms(runs):
         mine = [runs[arm, seed] for seed in seeds]
         kl = [statistics.fmean(statistics.fmean(r["reverse_kl"][label][-10:]) for r in mine) for label in DOMAINS]
         cells = (
@@ -110,17 +122,19 @@ def _costs(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) ->
     return text
 
 
-def lines_of_csv(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str, Any]]) -> str:
-    """A line for every model and run."""
+def lines_of_csv(out: Path) -> str:
+    """A line for every model measured before, every run and every run of the pilot."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [(label, way) for label in DOMAINS for way in TEMPERATURES]
-    writer.writerow(["what", "seed", *(f"{label}_{way}" for label, way in columns), "keep_ratio", "tokens_sampled"])
-    for name, model in models.items():
-        writer.writerow([name, "", *(model["accuracy"][label][way] for label, way in columns), "", ""])
-    for (arm, seed), run in sorted(runs.items(), key=lambda item: (item[0][1], list(ARMS).index(item[0][0]))):
-        values = (run["accuracy"][label][way] for label, way in columns)
-        writer.writerow([arm, seed, *values, round(run["keep_ratio"], 4), run["tokens_sampled"]])
+    head = ["result", *(f"{label}_{way}" for label, way in columns), "keep_ratio", "rows_sampled", "tokens_sampled"]
+    writer.writerow([*head, "train_seconds"])
+    for path in sorted((out / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        values = [result["accuracy"][label][way] for label, way in columns]
+        costs = [result.get(key, "") for key in ("keep_ratio", "rows_sampled", "tokens_sampled", "train_seconds")]
+        cells = [round(value, 4) if isinstance(value, float) else value for value in (*values, *costs)]
+        writer.writerow([path.stem, *cells])
     return text.getvalue()
 
 
@@ -143,17 +157,17 @@ def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str
         left.hlines(
             start, place - 0.4, place + 0.4, colors="black", linestyles="dotted", label=None if place else "before"
         )
-        for i, arm in enumerate(ARMS):
-            x, values = place + 0.2 * (i - 1.5), [accuracy(runs[arm, seed], label, way) for seed in seeds]
+        for i, arm in enumerate(done_arms(runs)):
+            x, values = place + 0.17 * (i - 2), [accuracy(runs[arm, seed], label, way) for seed in seeds]
             mean, half = interval(values)
-            left.scatter([x + 0.05] * len(values), values, s=8, color=COLOURS[arm], alpha=0.5)
+            left.scatter([x + 0.04] * len(values), values, s=8, color=COLOURS[arm], alpha=0.5)
             left.errorbar(x, mean, half, fmt="o", capsize=3, color=COLOURS[arm], label=None if place else NAMES[arm])
     left.set_xticks(range(len(groups)), [f"{label}\n{way}" for label, way in groups])
     left.set_ylabel("accuracy on held-out problems, %")
     left.set_title(f"after distillation: mean, 95 % interval, {len(seeds)} seeds")
     left.legend(fontsize=8)
     for axis, label in zip(right, DOMAINS, strict=True):
-        for arm in ARMS:
+        for arm in done_arms(runs):
             curves = [_windows(runs[arm, seed]["rollout_accuracy"][label]) for seed in seeds]
             points = [interval([100 * value for value in at]) for at in zip(*curves, strict=True)]
             steps = [_WINDOW * (i + 0.5) for i in range(len(points))]
@@ -180,7 +194,7 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     text = table(runs, models)
     (target / "table.md").write_text(text, encoding="utf-8")
-    (target / "results.csv").write_text(lines_of_csv(runs, models), encoding="utf-8")
+    (target / "results.csv").write_text(lines_of_csv(args.out), encoding="utf-8")
     plot(runs, models, target / "plot.png")
     print(text)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.fire_vs_opd.study import ARMS, Study
+from benchmarks.fire_vs_opd.study import ARMS, CONTROLS, Study
 from benchmarks.fire_vs_opd.tasks import DOMAINS
 
 PILOT_SEED = 900
@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of models, runs and results")
     parser.add_argument("--seeds", type=int, default=5)
+    arms = [*ARMS, *CONTROLS]
+    parser.add_argument("--arms", nargs="+", choices=arms, default=list(ARMS), help="the four of FiRe by default")
     parser.add_argument("--pilot", type=float, nargs="+", metavar="LR", help="only plain OPD at these learning rates")
     return parser
 
@@ -45,7 +47,7 @@ def main() -> None:
     if args.pilot:
         runs = [(PILOT_SEED, "opd", {"optimizer__lr": rate}) for rate in args.pilot]
     else:
-        runs = [(seed, arm, {}) for seed in range(args.seeds) for arm in ARMS]
+        runs = [(seed, arm, {}) for seed in range(args.seeds) for arm in args.arms]
     for seed, arm, changes in tqdm(runs, desc="pilot" if args.pilot else "study", unit="run"):
         study.student(seed)
         study.measure(f"student_{seed}")

@@ -30,6 +30,8 @@ ARMS: Mapping[str, str] = {
     "fire": f"[{FILTER}, {REWEIGHT}]",
 }
 """Name -> ``loss.hooks``; with the paper's defaults."""
+CONTROLS: Mapping[str, str] = {"random": "[{name: drop_random, percentile: 20}]"}
+"""The same of arms that are not FiRe's, whose hooks are in controls.py."""
 TEACHER_STEPS = {"math": 1400, "code": 900}
 TEACHERS = {label: Training((label,), layers=3, hidden=96, steps=steps) for label, steps in TEACHER_STEPS.items()}
 STUDENT = Training(tuple(DOMAINS), layers=2, hidden=64, steps=1500, lr=3e-3, stop_at=650)
@@ -97,7 +99,8 @@ class Study:
             "student.checkpoint": self.out / "models" / f"student_{seed}",
             **{f"teachers.{label}.checkpoint": self.out / "models" / label for label in DOMAINS},
             **{f"data.train.{i}.path": self.out / "data" / f"train_{label}.jsonl" for i, label in enumerate(DOMAINS)},
-            "loss.hooks": ARMS[arm],
+            "loss.hooks": {**ARMS, **CONTROLS}[arm],
+            **({"run.plugins": "[benchmarks.fire_vs_opd.controls]"} if arm in CONTROLS else {}),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
         return [f"{key}={value}" for key, value in values.items()]

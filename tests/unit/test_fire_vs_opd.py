@@ -7,13 +7,20 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.fire_vs_opd.analyse import interval, read_results, table
+from benchmarks.fire_vs_opd.controls import drop_random
 from benchmarks.fire_vs_opd.pretrain import VOCABULARY, make_tokenizer
 from benchmarks.fire_vs_opd.study import ARMS, Study
 from benchmarks.fire_vs_opd.tasks import DOMAINS, MAX_NEW_TOKENS, is_right, problems
 from fire_megatron.config.load import recipe_to_dict
+from fire_megatron.config.loss import HookConfig
 from fire_megatron.data.tokenizer import load_tokenizer
+from fire_megatron.fire.apply import apply_hooks
+from fire_megatron.fire.batch import FireBatch
+from fire_megatron.fire.hooks import build_hooks
+from fire_megatron.parallel.reducer import Reducer
 
 
 def test_results_worked_out_by_hand():
@@ -91,6 +98,35 @@ def test_arms_differ_in_their_hooks_alone():
     }
     assert all(recipe == left["opd"][1] for _, recipe in left.values())
     assert recipe["run"]["seed"] == 3 and recipe["student"]["checkpoint"].endswith("student_3")
+
+
+def test_the_control_drops_as_many_rows_as_the_filter():
+    rows = FireBatch(
+        teacher_B=torch.tensor([0] * 31 + [1] * 33),
+        teacher_names=("math", "code"),
+        mask_BR=torch.ones(64, 2, dtype=torch.bool),
+        teacher_logp_BR=-torch.rand(64, 2, generator=torch.Generator().manual_seed(0)),
+        teacher_entropy_BR=torch.ones(64, 2),
+        student_entropy_BR=torch.ones(64, 2),
+        truncated_B=torch.zeros(64, dtype=torch.bool),
+    )
+    kept = {}
+    for name, hook in {"filter": build_hooks([HookConfig("filter")])[0], "random": drop_random(20.0)}.items():
+        selected = apply_hooks(rows, [hook], reducer=Reducer(), micro_batch_size=1).keep_B
+        kept[name] = [int(selected[:31].sum()), int(selected[31:].sum())]
+    assert kept["filter"] == kept["random"] == [25, 26]
+
+
+def test_the_control_differs_in_its_hook_and_the_plugin_that_has_it():
+    study = Study(Path("out"))
+    plain, control = (recipe_to_dict(study.recipe(arm, 3)) for arm in ("opd", "random"))
+    assert control["run"]["plugins"] == ["benchmarks.fire_vs_opd.controls"]
+    assert [hook["name"] for hook in control["loss"]["hooks"]] == ["drop_random"]
+    for recipe in (plain, control):
+        for key in ("name", "dir", "plugins"):
+            del recipe["run"][key]
+        del recipe["loss"]["hooks"]
+    assert plain == control
 
 
 def test_intervals():

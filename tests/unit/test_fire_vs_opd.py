@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.fire_vs_opd.analyse import interval, read_results, table
 from benchmarks.fire_vs_opd.controls import drop_random
-from benchmarks.fire_vs_opd.pretrain import VOCABULARY, make_tokenizer
+from benchmarks.fire_vs_opd.dropped import mean_log_probs, shares
+from benchmarks.fire_vs_opd.pretrain import VOCABULARY, Training, make_model, make_tokenizer
 from benchmarks.fire_vs_opd.study import ARMS, Study
 from benchmarks.fire_vs_opd.tasks import DOMAINS, MAX_NEW_TOKENS, is_right, problems
 from fire_megatron.config.load import recipe_to_dict
@@ -127,6 +128,23 @@ def test_the_control_differs_in_its_hook_and_the_plugin_that_has_it():
             del recipe["run"][key]
         del recipe["loss"]["hooks"]
     assert plain == control
+
+
+def test_what_the_filter_would_drop():
+    model = make_model(Training(("math",), layers=1, hidden=32, steps=1), seed=0)
+    rows = [
+        {"step": 1, "prompt": "1+2=", "response": "#003", "truncated": False, "reverse_kl": 1.0},
+        {"step": 1, "prompt": "10+2=", "response": "3", "truncated": True, "reverse_kl": 3.0},
+    ]
+    for row, score in zip(rows, mean_log_probs(model, rows).tolist(), strict=True):
+        text = row["prompt"] + row["response"]
+        ids = [VOCABULARY[c] for c in text] + ([] if row["truncated"] else [VOCABULARY["<eos>"]])
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        response = range(len(row["prompt"]), len(ids))
+        assert score == pytest.approx(sum(float(log_probs[t - 1, ids[t]]) for t in response) / len(response), abs=1e-5)
+    lowest = rows[int(mean_log_probs(model, rows).argmin())]
+    found = shares(model, "math", rows)
+    assert found["rows"] == 50.0 and found["kl"] == pytest.approx(100 * lowest["reverse_kl"] / 4)
 
 
 def test_intervals():

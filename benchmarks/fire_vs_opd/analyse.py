@@ -15,7 +15,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,43 +142,58 @@ def _windows(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[i : i + _WINDOW]) for i in range(0, len(values), _WINDOW)]
 
 
+def _draw_points(axis: Any, arms: Sequence[str], values: Callable[[str, str, str], list[float]]) -> None:
+    """Mean, interval and every seed, by domain and way of sampling; ``values`` of arm, domain and way."""
+    groups = [(label, way) for way in TEMPERATURES for label in DOMAINS]
+    for place, (label, way) in enumerate(groups):
+        for i, arm in enumerate(arms):
+            x, of_seeds = place + 0.15 * (i - (len(arms) - 1) / 2), values(arm, label, way)
+            mean, half = interval(of_seeds)
+            axis.scatter([x + 0.04] * len(of_seeds), of_seeds, s=8, color=COLOURS[arm], alpha=0.5)
+            axis.errorbar(x, mean, half, fmt="o", capsize=3, color=COLOURS[arm], label=None if place else NAMES[arm])
+    axis.set_xticks(range(len(groups)), [f"{label}\n{way}" for label, way in groups])
+
+
 def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str, Any]], path: Path) -> None:
-    """Left: accuracy after, every seed a dot; right: accuracy of the rollouts that were trained on."""
+    """Above: accuracy after, and its difference to plain OPD; below: accuracy of the rollouts, step by step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    seeds = sorted({seed for _, seed in runs})
-    figure, (left, *right) = plt.subplots(1, 3, figsize=(15, 4.5), width_ratios=(1.6, 1, 1))
-    groups = [(label, way) for way in TEMPERATURES for label in DOMAINS]
-    for place, (label, way) in enumerate(groups):
+    seeds, arms = sorted({seed for _, seed in runs}), done_arms(runs)
+    figure, ((after, difference), curves) = plt.subplots(2, 2, figsize=(12, 8))
+
+    def of_runs(arm: str, label: str, way: str) -> list[float]:
+        return [accuracy(runs[arm, seed], label, way) for seed in seeds]
+
+    def against_plain(arm: str, label: str, way: str) -> list[float]:
+        return [mine - plain for mine, plain in zip(of_runs(arm, label, way), of_runs("opd", label, way), strict=True)]
+
+    _draw_points(after, arms, of_runs)
+    for place, (label, way) in enumerate((label, way) for way in TEMPERATURES for label in DOMAINS):
         start = statistics.fmean(accuracy(models[f"student_{seed}"], label, way) for seed in seeds)
-        left.hlines(
-            start, place - 0.4, place + 0.4, colors="black", linestyles="dotted", label=None if place else "before"
-        )
-        for i, arm in enumerate(done_arms(runs)):
-            x, values = place + 0.17 * (i - 2), [accuracy(runs[arm, seed], label, way) for seed in seeds]
-            mean, half = interval(values)
-            left.scatter([x + 0.04] * len(values), values, s=8, color=COLOURS[arm], alpha=0.5)
-            left.errorbar(x, mean, half, fmt="o", capsize=3, color=COLOURS[arm], label=None if place else NAMES[arm])
-    left.set_xticks(range(len(groups)), [f"{label}\n{way}" for label, way in groups])
-    left.set_ylabel("accuracy on held-out problems, %")
-    left.set_title(f"after distillation: mean, 95 % interval, {len(seeds)} seeds")
-    left.legend(fontsize=8)
-    for axis, label in zip(right, DOMAINS, strict=True):
-        for arm in done_arms(runs):
-            curves = [_windows(runs[arm, seed]["rollout_accuracy"][label]) for seed in seeds]
-            points = [interval([100 * value for value in at]) for at in zip(*curves, strict=True)]
-            steps = [_WINDOW * (i + 0.5) for i in range(len(points))]
-            axis.plot(steps, [mean for mean, _ in points], color=COLOURS[arm], label=NAMES[arm])
-            low, high = [mean - half for mean, half in points], [mean + half for mean, half in points]
-            axis.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.1)
-        axis.set_title(f"{label}: rollouts of {_WINDOW} steps")
+        name = None if place else "before"
+        after.hlines(start, place - 0.4, place + 0.4, colors="black", linestyles="dotted", label=name)
+    after.set_ylabel("accuracy on held-out problems, %")
+    after.set_ylim(bottom=0)
+    after.set_title(f"after distillation: mean, 95 % interval, {len(seeds)} seeds (dots)")
+    after.legend(fontsize=8)
+    _draw_points(difference, arms[1:], against_plain)
+    difference.axhline(0, color=COLOURS["opd"])
+    difference.set_ylabel("percentage points")
+    difference.set_title("difference to plain OPD of the same seed")
+    for axis, label in zip(curves, DOMAINS, strict=True):
+        for arm in arms:
+            of_seeds = [_windows(runs[arm, seed]["rollout_accuracy"][label]) for seed in seeds]
+            means = [100 * statistics.fmean(at) for at in zip(*of_seeds, strict=True)]
+            axis.plot([_WINDOW * (i + 0.5) for i in range(len(means))], means, color=COLOURS[arm], label=NAMES[arm])
+        axis.set_title(f"{label}: rollouts that were right, mean of {_WINDOW} steps and all seeds")
         axis.set_xlabel("step")
-        axis.set_ylabel("right, %")
+        axis.set_ylabel("%")
+        axis.set_ylim(bottom=0)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

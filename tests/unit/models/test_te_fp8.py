@@ -40,7 +40,7 @@ def report(tmp_path_factory):
     save_megatron("qwen3", folder / "odd")
     done = subprocess.run(
         [sys.executable, str(HERE / "te_fp8.py"), str(folder), *FAMILIES],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
         capture_output=True,
         text=True,
         timeout=600,

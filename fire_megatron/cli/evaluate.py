@@ -36,6 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="answers that a replica samples at once"
     )
+    parser.add_argument(
+        "--stop-token", action="append", default=[], metavar="TOKEN",
+        help="ends an answer besides the tokenizer's own; as in rollout.stop_tokens of the recipe; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=7, help="seeds the sampling (7)")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message before every problem")
     parser.add_argument(
@@ -89,7 +93,7 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     """
     from fire_megatron.config.schema import DataConfig, SourceConfig
     from fire_megatron.data.encoder import Encoder
-    from fire_megatron.data.tokenizer import load_tokenizer
+    from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
     from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmarks
     from fire_megatron.evaluation.source import open_source
     from fire_megatron.evaluation.standalone import Options, Work
@@ -117,7 +121,7 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     encode, room = Encoder(data, tokenizer), source.shape.max_positions - args.max_new_tokens
     prompts = [encode_problems(benchmark, encode, room=room) for benchmark in benchmarks]
     dtype = ("bfloat16" if device.is_cuda else "float32") if args.dtype == "auto" else args.dtype
-    fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template")
+    fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     settings = {name: getattr(args, name) for name in fixed} | {"dtype": dtype}
     folder = source.folder.absolute()
     options = Options(
@@ -133,7 +137,8 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
         out=args.out or folder.parent / "evaluation" / folder.name,
         timeout=args.timeout,
     )
-    return Work(source, tokenizer, benchmarks, prompts, settings), options
+    ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
+    return Work(source, tokenizer, ends, benchmarks, prompts, settings), options
 
 
 def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from fire_megatron.config.errors import DataError
+from fire_megatron.config.errors import DataError, RecipeError
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 _SENTENCEPIECE_FILE = "tokenizer.model"
@@ -226,3 +226,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             'add {"eos_token_id": ...} as generation_config.json'
         )
     return tokenizer
+
+
+def stop_ids(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's own and those of ``texts``.
+
+    Raises:
+        RecipeError: one of the texts is not one token; names ``key``, where they come from.
+    """
+    ids = list(tokenizer.eos_ids)
+    for text in texts:
+        pieces = tokenizer.encode_piece(text)
+        if len(pieces) != 1:
+            raise RecipeError(f"{key}: {text!r} is {len(pieces)} tokens for this tokenizer; a stop token must be one")
+        ids.append(pieces[0])
+    return tuple(dict.fromkeys(ids))

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
@@ -17,11 +18,14 @@ from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores, score
 from fire_megatron.evaluation.generations import Generation
 from fire_megatron.evaluation.judge import Judge
+from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import Engine, Progress
 
 Sink = Callable[[str, Generation], None]
 """Takes a benchmark's name and an answer to it, in a thread of its own."""
+_ASK_EVERY = 16
+"""Tokens between two questions to the ranks of a replica whether one was asked to stop."""
 
 
 class Row(NamedTuple):
@@ -125,6 +129,35 @@ class Answerer:
     def __exit__(self, *exception: object) -> None:
         """End the thread, once it has handed over what is finished."""
         self._pool.shutdown(wait=True)
+
+
+class Interrupted(Exception):
+    """A rank of the replica was asked to stop while it sampled."""
+
+
+def asking(asked: Callable[[], bool], *, group: dist.ProcessGroup, progress: Progress | None = None) -> Progress:
+    """Progress that leaves the sampling soon after a rank of the replica was asked to stop. What is finished by then
+    has been handed over.
+
+    Args:
+        asked: whether this rank was.
+        group: the ranks of the replica, which sample together and call this alike.
+        progress: told as well.
+
+    Raises:
+        Interrupted: by what is returned, on every rank of the group.
+    """
+    calls = 0
+
+    def ask(tokens: int) -> None:
+        nonlocal calls
+        calls += 1
+        if progress is not None:
+            progress(tokens)
+        if calls % _ASK_EVERY == 0 and largest(int(asked()), group=group):
+            raise Interrupted
+
+    return ask
 
 
 Answers = Mapping[tuple[int, int], Generation]

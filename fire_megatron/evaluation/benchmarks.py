@@ -137,7 +137,7 @@ def encode_problems(benchmark: Benchmark, encode: Encode, *, room: int) -> list[
         if len(token_ids) > room:
             raise DataError(
                 f"{problem.place}: {len(token_ids)} tokens, and the model's positions leave {max(room, 0)} beside the "
-                "longest answer; lower the new tokens of an answer"
+                "longest answer; lower --max-new-tokens (max_new_tokens of evaluation.benchmarks)"
             )
         prompts.append(Prompt(index, benchmark.name, tuple(token_ids), problem.text))
     return prompts

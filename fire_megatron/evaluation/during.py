@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
-from fire_megatron.evaluation.answering import Answerer, Row, SamplingEngine, score_answers, vote_classes
+from fire_megatron.evaluation.answering import (
+    Answerer,
+    Interrupted,
+    Row,
+    SamplingEngine,
+    asking,
+    score_answers,
+    vote_classes,
+)
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores
 from fire_megatron.evaluation.generations import SCORES, Generation, write_atomically
@@ -20,6 +32,9 @@ from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import Progress
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,10 @@ class Exam:
     engine: SamplingEngine
     grid: ModelGrid
     tokenizer: Tokenizer
+    waiting: dist.ProcessGroup
+    """Of the grid's ranks, on the host, for what may take as long as another rank judges."""
+    wait: Callable[[], object] = lambda: None
+    """Is told that this rank waits for others."""
 
     @property
     def own_rows(self) -> int:
@@ -47,6 +66,7 @@ class Exam:
         *,
         writes: bool,
         stopped: Callable[[], bool],
+        asked: Callable[[], bool] = lambda: False,
         progress: Progress | None = None,
     ) -> Scores | None:
         """Answer, judge and score. Collective over the grid; the result does not depend on its layout.
@@ -56,6 +76,7 @@ class Exam:
             file: for every answer, whole or not there.
             writes: whether this rank writes it; one does.
             stopped: whether the run was asked to stop; collective over the grid, the same on every rank.
+            asked: whether this rank was.
             progress: told of sampled tokens.
 
         Returns:
@@ -64,22 +85,42 @@ class Exam:
         Raises:
             DataError: on every rank: the file cannot be written.
         """
-        answers = self._answers(judge, stopped, progress)
-        if answers is None:
+        mine_answered = self._answers(judge, stopped, asked, progress)
+        if mine_answered is None:
             return None
+        # Texts go to the rank that writes them and nowhere else.
+        whole = self._on_first(mine_answered)
+        answers = self._merged({key: replace(answer, text="") for key, answer in mine_answered.items()})
         mine: dict[int, list[int | None]] = {}
         if self.grid.leads_rows:
             for problem in replica_rows(len(self.prompts), self.grid):
                 mine[problem] = vote_classes(answers, problem, self.samples, judge)
-        classes = dict(ChainMap(*all_gather_objects(mine, group=self.grid.span)))
-        lines = (answers[key].line() for key in sorted(answers))
-        on_all_ranks(_write, file if writes else None, lines, group=self.grid.span)
+        classes = self._merged(mine)
+        lines = (whole[key].line() for key in sorted(whole))
+        self.wait()
+        on_all_ranks(_write, file if writes else None, lines, group=self.waiting)
         return score_answers(answers, classes, len(self.prompts), self.samples)
 
+    def _merged(self, mine: dict[K, V]) -> dict[K, V]:
+        """What all ranks have, on every rank, however long some of them take to get here."""
+        self.wait()
+        return dict(ChainMap(*all_gather_objects(mine, group=self.waiting)))
+
+    def _on_first(self, mine: dict[K, V]) -> dict[K, V]:
+        """What all ranks have, on the grid's first rank, which is the run's; nothing on the others."""
+        self.wait()
+        if self.waiting.size() == 1:
+            return mine
+        first = self.grid.layout.first_rank
+        parts: list[dict[K, V]] | None = [{}] * self.waiting.size() if dist.get_rank() == first else None
+        dist.gather_object(mine, parts, dst=first, group=self.waiting)
+        return dict(ChainMap(*parts)) if parts is not None else {}
+
     def _answers(
-        self, judge: Judge, stopped: Callable[[], bool], progress: Progress | None
+        self, judge: Judge, stopped: Callable[[], bool], asked: Callable[[], bool], progress: Progress | None
     ) -> dict[tuple[int, int], Generation] | None:
-        """All answers, on every rank. Replicas sample in rounds: those that share experts have to decode together."""
+        """This replica's answers, on the rank that speaks for it. Replicas sample in rounds: those that share experts
+        have to decode together, and so are not asked within a round."""
         rows = [Row(0, problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]
         mine = [rows[i] for i in replica_rows(len(rows), self.grid)]
         most = -(-len(rows) // self.grid.row_replicas)
@@ -94,9 +135,15 @@ class Exam:
             for start in range(0, most, size):
                 if stopped():
                     return None
-                answerer.answer(mine[start : start + size], progress)
+                told = (
+                    progress if self.grid.layout.expert > 1 else asking(asked, group=self.grid.pg.mp, progress=progress)
+                )
+                with contextlib.suppress(Interrupted):  # the others hear of it at the next question
+                    answerer.answer(mine[start : start + size], told)
+            if stopped():
+                return None
             answerer.drain()
-        return dict(ChainMap(*all_gather_objects(made, group=self.grid.span)))
+        return made
 
 
 def take_exams(
@@ -105,19 +152,22 @@ def take_exams(
     *,
     writes: bool,
     stopped: Callable[[], bool],
+    asked: Callable[[], bool],
     progress: Callable[[str, int], Progress],
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """All benchmarks of a step. Collective over the grid.
 
     Args:
         exams: one a benchmark.
         folder: for ``<benchmark>.jsonl`` of each and ``scores.json`` of all, which has the intervals too.
         writes: whether this rank writes them.
-        stopped: see :meth:`Exam.take`; what is done by then is reported.
+        stopped: see :meth:`Exam.take`.
+        asked: see :meth:`Exam.take`.
         progress: makes what is told of sampled tokens, of a name and the most of them.
 
     Returns:
-        ``eval/<benchmark>/...`` of docs/metrics.md, the same on every rank.
+        ``eval/<benchmark>/...`` of docs/metrics.md, the same on every rank; None when the run was asked to stop
+        meanwhile.
     """
     results: dict[str, Scores] = {}
     if not exams:
@@ -126,13 +176,13 @@ def take_exams(
         for exam in exams:
             name = exam.benchmark.name
             told = progress(name, exam.own_rows * exam.engine.config.max_new_tokens)
-            scores = exam.take(judge, folder / f"{name}.jsonl", writes=writes, stopped=stopped, progress=told)
+            file = folder / f"{name}.jsonl"
+            scores = exam.take(judge, file, writes=writes, stopped=stopped, asked=asked, progress=told)
             if scores is None:
-                break
+                return None
             results[name] = scores
-    if results:
-        report = json.dumps({name: scores.as_dict() for name, scores in results.items()}, indent=2) + "\n"
-        on_all_ranks(_write, folder / SCORES if writes else None, [report], group=exams[0].grid.span)
+    report = json.dumps({name: scores.as_dict() for name, scores in results.items()}, indent=2) + "\n"
+    on_all_ranks(_write, folder / SCORES if writes else None, [report], group=exams[0].grid.span)
     return {key: value for name, scores in results.items() for key, value in _metrics(name, scores).items()}
 
 

@@ -6,10 +6,12 @@ appends what it has; and ``<benchmark>.jsonl``, into which the parts go once all
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -127,6 +129,30 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder against other evaluations, which would lose answers to this one's merge. Let go of at the end of
+    the process too, whatever ends it.
+
+    Raises:
+        DataError: another one is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"--out {folder}: cannot be written ({error}); give another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"--out {folder}: another evaluation writes there; wait for it, or give another") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 def merge_parts(folder: Path, name: str) -> None:

@@ -23,7 +23,7 @@ from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
-from fire_megatron.evaluation.answering import Answerer, Row, score_answers, vote_classes
+from fire_megatron.evaluation.answering import Answerer, Interrupted, Row, asking, score_answers, vote_classes
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores, table
 from fire_megatron.evaluation.generations import (
@@ -31,6 +31,7 @@ from fire_megatron.evaluation.generations import (
     Generation,
     PartWriter,
     merge_parts,
+    only_writer,
     read_generations,
     require_settings,
     write_atomically,
@@ -38,13 +39,11 @@ from fire_megatron.evaluation.generations import (
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.source import Source
 from fire_megatron.models.build import build_model, transformer_config
-from fire_megatron.parallel.collectives import all_gather_objects, largest, on_all_ranks
+from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Watch, World, launch
 from fire_megatron.rollout.engine import MegatronEngine
 
-_VOTE_EVERY = 16
-"""Tokens between two questions to the ranks of a replica whether one was asked to stop."""
 _FOLDER_DELAY = 120.0
 """Seconds after which a folder on another machine shows what other ranks have written."""
 _NUMBERS = itertools.count()
@@ -78,14 +77,12 @@ class Work:
 
     source: Source
     tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    """Tokens that end an answer."""
     benchmarks: Sequence[Benchmark]
     prompts: Sequence[Sequence[Prompt]]
     settings: dict[str, Any]
     """What fixes the answers besides model and benchmarks, by option."""
-
-
-class _Stopped(Exception):
-    """A rank of the replica was asked to stop."""
 
 
 class Evaluation:
@@ -135,7 +132,8 @@ class Evaluation:
         Raises:
             UserError: on every rank: a folder, model or layout that cannot be used.
         """
-        with self.judge:
+        with self.judge, ExitStack() as held:
+            self._on_main(lambda: held.enter_context(only_writer(self.options.out)))
             pending = self._pending()
             if pending:
                 self._sample(pending)
@@ -209,41 +207,29 @@ class Evaluation:
             self.watch.doing("sampling")
             try:
                 while (rows := self._take(pending)) is not None:
-                    answerer.answer(rows, self._asking())
-            except _Stopped:
+                    answerer.answer(rows, asking(self._asked, group=self.grid.pg.mp))
+            except Interrupted:
                 self.store.set(f"{self._keys}/stopped", "")
             self.watch.doing("waiting for the others", patient=True)
             on_all_ranks(answerer.drain, group=self.waiting)
+
+    def _asked(self) -> bool:
+        return self.stopped() is not None
 
     def _take(self, pending: Sequence[Row]) -> Sequence[Row] | None:
         """The replica's next rows from the queue that all share; None at its end, or when another replica has stopped.
 
         Raises:
-            _Stopped: on every rank of the replica, if one of them was asked to stop.
+            Interrupted: on every rank of the replica, if one of them was asked to stop.
         """
         start = len(pending)
         if self.grid.leads_rows and not self.store.check([f"{self._keys}/stopped"]):
             start = (self.store.add(f"{self._keys}/taken", 1) - 1) * self.options.batch_size
-        starts, asked = zip(
-            *all_gather_objects((start, self.stopped() is not None), group=self.grid.pg.mp), strict=True
-        )
+        starts, asked = zip(*all_gather_objects((start, self._asked()), group=self.grid.pg.mp), strict=True)
         if any(asked):
-            raise _Stopped
+            raise Interrupted
         start = min(starts)
         return pending[start : start + self.options.batch_size] or None
-
-    def _asking(self) -> Callable[[int], None]:
-        """To be called for every token: leaves when a rank of the replica was asked to stop. What is finished by then
-        is kept."""
-        tokens = 0
-
-        def ask(_: int) -> None:
-            nonlocal tokens
-            tokens += 1
-            if tokens % _VOTE_EVERY == 0 and largest(int(self.stopped() is not None), group=self.grid.pg.mp):
-                raise _Stopped
-
-        return ask
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[None]:
@@ -292,7 +278,7 @@ class Evaluation:
             temperature=options.temperature,
             top_p=options.top_p,
         )
-        return MegatronEngine(model, self.grid, rollout, stop_ids=self.work.tokenizer.eos_ids, seed=options.seed)
+        return MegatronEngine(model, self.grid, rollout, stop_ids=self.work.stop_ids, seed=options.seed)
 
     # ---- scores -----------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class MetricsLogger:
         *,
         total_steps: int,
         start_step: int = 0,
+        told: bool = True,
         enabled: bool,
     ) -> None:
         """Open the files.
@@ -80,6 +81,7 @@ class MetricsLogger:
             config: what to write.
             total_steps: steps of the whole run.
             start_step: last step that counts as done; -1 for a fresh run, so that step 0 may be logged again.
+            told: whether its metrics stay; else they are going to be logged again, while its samples are not.
             enabled: whether this process writes.
 
         Raises:
@@ -99,7 +101,7 @@ class MetricsLogger:
             with writing_to(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 if config.jsonl:
-                    self._metrics = JsonlFile(folder / METRICS_FILE, last_step=start_step)
+                    self._metrics = JsonlFile(folder / METRICS_FILE, last_step=start_step - (not told))
                 if config.samples:
                     self._samples = JsonlFile(folder / SAMPLES_FILE, last_step=start_step)
         except RecipeError:
@@ -108,7 +110,7 @@ class MetricsLogger:
         if config.console:
             self._console = open_console(total_steps=total_steps, start_step=max(start_step, 0))
         if config.tensorboard:
-            self._tensorboard = self._open_tensorboard(folder / TENSORBOARD_FOLDER, start_step)
+            self._tensorboard = self._open_tensorboard(folder / TENSORBOARD_FOLDER, start_step - (not told))
 
     def _open_tensorboard(self, folder: Path, start_step: int) -> Any:
         try:

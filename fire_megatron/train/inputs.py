@@ -17,7 +17,7 @@ from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
 from fire_megatron.evaluation.benchmarks import Benchmark, encode_problems, read_benchmarks
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks
@@ -92,19 +92,6 @@ def load_plugins(recipe: Recipe) -> list[Hook]:
     return hooks
 
 
-def _stop_ids(tokenizer: Tokenizer, recipe: Recipe) -> tuple[int, ...]:
-    ids = list(tokenizer.eos_ids)
-    for text in recipe.rollout.stop_tokens:
-        pieces = tokenizer.encode_piece(text)
-        if len(pieces) != 1:
-            raise RecipeError(
-                f"rollout.stop_tokens: {text!r} is {len(pieces)} tokens for the student's tokenizer; "
-                "a stop token must be one"
-            )
-        ids.append(pieces[0])
-    return tuple(dict.fromkeys(ids))
-
-
 def read_inputs(recipe: Recipe) -> Inputs:
     """Read tokenizer and prompts and check them against the teachers.
 
@@ -130,7 +117,14 @@ def read_inputs(recipe: Recipe) -> Inputs:
         held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
-    return Inputs(tokenizer, prompts, held_out, _stop_ids(tokenizer, recipe), route, tuple(notes))
+    return Inputs(
+        tokenizer,
+        prompts,
+        held_out,
+        stop_ids(tokenizer, recipe.rollout.stop_tokens, "rollout.stop_tokens"),
+        route,
+        tuple(notes),
+    )
 
 
 def _refuse_mixtures(prompts: Sequence[Prompt], route: Mapping[str, str]) -> None:

@@ -45,12 +45,13 @@ class RunFolder:
             self._status = replace(self._status, **changes)
             write_status(self.path, self._status)
 
-    def open(self, *, step: int, resumed: bool) -> MetricsLogger:
+    def open(self, *, step: int, resumed: bool, told: bool = True) -> MetricsLogger:
         """Save the resolved recipe and open the metrics.
 
         Args:
             step: steps done.
             resumed: whether the run continues from a checkpoint.
+            told: whether the metrics of the last step done need not be logged again.
 
         Raises:
             RecipeError: the folder cannot be written.
@@ -64,6 +65,7 @@ class RunFolder:
             self._recipe.metrics,
             total_steps=self._recipe.run.steps,
             start_step=step if resumed else -1,
+            told=told,
             enabled=self._main,
         )
 

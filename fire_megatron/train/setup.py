@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -249,6 +250,7 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
         else None
     )
     saving = factory.cpu_group(grid.layout.ranks, purpose="saving") if recipe.checkpoint.async_save else None
+    waiting = factory.cpu_group(grid.layout.ranks, purpose="evaluation") if recipe.evaluation.benchmarks else None
     student = None
     if grid.is_member:
         saver = Saver(
@@ -259,7 +261,8 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
             background=saving,
             holding=watch.unbroken,
         )
-        student = _student_run(recipe, grid, inputs, hooks, loaded["student"].model, heads, pool, control, watch, saver)
+        model = loaded["student"].model
+        student = _student_run(recipe, grid, inputs, hooks, model, heads, pool, control, watch, saver, waiting)
     reset_peak_memory(world.device)
     return Run(grid, inputs, pool, control, student)
 
@@ -275,6 +278,7 @@ def _student_run(
     control: Control | None,
     watch: Watch,
     saver: Saver,
+    waiting: dist.ProcessGroup | None,
 ) -> StudentRun:
     student = Student(
         model, grid, loss=recipe.loss, optimizer=recipe.optimizer, precision=recipe.student.precision, heads=heads
@@ -295,7 +299,10 @@ def _student_run(
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )
-    held_out, exams = _held_out(recipe, inputs, model, router, grid), _exams(recipe, inputs, model, grid)
+    held_out, exams = (
+        _held_out(recipe, inputs, model, router, grid),
+        _exams(recipe, inputs, model, grid, waiting, watch),
+    )
     return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, exams, saver)
 
 
@@ -320,8 +327,16 @@ def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRou
     return HeldOut(inputs.held_out, engine, router, grid)
 
 
-def _exams(recipe: Recipe, inputs: Inputs, model: FireGPT, grid: ModelGrid) -> list[Exam]:
+def _exams(
+    recipe: Recipe,
+    inputs: Inputs,
+    model: FireGPT,
+    grid: ModelGrid,
+    waiting: dist.ProcessGroup | None,
+    watch: Watch,
+) -> list[Exam]:
     exams = []
+    wait = partial(watch.doing, "waiting for the other ranks' evaluation", patient=True)
     for config, (benchmark, prompts) in zip(recipe.evaluation.benchmarks, inputs.benchmarks, strict=True):
         rollout = replace(
             recipe.rollout,
@@ -331,5 +346,7 @@ def _exams(recipe: Recipe, inputs: Inputs, model: FireGPT, grid: ModelGrid) -> l
             batch_size=0,  # an exam batches itself
         )
         engine = MegatronEngine(model, grid, rollout, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
-        exams.append(Exam(benchmark, prompts, config.samples, config.batch_size, engine, grid, inputs.tokenizer))
+        exams.append(
+            Exam(benchmark, prompts, config.samples, config.batch_size, engine, grid, inputs.tokenizer, waiting, wait)
+        )
     return exams

@@ -79,9 +79,11 @@ class Trainer:
         self.step = 0
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self._untold: dict[str, float] = {}
+        """Metrics of the last step, while its evaluation is still to come."""
         self.watch.doing("resuming")
         resumed = everywhere(self._resume)
-        self.logger = everywhere(self.folder.open, step=self.step, resumed=resumed)
+        self.logger = everywhere(self.folder.open, step=self.step, resumed=resumed, told=not self._untold)
         self.gpus = RunGpus(world.device, recipe.metrics, self.prepared.control)
         self._clock: dict[str, float] = {}
 
@@ -103,12 +105,14 @@ class Trainer:
         if state is not None:
             self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
             self.guard.load(state.extra.get("guard", {}))
+            self._untold = dict(state.extra.get("untold", {}))
         return state is not None
 
     def save(self) -> None:
         """Save the last completed step, or begin to. Collective over the student's ranks."""
         self.watch.doing("saving")
-        self.checkpoints.save(self.run, self.step, {"first_eval": self.first_eval, "guard": self.guard.state()})
+        extra = {"first_eval": self.first_eval, "guard": self.guard.state(), "untold": self._untold}
+        self.checkpoints.save(self.run, self.step, extra)
         self._tell_saved()
 
     def _tell_saved(self) -> None:
@@ -143,17 +147,17 @@ class Trainer:
 
     def _train(self) -> bool:
         """The loop."""
-        every, final = self.recipe.checkpoint.every, self.recipe.checkpoint.final
-        done = False
+        final, done = self.recipe.checkpoint.final, False
         try:
             if self.step == 0 and self._measures and self.recipe.evaluation.at_start:
                 self.first_eval = self._evaluate()
                 self.logger.log(0, self.first_eval)
+            if self._untold:
+                self._tell_step()
             while self.step < self.recipe.run.steps:
                 self._check_stop()
                 self._one_step()
-                if every and self.step // every > self.checkpoints.saved // every:
-                    self._save_if_sound()
+                self._save_if_due()
             done = True
         except _Stopped:
             pass
@@ -173,6 +177,11 @@ class Trainer:
             name = self.stop.signal_name
             self.logger.message(f"stopped by {name} after step {self.step}; run again to continue{left}")
         return done
+
+    def _save_if_due(self) -> None:
+        every = self.recipe.checkpoint.every
+        if every and self.step // every > self.checkpoints.saved // every:
+            self._save_if_sound()
 
     def _save_if_sound(self) -> None:
         """What may be ruined waits for an update that shows that it is not."""
@@ -206,8 +215,6 @@ class Trainer:
         self._clock = {}
         metrics = self.training_step(self.step)
         self.step += 1
-        last, evaluation = self.step == self.recipe.run.steps, self.recipe.evaluation
-        due = bool(evaluation.every) and self.step % evaluation.every == 0
         seconds = time.perf_counter() - started
         metrics |= {f"time/{phase}": Max(spent) for phase, spent in self._clock.items()}
         metrics["time/step"] = Max(seconds)
@@ -215,17 +222,29 @@ class Trainer:
         metrics |= self.gpus.values()
         reduced = reduce_metrics(metrics, group=self.run.grid.span)
         reduced["rollout/tokens_per_second"] = reduced["rollout/tokens"] / reduced["time/rollout"]
-        if self._measures and (due or (last and evaluation.at_end)):
-            self.last_eval = self._evaluate()
-            reduced |= self.last_eval
         if "grad_norm" not in reduced and reduced.get("fire/dropped/nonfinite"):  # no update, and perhaps no wonder
             self.guard.skip(NONFINITE)
-        self.logger.log(self.step, reduced | self.guard.metrics())
+        self._untold = reduced | self.guard.metrics()
+        self._tell_step()
         self._tell_saved()
         if self.guard.exhausted:
             self._save_if_sound()
             most = self.recipe.optimizer.guard.max_skipped
             self._give_up(f"{self.guard.in_a_row} updates in a row were skipped (optimizer.guard.max_skipped={most})")
+
+    def _tell_step(self) -> None:
+        """Evaluate, where it is time for it, and log the step. What the step has measured is saved along with it until
+        then: a run that is stopped in an evaluation makes it when it continues."""
+        last, evaluation = self.step == self.recipe.run.steps, self.recipe.evaluation
+        due = bool(evaluation.every) and self.step % evaluation.every == 0
+        told = self._untold
+        if self._measures and (due or (last and evaluation.at_end)):
+            if self.run.exams:  # which may take long
+                self._save_if_due()
+            self.last_eval = self._evaluate()
+            told = told | self.last_eval
+        self.logger.log(self.step, told)
+        self._untold = {}
 
     def _give_up(self, what: str) -> None:
         """End the run, since updates are skipped."""
@@ -339,8 +358,15 @@ class Trainer:
         reduced = reduce_metrics(measured if counts else {}, group=self.run.grid.span)
         folder = Path(self.recipe.run.dir) / "evaluation" / f"step_{self.step:06d}"
         examined = take_exams(
-            self.run.exams, folder, writes=self.world.is_main, stopped=self._asked_to_stop, progress=self._progress
+            self.run.exams,
+            folder,
+            writes=self.world.is_main,
+            stopped=self._asked_to_stop,
+            asked=lambda: self.stop.signal_name is not None,
+            progress=self._progress,
         )
+        if examined is None:
+            raise _Stopped
         return reduced | examined
 
     def _print_table(self) -> None:

@@ -73,11 +73,14 @@ def test_a_stop_gives_the_evaluation_up(train, tmp_path, monkeypatch):
     monkeypatch.setattr(answering, "last_boxed", stopping)
     only_at_2 = {"every": 2, "at_start": False, "at_end": False}
     assert train(evaluation=only_at_2, batch_size=2) == 0
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1], "step 2 is told with its evaluation"
     assert not (tmp_path / "run" / "evaluation").exists()
     monkeypatch.setattr(answering, "last_boxed", last_boxed)
     assert train(evaluation=only_at_2, batch_size=2) == 0
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [any(key.startswith("eval/") for key in line) for line in lines] == [False, True, False], "made up for"
+    assert lines[1]["loss"] is not None
 
 
 @pytest.mark.parametrize(

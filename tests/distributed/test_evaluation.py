@@ -121,7 +121,8 @@ def take(world, roles, folder, path, layout, file):
     prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
     rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16)
     engine = MegatronEngine(model, grid, rollout, stop_ids=tokenizer.eos_ids, seed=7)
-    exam = Exam(benchmark, prompts, 3, 4, engine, grid, tokenizer)
+    waiting = roles.factory.cpu_group(range(world.size), purpose="evaluation")
+    exam = Exam(benchmark, prompts, 3, 4, engine, grid, tokenizer, waiting)
     with Judge() as judge:
         scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
     dist.barrier()

@@ -9,6 +9,7 @@ from fire_megatron.evaluation.generations import (
     Generation,
     PartWriter,
     merge_parts,
+    only_writer,
     read_generations,
     require_settings,
 )
@@ -80,6 +81,16 @@ def test_settings_that_are_none(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(DataError, match=r"settings\.json: cannot be read"):
         require(tmp_path)
+
+
+def test_one_evaluation_at_a_time(tmp_path):
+    with only_writer(tmp_path / "out"):
+        with pytest.raises(DataError, match=f"--out {tmp_path}/out: another evaluation writes there"):
+            with only_writer(tmp_path / "out"):
+                pass
+    with only_writer(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_that_is_a_file(tmp_path):

@@ -161,7 +161,7 @@ check_settings() {
   [[ -f $RECIPE ]] || fail "RECIPE: $RECIPE does not exist in $PWD"
   local file pair
   for file in $BENCHMARKS; do
-    [[ -f $file ]] || fail "BENCHMARKS: $file does not exist; name JSON Lines files with 'problem' and 'answer'"
+    [[ -f $file ]] || fail "BENCHMARKS: $file does not exist; name JSON Lines files with 'problem' and 'answer', or ' ' for none"
   done
   for pair in $TEACHERS; do
     [[ $pair == *=* ]] || fail "TEACHERS: '$pair' is not NAME=FOLDER"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_megatron.cli.guard import guarded, report
-from fire_megatron.config.errors import DataError, RecipeError, UserError
+from fire_megatron.cli.guard import guarded, run_command
+from fire_megatron.config.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import Options, Work
@@ -162,24 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # torch takes seconds to import; mistakes in options should not.
     from fire_megatron.platform import launch
-    from fire_megatron.platform.apex import refuse_other_apex
 
-    rank, problem = 0, None
-    try:
-        rank = launch.launched_rank()
-        try:
-            refuse_other_apex()
-            _check(args)
-        except UserError as error:
-            problem = str(error)
-        launch.raise_on_any_rank(problem)
+    def work(_: None) -> None:
         world = launch.start(args.device, timeout=args.timeout)
         guarded(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
-        return 0
-    except UserError as error:
-        return report(error, rank)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        launch.stop()
+
+    return run_command(lambda: _check(args), work)

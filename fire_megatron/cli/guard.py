@@ -1,4 +1,5 @@
-"""What every command under torchrun does around its work: watch the other ranks, and end all of them when one fails."""
+"""What every command under torchrun does around its work: refuse mistakes on all ranks alike, watch the other ranks,
+and end all of them when one fails."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fire_megatron.config.errors import UserError
 
 if TYPE_CHECKING:
     from fire_megatron.platform import Watch, World
+
+Checked = TypeVar("Checked")
 
 
 class Note(Protocol):
@@ -86,7 +89,40 @@ def _reason(error: Exception, watch: Watch, here: str) -> str:
     )
 
 
-def report(error: UserError, rank: int) -> int:
+def run_command(check: Callable[[], Checked], work: Callable[[Checked], object]) -> int:
+    """A command from its first check to its exit code.
+
+    Args:
+        check: raises UserError for a mistake, before anything is begun.
+        work: is given what ``check`` returned, on every rank or on none.
+
+    Returns:
+        0 done, 2 a mistake in the input, 130 interrupted. :func:`guarded` ends the process with codes of its own.
+    """
+    from fire_megatron.platform import launch
+    from fire_megatron.platform.apex import refuse_other_apex
+
+    rank, checked, problem = 0, None, None
+    try:
+        rank = launch.launched_rank()
+        try:
+            refuse_other_apex()
+            checked = check()
+        except UserError as error:
+            problem = str(error)
+        launch.raise_on_any_rank(problem)
+        work(checked)
+        return 0
+    except UserError as error:
+        return _report(error, rank)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        launch.stop()
+
+
+def _report(error: UserError, rank: int) -> int:
     """Tell a user's mistake once; exit code 2."""
     from fire_megatron.platform import launch
 

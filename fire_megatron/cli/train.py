@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_megatron.cli.guard import guarded, report
+from fire_megatron.cli.guard import guarded, run_command
 from fire_megatron.config.checks import check_recipe
-from fire_megatron.config.errors import UserError
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
 
@@ -74,29 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     # torch takes seconds to import; mistakes in a recipe should not.
     from fire_megatron.platform import launch
-    from fire_megatron.platform.apex import refuse_other_apex
 
-    rank, recipe, problem = 0, None, None
-    try:
-        rank = launch.launched_rank()
-        try:
-            refuse_other_apex()
-            recipe = load_recipe(args.recipe, args.overrides)
-            check_recipe(recipe, world_size=launch.launched_world_size())
-        except UserError as error:
-            problem = str(error)
-        launch.raise_on_any_rank(problem)
-        if args.check:
-            if rank == 0:
-                _check(args.recipe, recipe)
-            return 0
-        world = launch.start(recipe.run.device, timeout=recipe.run.collective_timeout, threads=recipe.run.threads)
-        _train(recipe, world)
-        return 0
-    except UserError as error:
-        return report(error, rank)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        launch.stop()
+    def read() -> Recipe:
+        recipe = load_recipe(args.recipe, args.overrides)
+        check_recipe(recipe, world_size=launch.launched_world_size())
+        return recipe
+
+    def work(recipe: Recipe) -> None:
+        if not args.check:
+            settings = recipe.run
+            world = launch.start(settings.device, timeout=settings.collective_timeout, threads=settings.threads)
+            _train(recipe, world)
+        elif launch.launched_rank() == 0:
+            _check(args.recipe, recipe)
+
+    return run_command(read, work)

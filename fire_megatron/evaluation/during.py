@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.config.files import write_whole
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.answering import (
@@ -26,7 +27,7 @@ from fire_megatron.evaluation.answering import (
 )
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores
-from fire_megatron.evaluation.generations import SCORES, Generation, write_atomically
+from fire_megatron.evaluation.generations import SCORES, Generation
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
@@ -191,7 +192,8 @@ def _write(file: Path | None, lines: Iterable[str]) -> None:
     if file is None:
         return
     try:
-        write_atomically(file, lines)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lines)
     except OSError as error:
         raise DataError(f"run.dir: {file} cannot be written ({error}); make room and run again") from error
 

@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.config.files import write_whole
 
 SETTINGS = "settings.json"
 SCORES = "scores.json"
@@ -117,20 +118,6 @@ def _drop_cut_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """A file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines([text] if isinstance(text, str) else text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder against other evaluations, which would lose answers to this one's merge. Let go of at the end of
@@ -158,7 +145,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 def merge_parts(folder: Path, name: str) -> None:
     """Put all answers to a benchmark into one file, in order, and remove the parts."""
     generations = read_generations(folder, name)
-    write_atomically(folder / f"{name}.jsonl", (generations[key].line() for key in sorted(generations)))
+    write_whole(folder / f"{name}.jsonl", (generations[key].line() for key in sorted(generations)))
     shutil.rmtree(folder / PARTS / name, ignore_errors=True)
     if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()):
         (folder / PARTS).rmdir()
@@ -207,6 +194,7 @@ def require_settings(
             )
     held["benchmarks"] |= benchmarks
     try:
-        write_atomically(path, json.dumps(held, indent=2, sort_keys=True) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, [json.dumps(held, indent=2, sort_keys=True), "\n"])
     except OSError as error:
         raise DataError(f"--out {folder}: cannot be written ({error}); choose another folder") from error

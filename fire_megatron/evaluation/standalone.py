@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import DataError
+from fire_megatron.config.files import write_whole
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
@@ -34,7 +35,6 @@ from fire_megatron.evaluation.generations import (
     only_writer,
     read_generations,
     require_settings,
-    write_atomically,
 )
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.source import Source
@@ -313,7 +313,7 @@ class Evaluation:
         try:
             for benchmark in self.work.benchmarks:
                 merge_parts(self.options.out, benchmark.name)
-            write_atomically(self.options.out / SCORES, json.dumps(report, indent=2) + "\n")
+            write_whole(self.options.out / SCORES, [json.dumps(report, indent=2), "\n"])
         except OSError as error:
             raise DataError(f"--out {self.options.out}: cannot be written ({error}); run again with room") from error
         print(

@@ -15,7 +15,7 @@ from fire_megatron.config.errors import TrainingError, UserError
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.during import take_exams
-from fire_megatron.evaluation.heldout import format_table, replica_rows
+from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.reducer import Reducer
@@ -32,6 +32,7 @@ from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Checkpoints
+from fire_megatron.train.ending import end_tables
 from fire_megatron.train.gpus import RunGpus
 from fire_megatron.train.guard import NONFINITE, UpdateGuard, agreed
 from fire_megatron.train.inputs import rank_roles
@@ -372,8 +373,7 @@ class Trainer:
     def _print_table(self) -> None:
         if self.last_eval and self.world.is_main:
             targets = [self.run.router.target(prompt).name for prompt in self.run.inputs.held_out]
-            table = format_table(self.first_eval, self.last_eval, targets)
-            print(f"\nReverse KL (nats a token) of the student's samples on held-out prompts\n{table}", flush=True)
+            print(f"\n{end_tables(self.first_eval, self.last_eval, targets)}", flush=True)
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank of the run was. Collective over the student's ranks."""

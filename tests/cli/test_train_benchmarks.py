@@ -34,7 +34,7 @@ def train(inputs, tmp_path):
     return run
 
 
-def test_metrics_and_files_of_every_evaluation(train, tmp_path):
+def test_metrics_and_files_of_every_evaluation(train, tmp_path, capsys):
     assert train(evaluation={"every": 2}, batch_size=5) == 0
     folder = tmp_path / "run" / "evaluation"
     assert sorted(path.name for path in folder.iterdir()) == ["step_000000", "step_000002", "step_000003"]
@@ -54,6 +54,9 @@ def test_metrics_and_files_of_every_evaluation(train, tmp_path):
         }
         assert {name: lines[step][f"eval/sums/{name}"] for name in expected} == pytest.approx(expected)
     assert 0 < averages[0] < 1
+    before, after = (f"{100 * average:.1f}" for average in averages[::2])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sums"))
+    assert line.split()[:4] == ["sums", "avg@3", before, after], "the table at the end"
 
 
 def test_a_stop_gives_the_evaluation_up(train, tmp_path, monkeypatch):

@@ -1,0 +1,43 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from fire_megatron.evaluation.heldout import format_table
+
+_SCORE = re.compile(r"eval/(.+)/avg@(\d+)")
+
+
+def end_tables(first: Mapping[str, float], last: Mapping[str, float], targets: Sequence[str]) -> str:
+    """The held-out prompts' reverse KL and the benchmarks' scores, before and after, each where there is such.
+
+    Args:
+        first: metrics of the evaluation before the first step; empty where there was none.
+        last: metrics of the last evaluation.
+        targets: name of each held-out prompt's target.
+    """
+    parts = []
+    if any(key.endswith("/reverse_kl") for key in last):
+        table = format_table(dict(first), dict(last), targets)
+        parts.append(f"Reverse KL (nats a token) of the student's samples on held-out prompts\n{table}")
+    if any(map(_SCORE.fullmatch, last)):
+        parts.append(f"% right on benchmarks\n{benchmark_table(first, last)}")
+    return "\n\n".join(parts)
+
+
+def benchmark_table(first: Mapping[str, float], last: Mapping[str, float]) -> str:
+    """Percentages of each benchmark's n answers, a line a score; the change is in points. Intervals are in the
+    evaluations' scores.json."""
+    rows = [("benchmark", "score", "before", "after", "change")]
+    for match in filter(None, map(_SCORE.fullmatch, sorted(last))):
+        name, n = match[1], match[2]
+        for kind in ("avg", "pass", "maj") if n != "1" else ("avg",):  # of one answer they are the same
+            key = f"eval/{name}/{kind}@{n}"
+            before = f"{100 * first[key]:.1f}" if key in first else "-"
+            change = f"{100 * (last[key] - first[key]):+.1f}" if key in first else "-"
+            rows.append((name, f"{kind}@{n}", before, f"{100 * last[key]:.1f}", change))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

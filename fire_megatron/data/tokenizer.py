@@ -12,7 +12,9 @@ from fire_megatron.config.errors import DataError, RecipeError
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 _SENTENCEPIECE_FILE = "tokenizer.model"
-_HALF_A_CHARACTER = "\ufffd"
+_WAIT = 16
+"""Tokens without text of their own after which :func:`token_texts` waits no longer for one that completes it."""
+_LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 class Tokenizer(Protocol):
@@ -173,7 +175,9 @@ def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> l
 
     A token that ends within a character (byte-level vocabularies have such) has no text: the token that completes the
     character has it. Nor has a special token, which ``decode`` leaves out. A token is decoded after the ones before it
-    that last gave text, since many tokenizers write a token at the start of a text without its space.
+    that last gave text, since many tokenizers write a token at the start of a text without its space. What is decoded
+    at once is bounded, so the time grows with the number of tokens and no faster: where a decoder writes what came
+    before anew for longer than some tokens, that many share one text, of about their length.
 
     Args:
         ids: tokens of one text.
@@ -181,17 +185,22 @@ def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> l
     """
     whole = decode(ids)
     texts: list[str] = []
-    start = shown = written = 0  # tokens before the context, tokens whose text is out, characters of that
-    before = ""
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[start:end])[len(before) :]
-        if not text or text.endswith(_HALF_A_CHARACTER) or not whole.startswith(text, written):
+    context: list[int] = []  # tokens that last gave text
+    waiting: list[int] = []  # tokens since
+    before, written = "", 0  # text of the context, characters of the whole that are out
+    for token in ids:
+        waiting.append(token)
+        text = decode(context + waiting)[len(before) :]
+        patient = len(waiting) < _WAIT
+        if not text or (patient and not whole.startswith(text, written)):
             texts.append("")
+            if not patient:  # special tokens, but the last ones may begin a character
+                del waiting[: 1 - _LONGEST_CHARACTER]
             continue
-        texts.append(text)
-        written += len(text)
-        start, shown = shown, end
-        before = decode(ids[start:shown])
+        texts.append(whole[written : written + len(text)])
+        written += len(texts[-1])
+        context, waiting = waiting, []
+        before = decode(context)
     if texts:
         texts[-1] += whole[written:]
     return texts

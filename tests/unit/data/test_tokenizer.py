@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.data.tokenizer import load_tokenizer, token_texts
@@ -177,3 +179,54 @@ def test_token_texts_where_decoding_changes_what_came_before():
 
     texts = token_texts([0, 2, 3, 1], decode)
     assert "".join(texts) == decode([0, 2, 3, 1]) == "a'mB" and texts == ["a", "", "'m", "B"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_characters="\ufffd", exclude_categories=["Cs"])))
+def test_token_texts_are_the_characters(byte_tokenizer, text):
+    ids = byte_tokenizer.encode_piece(text)
+    if byte_tokenizer.decode(ids) == text:  # the tokenizer joins " ." and such
+        expected = [part for character in text for part in [""] * (len(character.encode()) - 1) + [character]]
+        assert token_texts(ids, byte_tokenizer.decode) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["bytes", "pieces", "odd"]))
+def test_token_texts_are_together_the_text(byte_tokenizer, sentencepiece_tokenizer, data, kind):
+    """Of any ids, with characters that are never complete, and of decoders that write anew what came before."""
+
+    def odd(ids):
+        text = "".join("ab' "[i % 4] for i in ids)
+        return text.replace("ab", "é").replace("  ", " ").strip() + "!" * (len(ids) % 3)
+
+    decode, most = {
+        "bytes": (byte_tokenizer.decode, byte_tokenizer.vocab_size),
+        "pieces": (sentencepiece_tokenizer.decode, sentencepiece_tokenizer.vocab_size),
+        "odd": (odd, 4),
+    }[kind]
+    ids = data.draw(st.lists(st.integers(0, most - 1), max_size=120))
+    texts = token_texts(ids, decode)
+    assert "".join(texts) == decode(ids) and len(texts) == len(ids)
+
+
+@pytest.mark.parametrize("kind", ["special", "continuation", "cut", "anew"])
+def test_token_texts_of_tokens_without_text_take_time_in_proportion(byte_tokenizer, kind):
+    byte = {character: byte_tokenizer.encode_piece(character) for character in "é🎉a"}
+    ids = {
+        "special": [*byte["a"], *byte_tokenizer.eos_ids * 1000, *byte["🎉"]],
+        "continuation": byte["é"][1:] * 1000 + byte["a"],
+        "cut": byte["🎉"][:3] * 400,
+        "anew": byte["a"] * 1000,
+    }[kind]
+    sizes = []
+
+    def decode(ids):
+        sizes.append(len(ids))
+        text = byte_tokenizer.decode(ids)
+        return text[::-1] + str(len(ids)) if kind == "anew" else text
+
+    texts = token_texts(ids, decode)
+    assert "".join(texts) == decode(ids) and len(texts) == len(ids)
+    assert max(sizes[1:-1]) <= 32 and len(sizes) <= 2 + 2 * len(ids)
+    if kind == "special":
+        assert texts[0] == "a" and texts[-1] == "🎉", "which begins after them"

@@ -22,6 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-samples", type=int, default=1000, metavar="N", help="trajectories of each run at most (1000)"
     )
+    parser.add_argument(
+        "--max-tokens", type=int, default=1_000_000, metavar="N", help="tokens of those of a run at most (1000000)"
+    )
     return parser
 
 
@@ -29,10 +32,12 @@ def _report(args: argparse.Namespace) -> Path:
     from fire_megatron.report.page import write_report
     from fire_megatron.report.read import read_run
 
-    if args.max_samples < 0:
-        raise UserError(f"--max-samples {args.max_samples}: give at least 0")
+    for name in ("max_samples", "max_tokens"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 0")
     target = args.out or Path(args.runs[0]) / _FILE
-    write_report([read_run(run, max_samples=args.max_samples) for run in args.runs], target)
+    bounds = {"max_samples": args.max_samples, "max_tokens": args.max_tokens}
+    write_report([read_run(run, **bounds) for run in args.runs], target)
     return target
 
 

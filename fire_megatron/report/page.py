@@ -27,7 +27,7 @@ from fire_megatron.config.files import write_whole
 from fire_megatron.metrics.jsonl import finite
 from fire_megatron.report.charts import SECTIONS, make_charts
 from fire_megatron.report.read import RunData
-from fire_megatron.report.trajectories import quantities, runs_bodies
+from fire_megatron.report.trajectories import Shades, body, index_line
 
 _ASSETS = "fire_megatron.report.assets"
 _SCRIPTS = ("page.js", "charts.js", "trajectories.js")
@@ -56,16 +56,13 @@ def _plotly() -> str:
 
 
 def _page(runs: Sequence[RunData], library: str) -> Iterator[str]:
-    index, bodies = runs_bodies(runs)
-    report = {
+    report: dict[str, Any] = {
         "version": fire_megatron.__version__,
         "made": time.strftime("%Y-%m-%d %H:%M %Z"),
         "sections": SECTIONS,
         "runs": [_run(run, name) for run, name in zip(runs, _names(runs), strict=True)],
         "teachers": list(dict.fromkeys(name for run in runs for name in run.teachers)),
         "charts": make_charts(runs),
-        "trajectories": index,
-        "quantities": [asdict(quantity) for quantity in quantities(bodies)],
     }
     nonce = secrets.token_urlsafe(16)
     before, _, after = _asset("page.html").partition("<!-- blocks -->")
@@ -77,10 +74,17 @@ def _page(runs: Sequence[RunData], library: str) -> Iterator[str]:
     }
     yield string.Template(before).substitute(fill)
     yield _block("library", library.encode())
+    # Each by itself, so that a browser unpacks those that are looked at, and here there is one at a time in memory.
+    total = sum(len(run.samples) for run in runs)
+    index, shades = [], Shades(total)
+    samples = ((number, sample) for number, run in enumerate(runs) for sample in run.samples)
+    for number, sample in tqdm(samples, total=total, desc="trajectories", delay=1, leave=False, disable=None):
+        shown = body(sample)
+        shades.see(shown)
+        yield _block(f"trajectory-{len(index)}", _json(shown))
+        index.append(index_line(number, sample))
+    report |= {"trajectories": index, "quantities": [asdict(quantity) for quantity in shades.quantities()]}
     yield _block("report", _json(report))
-    # Each by itself, so that a browser unpacks those that are looked at.
-    for number, body in enumerate(tqdm(bodies, desc="trajectories", delay=1, leave=False, disable=None)):
-        yield _block(f"trajectory-{number}", _json(body))
     yield string.Template(after).substitute(fill)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,27 @@ from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
 _STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LATER_RECIPE = re.compile(r"recipe_from_(\d+)\.yaml")
+
+
+@dataclass(frozen=True)
+class SampleLines:
+    """Lines of samples.jsonl, each parsed when its turn comes: the numbers of all tokens may take gigabytes."""
+
+    path: Path
+    offsets: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if not self.offsets:
+            return
+        with self.path.open("rb") as stream:
+            for offset in self.offsets:
+                stream.seek(offset)
+                parsed = _parsed(stream.readline())
+                if parsed is not None:  # as it was before the run was resumed
+                    yield parsed
 
 
 @dataclass(frozen=True)
@@ -35,7 +57,7 @@ class RunData:
     """The latest recipe as plain values; empty where it cannot be read."""
     metrics: tuple[Mapping[str, Any], ...]
     """Lines of metrics.jsonl by step, one each."""
-    samples: tuple[Mapping[str, Any], ...]
+    samples: SampleLines
     """Lines of samples.jsonl by step, as many as were asked for."""
     num_samples: int
     """All lines of samples.jsonl."""
@@ -72,12 +94,13 @@ class RunData:
         return section if isinstance(section, dict) else {}
 
 
-def read_run(directory: str | Path, *, max_samples: int) -> RunData:
+def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> RunData:
     """Read a run's folder.
 
     Args:
         directory: the run's ``run.dir``.
         max_samples: lines of samples.jsonl to take; of more, those of steps spread evenly from first to last.
+        max_tokens: that the responses of those lines may have together.
 
     Raises:
         UserError: no such folder, or not a run's.
@@ -88,7 +111,7 @@ def read_run(directory: str | Path, *, max_samples: int) -> RunData:
     text = _text(folder / RECIPE_FILE)
     recipe, changes = _recipes(folder, text, notes)
     metrics = {line["step"]: line for line in _whole_lines(folder / METRICS_FILE, notes)}
-    samples, total = _samples(folder / SAMPLES_FILE, max_samples, notes)
+    samples, total = _samples(folder / SAMPLES_FILE, (max_samples, max_tokens), notes)
     section = recipe.get("run")
     status = _object(_text(folder / _STATUS_FILE))
     return RunData(
@@ -206,40 +229,66 @@ def _object(text: str | bytes) -> dict[str, Any]:
 
 
 _STEP = re.compile(rb'\{"step": (\d+),')
-"""How the logger begins a line, so that lines that will not be shown need not be parsed."""
+_TOKENS = re.compile(rb'"tokens": (\d+),')
+"""How the logger writes them, so that not all lines need be parsed; in texts quotes are escaped."""
 
 
-def _samples(path: Path, most: int, notes: list[str]) -> tuple[tuple[Mapping[str, Any], ...], int]:
-    """The chosen lines and how many there are. Reads the file twice, to hold only what is shown."""
-    places: dict[int, list[int]] = {}
+def _head(line: bytes) -> tuple[int, int] | None:
+    """Step and tokens of a line; none for a damaged one."""
+    step, tokens = _STEP.match(line), _TOKENS.search(line)
+    if step and tokens:
+        return int(step[1]), int(tokens[1])
+    parsed = _parsed(line)
+    if parsed is None:
+        return None
+    count = parsed.get("tokens")
+    return parsed["step"], count if type(count) is int else 0
+
+
+def _samples(path: Path, bounds: tuple[int, int], notes: list[str]) -> tuple[SampleLines, int]:
+    """The lines that are chosen, by step, and how many there are. Each of those is parsed, to see that it can be."""
+    places: dict[int, list[tuple[int, int]]] = {}
     damaged = 0
     for offset, line in _lines(path):
-        match = _STEP.match(line)
-        step = int(match[1]) if match else (_parsed(line) or {}).get("step")
-        if step is None:
+        head = _head(line)
+        if head is None:
             damaged += 1
         else:
-            places.setdefault(step, []).append(offset)
+            places.setdefault(head[0], []).append((offset, head[1]))
     chosen = []
     if places:
         with path.open("rb") as stream:
-            for offset in sorted(offset for step in _spread(places, most) for offset in step):
+            for offset in _spread(places, *bounds):
                 stream.seek(offset)
-                parsed = _parsed(stream.readline())
-                damaged += parsed is None
-                chosen += [parsed] if parsed is not None else []
+                whole = _parsed(stream.readline()) is not None
+                damaged += not whole
+                chosen += [offset] if whole else []
     if damaged:
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {path.name} left out")
-    return tuple(sorted(chosen, key=lambda line: line["step"])), sum(map(len, places.values()))
+    return SampleLines(path, tuple(chosen)), sum(map(len, places.values()))
 
 
-def _spread(places: Mapping[int, list[int]], most: int) -> list[list[int]]:
-    """Whole steps, evenly from the first to the last, that have at most ``most`` lines together; where not even the
-    last step fits, its first lines."""
+def _spread(places: Mapping[int, list[tuple[int, int]]], most: int, most_tokens: int) -> list[int]:
+    """Offsets of whole steps, evenly from the first to the last, that have at most so many lines and tokens together;
+    where not even two steps fit, of the last one's first lines. ``places``: offset and tokens of each line by step."""
     steps = sorted(places)
-    if sum(map(len, places.values())) <= most:
-        return [places[step] for step in steps]
-    count = min(len(steps), most // max(map(len, places.values())))
-    if count <= 1:
-        return [places[steps[-1]][:most]]
-    return [places[steps[round(i * (len(steps) - 1) / (count - 1))]] for i in range(count)]
+    sizes = {step: (len(lines), sum(tokens for _, tokens in lines)) for step, lines in places.items()}
+
+    def evenly(count: int) -> list[int]:
+        return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+
+    def fits(some: Sequence[int]) -> bool:
+        lines, tokens = map(sum, zip(*(sizes[step] for step in some), strict=True))
+        return lines <= most and tokens <= most_tokens
+
+    if fits(steps):
+        return [offset for step in steps for offset, _ in places[step]]
+    low, high = 1, len(steps)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(evenly(middle)) else (low, middle)
+    if low > 1:
+        return [offset for step in evenly(low) for offset, _ in places[step]]
+    last = places[steps[-1]][:most]
+    sums = accumulate(tokens for _, tokens in last)
+    return [offset for (offset, _), tokens in zip(last, sums, strict=True) if tokens <= most_tokens]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from fire_megatron.report.read import RunData
 
 TEXT, GAP = "text", "log_prob_gap"
 _INDEX = (
@@ -25,7 +24,7 @@ _TITLES = {
 _BOUNDS = {"confidence": (0.0, 1.0), "confusion": (0.0, 1.0)}
 _OUTER = 0.02
 """Share of the tokens at either end that get the same shade, so that a few extremes do not pale the others."""
-_LOOKED_AT = 300
+_LOOKED_AT, _TOKENS_LOOKED_AT = 300, 1000
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,33 @@ def body(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": str(sample.get("prompt", "")), "texts": [str(text) for text in texts], "numbers": numbers}
 
 
-def quantities(bodies: Sequence[Mapping[str, Any]]) -> list[Quantity]:
-    """What the tokens of these trajectories have, FiRe's first, with the bounds of the shades (of many trajectories,
-    some are looked at)."""
-    values: dict[str, list[float]] = {}
-    for one in bodies[:: max(len(bodies) // _LOOKED_AT, 1)]:
-        for key, column in one["numbers"].items():
-            values.setdefault(key, []).extend(v for v in column if type(v) in (int, float) and math.isfinite(v))
-    order = [*(key for key in _TITLES if key in values), *(key for key in values if key not in _TITLES)]
-    return [_quantity(key, sorted(values[key])) for key in order if values[key]]
+class Shades:
+    """Sees the trajectories one by one and holds some of their numbers, of which it makes the bounds of the shades."""
+
+    def __init__(self, trajectories: int) -> None:
+        """Args: trajectories: how many there will be; of many, some are looked at."""
+        self._every, self._seen = _stride(trajectories, _LOOKED_AT), 0
+        self._values: dict[str, array[float]] = {}
+
+    def see(self, body: Mapping[str, Any]) -> None:
+        """Look at the next one; of one with many tokens, at some."""
+        self._seen += 1
+        if (self._seen - 1) % self._every:
+            return
+        for key, column in body["numbers"].items():
+            some = column[:: _stride(len(column), _TOKENS_LOOKED_AT)]
+            kept = self._values.setdefault(key, array("d"))
+            kept.extend(float(v) for v in some if type(v) in (int, float) and math.isfinite(v))
+
+    def quantities(self) -> list[Quantity]:
+        """What the tokens have, FiRe's first."""
+        values = self._values
+        order = [*(key for key in _TITLES if key in values), *(key for key in values if key not in _TITLES)]
+        return [_quantity(key, sorted(values[key])) for key in order if values[key]]
+
+
+def _stride(count: int, most: int) -> int:
+    return max(-(-count // most), 1)
 
 
 def _quantity(key: str, values: Sequence[float]) -> Quantity:
@@ -86,13 +103,3 @@ def _quantity(key: str, values: Sequence[float]) -> Quantity:
     if low == high:
         low, high = low - 1, high + 1
     return Quantity(key, _TITLES.get(key, key.replace("_", " ")), low, high, signed)
-
-
-def runs_bodies(runs: Sequence[RunData]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Index lines and bodies of all runs' trajectories, in step."""
-    index, bodies = [], []
-    for number, run in enumerate(runs):
-        for sample in run.samples:
-            index.append(index_line(number, sample))
-            bodies.append(body(sample))
-    return index, bodies

@@ -265,6 +265,7 @@ def test_mistakes(tmp_path, capsys):
         ([str(tmp_path / "none")], "no such folder"),
         ([str(tmp_path.parent / "no")], "no such folder"),
         ([str(tmp_path), "--max-samples", "-1"], "--max-samples -1: give at least 0"),
+        ([str(tmp_path), "--max-tokens", "-1"], "--max-tokens -1: give at least 0"),
         ([str(tmp_path), "--out", str(tmp_path / "a" / "b.html")], "cannot be written"),
     ):
         assert main(["report", *arguments]) == 2

@@ -115,7 +115,8 @@ function showTrajectories(report) {
     const of = report.runs.length > 1 ? ` of ${run.name}` : "";
     const text = run.sampled === 0
       ? `No trajectories${of}: samples.jsonl is missing or empty. metrics.samples in the recipe says how many answers of each step are written.`
-      : `${run.shown} of ${run.sampled} sampled trajectories${of}, from the rows of rank 0's replica.`;
+      : `${run.shown} of ${run.sampled} sampled trajectories${of}, from the rows of rank 0's replica.`
+        + (run.shown < run.sampled ? " The others are left out by --max-samples or --max-tokens, or damaged." : "");
     parent.append(el("p", { class: "muted small" }, text));
   }
   if (all.length === 0) return () => {};

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fire_megatron.report.charts import SECTIONS, make_charts
-from fire_megatron.report.read import RunData
+from fire_megatron.report.read import RunData, SampleLines
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,7 +20,7 @@ def run(*lines, name="run", teachers=("math", "code")):
         recipe_changes=(),
         recipe={"teachers": {name: {} for name in teachers}},
         metrics=tuple(lines),
-        samples=(),
+        samples=SampleLines(Path("samples.jsonl")),
         num_samples=0,
         checkpoints=(),
         state="",

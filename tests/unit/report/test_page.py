@@ -30,7 +30,7 @@ def runs(tmp_path):
             (folder / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {number}, "x": 1e999, "time/step": 2.5}}\n')
             line = {"step": 1, "row": 0, "teacher": NASTY, "reason": NASTY, "prompt": NASTY, "response": NASTY}
             (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
-            made.append(read_run(folder, max_samples=5))
+            made.append(read_run(folder, max_samples=5, max_tokens=100))
         return made
 
     return make

@@ -26,8 +26,8 @@ def folder(tmp_path):
     return run
 
 
-def read(folder, max_samples=100):
-    return read_run(folder, max_samples=max_samples)
+def read(folder, max_samples=100, max_tokens=1000):
+    return read_run(folder, max_samples=max_samples, max_tokens=max_tokens)
 
 
 def test_a_run_in_progress(folder):
@@ -40,7 +40,7 @@ def test_a_run_in_progress(folder):
 
 def test_a_run_without_a_step(folder):
     run = read(folder)
-    assert (run.steps_done, run.metrics, run.samples, run.num_samples, run.checkpoints) == (0, (), (), 0, ())
+    assert (run.steps_done, run.metrics, list(run.samples), run.num_samples, run.checkpoints) == (0, (), [], 0, ())
 
 
 def test_without_a_recipe_or_with_one_that_cannot_be_read(folder):
@@ -106,7 +106,29 @@ def test_of_many_samples_whole_steps_are_taken(folder, most, steps):
     assert run.num_samples == 30 and len(run.samples) <= most
     assert sorted({line["step"] for line in run.samples}) == steps
     assert [line["row"] for line in run.samples] == [0, 1, 2] * len(steps)
-    assert [line["row"] for line in read(folder, 2).samples] == [0, 1] and read(folder, 0).samples == ()
+    assert [line["row"] for line in read(folder, 2).samples] == [0, 1] and len(read(folder, 0).samples) == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "steps"),
+    [
+        (165, [*range(1, 11)]),
+        (164, [1, 2, 3, 4, 5, 7, 8, 9, 10]),
+        (50, [1, 5, 10]),
+        (33, [1, 10]),
+        (32, [10]),
+    ],
+)
+def test_of_many_tokens_whole_steps_are_taken(folder, most, steps):
+    """Each of 3 lines of a step has its number of tokens; a text that looks like a count is none."""
+    text = '"tokens": 900, "step": 3,'
+    lines = [{"step": step, "row": row, "prompt": text, "tokens": step} for step in range(1, 11) for row in range(3)]
+    write_lines(folder / "samples.jsonl", lines)
+    run = read(folder, max_tokens=most)
+    assert run.num_samples == 30 and sum(line["tokens"] for line in run.samples) <= most
+    assert sorted({line["step"] for line in run.samples}) == steps and len(run.samples) == 3 * len(steps)
+    assert [line["row"] for line in read(folder, max_tokens=29).samples] == [0, 1]
+    assert len(read(folder, max_tokens=9).samples) == 0
 
 
 def test_what_became_of_it(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fire_megatron.report.trajectories import body, index_line, quantities
+from fire_megatron.report.trajectories import Shades, body, index_line
 
 SAMPLE = {
     "step": 1,
@@ -39,6 +39,13 @@ def test_what_an_index_line_lacks_is_none():
     assert (line["run"], line["step"], line["row"], line["kept"], line["threshold"]) == (2, 1, 3, None, None)
 
 
+def quantities(bodies):
+    shades = Shades(len(bodies))
+    for one in bodies:
+        shades.see(one)
+    return shades.quantities()
+
+
 def test_bounds_of_the_shades():
     def one(**numbers):
         return {"numbers": numbers}
@@ -50,3 +57,13 @@ def test_bounds_of_the_shades():
     assert (gap.low, gap.high, gap.signed) == (-3.0, 3.0, True), "0 is in the middle"
     assert (mine.key, mine.title) == ("mine", "mine") and mine.low < 2.0 < mine.high
     assert quantities([]) == [] and quantities([one(weight=[])]) == []
+
+
+def test_of_many_some_are_looked_at():
+    many = [{"numbers": {"weight": [float(place)] * 5000}} for place in range(1000)]
+    shades = Shades(len(many))
+    for one in many:
+        shades.see(one)
+    assert len(shades._values["weight"]) <= 300 * 1000
+    (weight,) = shades.quantities()
+    assert weight.low == pytest.approx(20, abs=8) and weight.high == pytest.approx(980, abs=8)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.evaluation.answers import key
 from fire_megatron.evaluation.judge_worker import READY
 from fire_megatron.platform import tick
 
@@ -46,6 +47,8 @@ class Judge:
         self.seconds = seconds
         self.unjudged = 0
         """Answers counted as wrong because judging them took too long."""
+        self._endless: set[str] = set()
+        """Answers on which a judgement ran out of time."""
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._remembered = functools.lru_cache(maxsize=2**16)(self._ask)
@@ -65,19 +68,39 @@ class Judge:
     def classes(self, answers: list[str | None]) -> list[int | None]:
         """Equal answers get equal numbers, counted from 0 in order of appearance; None stays None.
 
-        Each answer is compared with the first of every class so far.
+        Each answer is compared with the first of every class so far, unless it is written as an earlier one. One on
+        which a judgement has run out of time is equal only to what is written as it is.
         """
         firsts: list[str] = []
+        places: dict[str, int] = {}
         found: list[int | None] = []
         for answer in answers:
             if answer is None or not answer.strip():
                 found.append(None)
                 continue
-            place = next((i for i, first in enumerate(firsts) if self.equal(first, answer)), len(firsts))
-            if place == len(firsts):
-                firsts.append(answer)
-            found.append(place)
+            written = key(answer) if len(answer) <= LONGEST else answer
+            if written not in places:
+                places[written] = self._place(firsts, answer)
+            found.append(places[written])
         return found
+
+    def _place(self, firsts: list[str], answer: str) -> int:
+        """Index of the first that is equal to the answer; the answer becomes the last where none is."""
+        for place, first in enumerate(firsts):
+            if not {first, answer} & self._endless:
+                before = self.unjudged
+                if self.equal(first, answer):
+                    return place
+                if self.unjudged > before and self._simple(answer):
+                    self._endless = self._endless - {answer} | {first}
+        firsts.append(answer)
+        return len(firsts) - 1
+
+    def _simple(self, answer: str) -> bool:
+        """Whether an answer can be judged against a number, so that it is not why another judgement did not end."""
+        before = self.unjudged
+        self.equal("0", answer)
+        return self.unjudged == before
 
     def close(self) -> None:
         """End the process. The judge may be used again."""
@@ -118,6 +141,7 @@ class Judge:
         verdict = _exchange(self._process, [right, given], patience=_STARTING + _WALL * self.seconds)
         if verdict is None:
             self.unjudged += 1
+            self._endless.add(given)
             self._end()
         return verdict is True
 

@@ -8,6 +8,7 @@ that a verdict depends on load as little as it can. ``Judge`` (judge.py) starts 
 
 from __future__ import annotations
 
+import cmath
 import contextlib
 import functools
 import json
@@ -18,7 +19,7 @@ import signal
 import sys
 from typing import Any
 
-from fire_megatron.evaluation.answers import equal
+from fire_megatron.evaluation.answers import ROUNDING, equal
 
 MEMORY = 4 * 2**30
 """Address space, bytes."""
@@ -46,9 +47,27 @@ def _math_verify() -> tuple[Any, Any, Any]:
     @functools.lru_cache(maxsize=256)
     def parse(text: str) -> list[Any]:
         options: dict[str, Any] = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        return math_verify.parse(f"${text}$", [config], parsing_timeout=None, **options)
+        parsed = math_verify.parse(f"${text}$", [config], parsing_timeout=None, **options)
+        return [_uniform(parsed[0], sympy), *parsed[1:]] if parsed else parsed
 
     return parse, functools.partial(math_verify.verify, timeout_seconds=None, allow_set_relation_comp=True), sympy
+
+
+def _uniform(expression: Any, sympy: Any) -> Any:
+    """With the imaginary unit for ``i``, and real variables. The parser takes ``i`` for a variable in places, and
+    variables for real ones or not, by what stands around them: two texts would have nothing in common.
+
+    Indices of sums and products are bound, and stay variables. So do those of inequalities and of intervals.
+    """
+    if isinstance(expression, sympy.Equality):
+        return sympy.Eq(*(_uniform(side, sympy) for side in expression.args), evaluate=False)
+    if isinstance(expression, sympy.Tuple | sympy.FiniteSet):
+        return expression.func(*(_uniform(item, sympy) for item in expression.args))
+    if not isinstance(expression, sympy.Expr):
+        return expression
+    imaginary = {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
+    expression = expression.subs(imaginary) if imaginary else expression
+    return expression.xreplace({s: sympy.Symbol(s.name, real=True) for s in expression.atoms(sympy.Symbol)})
 
 
 def _limit(seconds: float) -> None:
@@ -64,19 +83,28 @@ def _algebra(right: str, given: str, *, seconds: float) -> bool:
         _limit(seconds)
     parse, verify, sympy = _math_verify()
     a, b = parse(right), parse(given)
-    return bool(a and b and verify(a, b)) and not _differ_where_small(a[0], b[0], sympy)
-
-
-def _differ_where_small(a: Any, b: Any, sympy: Any) -> bool:
-    """math-verify rounds to the sixth decimal place, where every Planck constant is equal to every other."""
-    if not all(isinstance(side, sympy.Expr) and side.is_number for side in (a, b)):
+    if not a or not b:
         return False
+    values = _value(a[0], sympy), _value(b[0], sympy)
+    if None in values:
+        return bool(verify(a, b))
+    x, y = values
+    difference, size = abs(x - y), max(abs(x), abs(y))
+    if a[0].has(sympy.Float) or b[0].has(sympy.Float):
+        return bool(difference <= float(ROUNDING) * min(1, size)) or (size >= _SMALL and bool(verify(a, b)))
+    # math-verify rounds to the sixth decimal place, where every Planck constant is equal to every other
+    return (size >= _SMALL or difference <= _AGREES * size) and bool(verify(a, b))
+
+
+def _value(expression: Any, sympy: Any) -> complex | None:
+    """The number that an expression is; None for what has variables or is not finite."""
+    if not isinstance(expression, sympy.Expr) or not expression.is_number:
+        return None
     try:
-        x, y = (complex(sympy.N(side.doit())) for side in (a, b))
+        value = complex(sympy.N(expression.doit()))
     except (TypeError, ValueError, OverflowError):
-        return False
-    size = max(abs(x), abs(y))
-    return size < _SMALL and abs(x - y) > _AGREES * size
+        return None
+    return value if cmath.isfinite(value) else None
 
 
 def _verdict(right: str, given: str, seconds: float) -> bool:

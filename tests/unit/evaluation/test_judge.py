@@ -108,6 +108,67 @@ RIGHT = [
     ("52_8", "52"),
     ("np.arcsin(10/13)", r"\arcsin\left(\frac{10}{13}\right)"),
     ("m", r"\boxed{m}"),
+    # the imaginary unit, however it stands
+    (r"-2+2 \sqrt{3} i", r"-2+2i\sqrt{3}"),
+    (r"-8-8 \sqrt{3} i", r"-8-8i\sqrt{3}"),
+    (r"\frac{e^{2 i t}}{(2+2 i)}", r"\frac{e^{2it}}{2+2i}"),
+    (r"\frac{e^{2 i t}}{(2+2 i)}", r"\frac{1-i}{4}e^{2it}"),
+    (r"\frac{4 A}{3+3 i} e^{i t}", r"\frac{2A(1-i)}{3}e^{it}"),
+    (r"\frac32 i", r"\frac{3i}{2}"),
+    (r"\frac32 i", "1.5i"),
+    ("1+2i", r"1+i\cdot 2"),
+    ("1+2i", r"1+2\mathrm{i}"),
+    ("-i", r"\frac1i"),
+    (r"\sum_{i=1}^{n} i", r"\sum_{i=1}^n i"),
+    # units outside of text commands
+    ("9.6", "9.6 cm"),
+    ("9.6", "9.6cm"),
+    ("9.6", "9.6 km/s"),
+    ("9.6", "9.6 m/s^2"),
+    ("9.6", "9.6 kg m/s"),
+    ("9.6", r"9.6\ \mu\text{m}"),
+    ("9.6", "9.6 eV"),
+    ("9.6", "9.6 K"),
+    ("9.6", "9.6 km/h"),
+    ("9.6", "9.6 square units"),
+    ("30", "30 mph"),
+    ("75", r"75\;\Omega"),
+    ("75", r"75\,\mathrm{k}\Omega"),
+    ("20", r"20^\circ C"),
+    ("4.5e33", r"4.5 \times 10^{33}\ \mathrm{erg\ s^{-1}}"),
+    ("4.5e33", r"4.5 \times 10^{33} erg s^{-1}"),
+    # nouns
+    ("3", r"3\text{ apples}"),
+    ("3", r"3 \text{ ways}"),
+    ("3", r"3\text{ square units}"),
+    ("3", r"3\text{ sq. cm}"),
+    ("5,7", r"5\text{ cm}, 7\text{ cm}"),
+    # scales
+    ("2000000", r"2\text{ million}"),
+    ("2000000", r"2\text{ million dollars}"),
+    ("5000", "5 thousand"),
+    # names
+    ("(2,3)", "x=2, y=3"),
+    ("(2,3)", "y=3, x=2"),
+    ("x=2, y=3", "y=3, x=2"),
+    ("(6,31,-1)", "A=6, B=31, C=-1"),
+    # further writings
+    ("0.2", r"\approx 0.2"),
+    ("0.2", r"x \approx 0.2"),
+    (r"\sqrt{51}", "51^{0.5}"),
+    (r"\frac{-1+\sqrt{17}}{2}, \frac{-1-\sqrt{17}}{2}", r"\frac{-1 \pm\sqrt{17}}{2}"),
+    (r"\frac{-1 \pm\sqrt{17}}{2}", r"\frac{-1-\sqrt{17}}{2}, \frac{-1+\sqrt{17}}{2}"),
+    ("3,-3", r"x = \pm 3"),
+    (r"\frac13", r"0.\overline{3}"),
+    (r"\frac{7}{6}", r"1.1\overline{6}"),
+    (r"-\frac13", r"-0.\bar{3}"),
+    (r"\emptyset", r"\varnothing"),
+    ("12", "12\\\\"),
+    ("12", r"12\,"),
+    ("12", "12\\"),
+    ("10080", r"10\,080"),
+    (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ or } x>3"),
+    (r"(-\infty,2]\cup(3,5)", r"x\le2 \text{ or } 3<x<5"),
 ]
 WRONG = [
     ("5", "6"),
@@ -157,6 +218,44 @@ WRONG = [
     (r"\text{(C)}", r"\text{(B) and (C)}"),
     ("$(-\\infty, 0) \\cup\\{1\\}$.", "0"),
     (r"t(0,4]", "4"),
+    # products, functions and quotients, not units
+    ("2", "2xy"),
+    ("2", "2ab"),
+    ("2", "2pq"),
+    ("10", "10ab^2"),
+    ("1", "1/N"),
+    ("3", "3/ab"),
+    ("3", "3 gcd"),
+    ("5", "5h"),
+    ("5", "5L"),
+    ("5", "5m"),
+    ("3", "3V"),
+    ("3", r"3\text{xy}"),
+    ("3", r"3\mu"),
+    # text that changes the number
+    ("4", r"4\text{ or more}"),
+    ("4", r"4 \text{ or infinitely many}"),
+    ("8", r"8\text{ is not possible}"),
+    ("12", r"12\text{!}"),
+    ("2", r"2\text{ million}"),
+    ("5", r"5\text{ thousand}"),
+    ("3", r"3\text{ dozen}"),
+    ("2x", r"2x\text{ or less}"),
+    # the imaginary unit
+    ("1+2i", "1-2i"),
+    ("3i", "3"),
+    # names, brackets, spaces, bases
+    ("(2,3)", "y=2, x=3"),
+    ("x=2, y=3", "x=3, y=2"),
+    ("2,3", "(2,3)"),
+    ("(2,3)", "2,3"),
+    ("5", "[5]"),
+    ("12", "1 2"),
+    ("12", r"1\ 2"),
+    ("10", "10_{2}"),
+    ("3", r"\pm 3"),
+    ("0.3", r"0.\overline{3}"),
+    (r"(-\infty,2)\cup(3,\infty)", r"x\le 2 \text{ or } x>3"),
     # what is no mathematics
     ("5", r"\frac{"),
     ("5", "}{"),
@@ -200,6 +299,18 @@ def test_endless_answers_are_wrong_and_end_nothing():
             assert judge.unjudged == count
         assert not judge.equal("2", ENDLESS[0]) and judge.unjudged == len(ENDLESS), "a verdict is remembered"
         assert judge.equal("x+1", "1+x")
+
+
+def test_an_endless_answer_costs_its_time_once():
+    with Judge(seconds=0.5) as judge:
+        answers = [ENDLESS[0], "7", "x+1", "1+x", "8", ENDLESS[0] + " ", "x+2", "7.0"]
+        assert judge.classes(answers) == [0, 1, 2, 2, 3, 0, 4, 1]
+        assert judge.unjudged <= 1
+
+
+def test_equal_texts_need_no_judge():
+    with Judge() as judge:
+        assert judge.classes([r"\frac{x}{2}", r"\dfrac{x}2", r"\tfrac{x}{2}."])[::2] == [0, 0]
 
 
 def test_a_judge_whose_process_dies_judges_on():

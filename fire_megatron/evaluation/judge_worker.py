@@ -17,6 +17,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from fire_megatron.evaluation.answers import ROUNDING, equal
@@ -47,27 +48,38 @@ def _math_verify() -> tuple[Any, Any, Any]:
     @functools.lru_cache(maxsize=256)
     def parse(text: str) -> list[Any]:
         options: dict[str, Any] = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        parsed = math_verify.parse(f"${text}$", [config], parsing_timeout=None, **options)
-        return [_uniform(parsed[0], sympy), *parsed[1:]] if parsed else parsed
+        return math_verify.parse(f"${text}$", [config], parsing_timeout=None, **options)
 
     return parse, functools.partial(math_verify.verify, timeout_seconds=None, allow_set_relation_comp=True), sympy
 
 
-def _uniform(expression: Any, sympy: Any) -> Any:
-    """With the imaginary unit for ``i``, and real variables. The parser takes ``i`` for a variable in places, and
-    variables for real ones or not, by what stands around them: two texts would have nothing in common.
+def _uniform(a: Any, b: Any, sympy: Any) -> tuple[Any, Any]:
+    """Both with the imaginary unit for ``i``, and variables that are real unless one holds that unit. The parser takes
+    ``i`` for a variable in places, and variables for real ones or not, by what stands around them: two texts would have
+    nothing in common.
 
     Indices of sums and products are bound, and stay variables. So do those of inequalities and of intervals.
     """
+    imaginary = functools.partial(
+        _map, change=lambda x: x.subs({s: sympy.I for s in x.free_symbols if s.name == "i"}), sympy=sympy
+    )
+    a, b = imaginary(a), imaginary(b)
+    real = None if any(side.has(sympy.I) for side in (a, b) if isinstance(side, sympy.Basic)) else True
+    variables = functools.partial(
+        _map,
+        change=lambda x: x.xreplace({s: sympy.Symbol(s.name, real=real) for s in x.atoms(sympy.Symbol)}),
+        sympy=sympy,
+    )
+    return variables(a), variables(b)
+
+
+def _map(expression: Any, change: Callable[[Any], Any], sympy: Any) -> Any:
+    """Change an expression, or those in an equation, a tuple or a set."""
     if isinstance(expression, sympy.Equality):
-        return sympy.Eq(*(_uniform(side, sympy) for side in expression.args), evaluate=False)
+        return sympy.Eq(*(_map(side, change, sympy) for side in expression.args), evaluate=False)
     if isinstance(expression, sympy.Tuple | sympy.FiniteSet):
-        return expression.func(*(_uniform(item, sympy) for item in expression.args))
-    if not isinstance(expression, sympy.Expr):
-        return expression
-    imaginary = {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
-    expression = expression.subs(imaginary) if imaginary else expression
-    return expression.xreplace({s: sympy.Symbol(s.name, real=True) for s in expression.atoms(sympy.Symbol)})
+        return expression.func(*(_map(item, change, sympy) for item in expression.args))
+    return change(expression) if isinstance(expression, sympy.Expr) else expression
 
 
 def _limit(seconds: float) -> None:
@@ -82,9 +94,10 @@ def _algebra(right: str, given: str, *, seconds: float) -> bool:
         _math_verify()
         _limit(seconds)
     parse, verify, sympy = _math_verify()
-    a, b = parse(right), parse(given)
+    a, b = list(parse(right)), list(parse(given))
     if not a or not b:
         return False
+    a[0], b[0] = _uniform(a[0], b[0], sympy)
     values = _value(a[0], sympy), _value(b[0], sympy)
     if None in values:
         return bool(verify(a, b))

@@ -57,7 +57,7 @@ _REFUSED = frozenset(
     """)
 )
 """Words that say more about a number than of what it is."""
-_PREPOSITIONS = frozenset(("of", "in", "by"))
+_PREPOSITIONS = frozenset(_table("of in by to on a an"))
 _LONGEST = 6
 """Words of a unit; more are a sentence."""
 

@@ -120,6 +120,9 @@ RIGHT = [
     ("1+2i", r"1+2\mathrm{i}"),
     ("-i", r"\frac1i"),
     (r"\sum_{i=1}^{n} i", r"\sum_{i=1}^n i"),
+    ("x=2i", r"x=i\cdot 2"),
+    (r"\{i,-i\}", r"\{-i,\frac{-1}{i}\}"),
+    (r"\cos t", r"\frac{e^{it}+e^{-it}}{2}"),
     # units outside of text commands
     ("9.6", "9.6 cm"),
     ("9.6", "9.6cm"),
@@ -142,6 +145,7 @@ RIGHT = [
     ("3", r"3 \text{ ways}"),
     ("3", r"3\text{ square units}"),
     ("3", r"3\text{ sq. cm}"),
+    ("70", r"70\text{ ways to choose}"),
     ("5,7", r"5\text{ cm}, 7\text{ cm}"),
     # scales
     ("2000000", r"2\text{ million}"),
@@ -244,6 +248,8 @@ WRONG = [
     # the imaginary unit
     ("1+2i", "1-2i"),
     ("3i", "3"),
+    ("x=2i", "x=3i"),
+    (r"\frac{e^{2 i t}}{(2+2 i)}", r"\frac{1+i}{4}e^{2it}"),
     # names, brackets, spaces, bases
     ("(2,3)", "y=2, x=3"),
     ("x=2, y=3", "x=3, y=2"),
@@ -252,6 +258,9 @@ WRONG = [
     ("5", "[5]"),
     ("12", "1 2"),
     ("12", r"1\ 2"),
+    ("123", "1 2 3"),
+    ("5", r"5\text{ (mod 7)}"),
+    (r"5\text{ or more}", "5"),
     ("10", "10_{2}"),
     ("3", r"\pm 3"),
     ("0.3", r"0.\overline{3}"),

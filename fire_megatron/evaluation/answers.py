@@ -22,7 +22,7 @@ _LARGEST_EXPONENT = 400
 """Powers of ten beyond this are no number that is worth writing out."""
 
 _BRACE = re.compile(
-    r"\\+boxed\s*(?:\{|(?P<bare>[-+]?\d+(?:[.,]\d+)*(?:/\d+)?(?=[\s$}.,;:!?)]|\\[)\]]|$)"
+    r"(?<!\\)\\++boxed\s*+(?:\{|(?P<bare>[-+]?\d+(?:[.,]\d+)*(?:/\d+)?(?=[\s$}.,;:!?)]|\\[)\]]|$)"
     r"|(?:\\[a-zA-Z]+|(?<=\s)[a-zA-Z])(?=\s*(?:\$|\\[)\]]|$))))|\\.|[{}]",
     re.DOTALL,
 )

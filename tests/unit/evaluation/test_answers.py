@@ -86,6 +86,8 @@ def test_whatever_is_in_a_box_has_its_braces_closed(text):
 
 def test_a_long_text_of_unclosed_boxes_is_read_in_linear_time():
     assert last_boxed("\\boxed{" * 200_000) is None
+    assert last_boxed("\\" * 200_000 + "\\boxed 7" * 100_000) == "7"
+    assert last_boxed("\\boxed\\a" + " " * 200_000 + "b") is None
     assert last_boxed("\\boxed{" * 200_000 + "}" * 200_000).count("\\boxed") == 199_999
 
 

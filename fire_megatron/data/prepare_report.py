@@ -12,6 +12,7 @@ import numpy as np
 
 from fire_megatron.data.contamination import Benchmarks, Match
 from fire_megatron.data.rows import Reason
+from fire_megatron.metrics.table import aligned
 
 PERCENTILES = (50, 90, 99, 100)
 _LABELS = 20
@@ -125,10 +126,7 @@ class Report:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> Iterator[str]:
     """Lines of a table; numbers to the right, columns ``left`` to the left."""
     cells = [list(map(str, row)) for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        parts = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        yield "  ".join(parts).rstrip()
+    yield from (line.rstrip() for line in aligned(cells, left=left))
 
 
 class Tally:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fire_megatron.metrics.table import ruled
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _SEED = 20_260_602
@@ -173,6 +175,4 @@ def table(scores: dict[str, Scores]) -> str:
         cells = ["-" if estimate is None else str(estimate) for estimate in estimates]
         counts = [name, str(result.problems), str(result.samples)]
         rows.append([*counts, *cells, f"{result.mean_length:.0f}", f"{100 * result.truncated:.0f}%"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return ruled(rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fire_megatron.data.records import Prompt
+from fire_megatron.metrics.table import ruled
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import Engine, Progress
@@ -62,6 +63,4 @@ def format_table(before: dict[str, float], after: dict[str, float], targets: Seq
         change = 100 * (after[key] / before[key] - 1) if before.get(key) else float("nan")
         first = f"{before[key]:.4f}" if key in before else "-"
         rows.append((teacher, str(count), first, f"{after[key]:.4f}", f"{change:+.1f}%"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return ruled(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fire_megatron.config.roles import roles
+from fire_megatron.metrics.table import aligned
 from fire_megatron.plan.advice import Advice
 from fire_megatron.plan.plan import GIB, Kind, Plan, resident, span_text
 from fire_megatron.plan.timing import assumptions, communication, seconds
@@ -42,12 +43,7 @@ def gib(size: float) -> str:
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:
     """Columns aligned, the first to the left."""
-    rows = [tuple(row) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+    return [f"  {line}" for line in aligned(list(rows), left=(0,))]
 
 
 def _role_rows(plan: Plan) -> Iterable[Sequence[str]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from fire_megatron.evaluation.heldout import format_table
+from fire_megatron.metrics.table import ruled
 
 _SCORE = re.compile(r"eval/(.+)/avg@(\d+)")
 
@@ -38,6 +39,4 @@ def benchmark_table(first: Mapping[str, float], last: Mapping[str, float]) -> st
             before = f"{100 * first[key]:.1f}" if key in first else "-"
             change = f"{100 * (last[key] - first[key]):+.1f}" if key in first else "-"
             rows.append((name, f"{kind}@{n}", before, f"{100 * last[key]:.1f}", change))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return ruled(rows)

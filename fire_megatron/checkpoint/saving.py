@@ -115,8 +115,8 @@ def _write_chunks(writer: ShardWriter, chunks: Iterable[Chunk], progress: Callab
 
 
 def write_step(
-    file: StepFile, chunks: Iterable[Chunk], *, group: dist.ProcessGroup, progress: Callable[[], None] = tick
-) -> Path:
+    file: StepFile, chunks: Iterable[Chunk], *, group: dist.ProcessGroup, progress: Callable[[], None]
+) -> None:
     """Write a step and put it in its place. Collective over the group. ``progress`` is called before each chunk.
 
     Raises:
@@ -144,7 +144,6 @@ def write_step(
         delete_old_steps(file.checkpoints, keep=file.keep)
 
     _attempt(lambda: complete() if first else None, file.target, group)
-    return file.target
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -144,8 +144,8 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
 def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
     """Read, sample, score. Raises UserError on every rank, if any finds something wrong."""
     from fire_megatron.evaluation.standalone import Evaluation
+    from fire_megatron.parallel.collectives import everywhere
     from fire_megatron.train.interrupt import StopRequest
-    from fire_megatron.train.setup import everywhere
 
     stop = StopRequest().install()
     work, options = everywhere(_read, args, world.device)

@@ -17,6 +17,7 @@ from fire_megatron.evaluation.answers import last_boxed
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores, score
 from fire_megatron.evaluation.generations import Generation
+from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
@@ -169,6 +170,14 @@ def vote_classes(answers: Answers, problem: int, samples: int, judge: Judge) -> 
     generations = [answers[problem, sample] for sample in range(samples)]
     wrong = iter(judge.classes([g.answer for g in generations if not g.correct]))
     return [-1 if g.correct else next(wrong) for g in generations]
+
+
+def own_votes(
+    answers: Answers, problems: int, samples: int, judge: Judge, grid: ModelGrid
+) -> dict[int, list[int | None]]:
+    """:func:`vote_classes` of this replica's share of the problems, on the rank that speaks for it."""
+    mine = replica_rows(problems, grid) if grid.leads_rows else ()
+    return {problem: vote_classes(answers, problem, samples, judge) for problem in mine}
 
 
 def score_answers(answers: Answers, classes: Mapping[int, Sequence[int | None]], problems: int, samples: int) -> Scores:

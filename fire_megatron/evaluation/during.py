@@ -22,8 +22,8 @@ from fire_megatron.evaluation.answering import (
     Row,
     SamplingEngine,
     asking,
+    own_votes,
     score_answers,
-    vote_classes,
 )
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores
@@ -92,11 +92,7 @@ class Exam:
         # Texts go to the rank that writes them and nowhere else.
         whole = self._on_first(mine_answered)
         answers = self._merged({key: replace(answer, text="") for key, answer in mine_answered.items()})
-        mine: dict[int, list[int | None]] = {}
-        if self.grid.leads_rows:
-            for problem in replica_rows(len(self.prompts), self.grid):
-                mine[problem] = vote_classes(answers, problem, self.samples, judge)
-        classes = self._merged(mine)
+        classes = self._merged(own_votes(answers, len(self.prompts), self.samples, judge, self.grid))
         lines = (whole[key].line() for key in sorted(whole))
         self.wait()
         on_all_ranks(_write, file if writes else None, lines, group=self.waiting)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from fire_megatron.checkpoint.load import load_weights
@@ -24,7 +23,7 @@ from fire_megatron.config.files import write_whole
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
-from fire_megatron.evaluation.answering import Answerer, Interrupted, Row, asking, score_answers, vote_classes
+from fire_megatron.evaluation.answering import Answerer, Interrupted, Row, asking, own_votes, score_answers
 from fire_megatron.evaluation.benchmarks import Benchmark
 from fire_megatron.evaluation.estimates import Scores, table
 from fire_megatron.evaluation.generations import (
@@ -39,7 +38,7 @@ from fire_megatron.evaluation.generations import (
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.source import Source
 from fire_megatron.models.build import build_model, transformer_config
-from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
+from fire_megatron.parallel.collectives import all_gather_objects, everywhere, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Watch, World, launch
 from fire_megatron.rollout.engine import MegatronEngine
@@ -95,20 +94,17 @@ class Evaluation:
         self.work, self.options, self.world, self.watch, self.stopped = work, options, world, watch, stopped
         self.store, self._keys = launch.store(), f"evaluation/{next(_NUMBERS)}"
         self.factory = GridFactory(timeout=options.timeout)
-        layout = self._everywhere(Layout, tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size)
+        layout = everywhere(Layout, tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size)
         self.grid: ModelGrid = self.factory.grid(layout)
         group = self.factory.cpu_group(range(world.size))
         assert group is not None
         self.waiting = group
         """Of all ranks, for what may take as long as a replica samples."""
-        self.judge = self._everywhere(Judge)
+        self.judge = everywhere(Judge)
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
             print(text, flush=True)
-
-    def _everywhere(self, action: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        return on_all_ranks(action, *arguments, group=dist.group.WORLD, **options)
 
     def _gather(self, value: T) -> list[T]:
         """Every rank's, however long some of them take to get here."""
@@ -142,7 +138,7 @@ class Evaluation:
                 self._say(f"stopped with {missing} answers to go; run again to continue")
                 return None
             scores = self._score()
-        self._on_main(self._report, scores)
+            self._on_main(self._report, scores)
         return scores
 
     # ---- what is there ----------------------------------------------------------------------------------------
@@ -262,12 +258,12 @@ class Evaluation:
             precision=PrecisionConfig(dtype=options.dtype),
         )
         shape = source.shape
-        self._everywhere(transformer_config, shape, role, self.grid.layout, device=self.world.device)
+        everywhere(transformer_config, shape, role, self.grid.layout, device=self.world.device)
         folder = options.out / ".converted"
         try:
             self._on_main(source.converted, folder)
             self.watch.doing("loading")
-            model = self._everywhere(build_model, shape, role, self.grid, device=self.world.device)
+            model = everywhere(build_model, shape, role, self.grid, device=self.world.device)
             load_weights(model, folder if source.is_hf else source.folder, grid=self.grid)
         finally:
             if self.world.is_main:
@@ -296,10 +292,7 @@ class Evaluation:
         answers = self._gather(self._on_main(without_texts))[0]
         assert answers is not None
         self.watch.doing("counting votes")
-        mine: dict[int, list[int | None]] = {}
-        if self.grid.leads_rows:
-            for problem in range(self.grid.row_replica, problems, self.grid.row_replicas):
-                mine[problem] = vote_classes(answers, problem, samples, self.judge)
+        mine = own_votes(answers, problems, samples, self.judge, self.grid)
         classes = dict(ChainMap(*self._gather(mine)))
         return score_answers(answers, classes, problems, samples)
 

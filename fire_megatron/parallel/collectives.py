@@ -165,6 +165,11 @@ def on_all_ranks(action: Callable[..., T], *args: object, group: dist.ProcessGro
     return result  # type: ignore[return-value]
 
 
+def everywhere(action: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """:func:`on_all_ranks` over all ranks of the run."""
+    return on_all_ranks(action, *args, group=dist.group.WORLD, **kwargs)
+
+
 def all_gather_rows(
     rows: Sequence[torch.Tensor], *, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
 ) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import DTYPES, build_model, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.parallel.collectives import on_all_ranks, raise_on_any
+from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import Device, Offload, Watch, World, launch, reset_peak_memory
@@ -72,11 +72,6 @@ class Run:
     """Between the student and ranks without it; None where all ranks hold the student."""
     student: StudentRun | None
     """None on ranks that hold none of it."""
-
-
-def everywhere(action: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """:func:`on_all_ranks` over all ranks of the run."""
-    return on_all_ranks(action, *args, group=dist.group.WORLD, **kwargs)
 
 
 def _loaded(

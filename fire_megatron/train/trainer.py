@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,7 +16,7 @@ from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRo
 from fire_megatron.evaluation.during import take_exams
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
-from fire_megatron.parallel.collectives import all_gather_objects
+from fire_megatron.parallel.collectives import all_gather_objects, everywhere
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import (
     Watch,
@@ -41,7 +40,7 @@ from fire_megatron.train.run_folder import RunFolder
 from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.schedule import learning_rate
 from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
-from fire_megatron.train.setup import Run, StudentRun, checkpoint_folder, everywhere, prepare
+from fire_megatron.train.setup import Run, StudentRun, checkpoint_folder, prepare
 
 
 class _Stopped(Exception):
@@ -357,7 +356,7 @@ class Trainer:
             measured = self.run.held_out.measure(self._progress("evaluation", most))
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
         reduced = reduce_metrics(measured if counts else {}, group=self.run.grid.span)
-        folder = Path(self.recipe.run.dir) / "evaluation" / f"step_{self.step:06d}"
+        folder = self.folder.path / "evaluation" / f"step_{self.step:06d}"
         examined = take_exams(
             self.run.exams,
             folder,

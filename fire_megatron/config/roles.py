@@ -13,3 +13,10 @@ def roles(recipe: Recipe) -> dict[str, RoleConfig]:
 def routes(recipe: Recipe) -> dict[str, str]:
     """Label -> name of the teacher that takes it; a teacher without labels takes its own name."""
     return {label: name for name, teacher in recipe.teachers.items() for label in teacher.labels or (name,)}
+
+
+def keeps_cache(recipe: Recipe, *, on_gpu: bool) -> bool:
+    """Whether the sampling memory for keys and values stays from step to step (``rollout.keep_cache``): unless it says
+    so itself, on a GPU where nobody has asked to make room for others."""
+    asked = recipe.rollout.keep_cache
+    return (on_gpu and not any(role.offload for role in roles(recipe).values())) if asked is None else asked

@@ -219,7 +219,16 @@ class RolloutConfig(Section):
     stop_tokens: tuple[Text, ...] = ()
     """Tokens that end an answer besides those of the tokenizer and the generation config."""
     batch_size: Count = 0
-    """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once."""
+    """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once. Where there are more, each
+    row that ends makes room for the next. It bounds the memory for keys and values, and changes no sample."""
+    sync_every: Count = 0
+    """Tokens that are sampled before the host looks at them; until then, rows that have ended go on. Changes no sample.
+    0 picks: 16 on a GPU, which then need not wait for the host, 1 on a CPU."""
+    cuda_graphs: bool = True
+    """Whether a decode step on a GPU is a CUDA graph; models with experts have none."""
+    keep_cache: bool | None = None
+    """Whether the memory for keys and values is kept from step to step, and with it the CUDA graphs, which otherwise
+    are captured anew in each step. null keeps it on a GPU where no role has `offload`."""
     group_size: Count = 0
     """Answers of a data-parallel replica that go to teachers on other ranks together, as soon as they are finished and
     while the rest is being sampled; 0 sends a quarter of them at a time."""

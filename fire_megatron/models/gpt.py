@@ -1,6 +1,6 @@
 """FireGPT: megatron-core's GPTModel with a forward pass for packed rows, cached decoding and partial projection.
 
-Shapes: T tokens of a pack, B rows, H hidden size, N selected positions, V local (tensor-parallel) vocabulary.
+Shapes: T tokens of a pack, n rows of a decode step, H hidden size, N selected positions, V local (tensor-parallel) vocabulary.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.models.fp8 import paused
 from fire_megatron.models.fp8_emulation import EmulatedFP8
-from fire_megatron.models.layers import CoreAttention, KVCache
+from fire_megatron.models.kv_cache import KVCache
+from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
 
 _SPLIT_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
-_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings")
+_OFF_IN_GENERATION = (
+    "sequence_parallel",  # a decode step has one token a row: nothing to split
+    "reduce_scatter_embeddings",
+    "bias_activation_fusion",  # compiled anew for other shapes
+    "bias_dropout_fusion",
+)
 
 
 class _Alone:
@@ -64,6 +70,7 @@ class FireGPT(GPTModel):
         self.rotary_pos_emb.inv_freq = inv_freq
         self.emulated_fp8: EmulatedFP8 | None = None
         """What rounds the products of the layers; None where nothing does."""
+        self._cache: KVCache | None = None
         self._mark_tensor_parallel_weights()
         self._leave_context_to_the_core_attention()
         if self.post_process and self.config.sequence_parallel:
@@ -122,7 +129,7 @@ class FireGPT(GPTModel):
         """One pass of this pipeline stage.
 
         Args:
-            token_ids: [1, T] a pack of rows, or [B, 1] one new token a row (decode, needs :meth:`cached`).
+            token_ids: [1, T] a pack of rows, or [n, 1] one new token a row (decode, needs :meth:`cached`).
             position_ids: as token_ids; position of each token within its own row.
             packed: row boundaries of the pack; None in decode.
             select: [N] indices into the pack whose next tokens are wanted; None for all.
@@ -130,17 +137,22 @@ class FireGPT(GPTModel):
             project: whether the last stage projects to the vocabulary.
 
         Returns:
-            The stage's hidden states [T or 1, 1 or B, H]; from the last stage logits [N, V] in the model's dtype,
+            The stage's hidden states [T or 1, 1 or n, H]; from the last stage logits [N, V] in the model's dtype,
             ``-inf`` in padding columns, or without ``project`` the final hidden states [N, H], the same on every
             tensor-parallel rank, whose gradient is summed over these ranks.
         """
         if padding is not None and self.config.sequence_parallel:
             padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
         embedded = self.embedding(input_ids=token_ids, position_ids=position_ids) if self.pre_process else None
+        if packed is None:
+            assert self._cache is not None, "a forward pass without a pack is a decode step and needs a cache"
+            self._cache.rotary = self._rotary(position_ids.t().unsqueeze(-1))
+        else:
+            packed.rotary = self._rotary(position_ids[0, :, None])
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=self._rotary(position_ids),
+            rotary_pos_emb=None,  # the core attention rotates
             packed_seq_params=packed,
             padding_mask=padding,
         )
@@ -153,10 +165,11 @@ class FireGPT(GPTModel):
             return hidden  # the gather's backward reduce-scatters
         return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
 
-    def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """[B, S] positions -> [S, B, 1, head_dim] rotary angles."""
-        angles = position_ids.t().unsqueeze(-1).float() * self.rotary_pos_emb.inv_freq
-        return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., 1] positions -> cosines and sines [..., 1, head_dim] of the rotary angles, in the model's dtype."""
+        angles = position_ids.unsqueeze(-1).float() * self.rotary_pos_emb.inv_freq
+        angles, dtype = torch.cat((angles, angles), dim=-1), self.config.params_dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _selected(self, hidden: torch.Tensor, select: torch.Tensor | None) -> torch.Tensor:
         """[T, B, H], or this rank's part of T, -> [N, H]."""
@@ -208,14 +221,16 @@ class FireGPT(GPTModel):
     @contextlib.contextmanager
     def cached(self, cache: KVCache) -> Iterator[None]:
         """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism and FP8 are off
-        inside, since a decode step has one token a row: nothing to split, and no blocks to multiply in."""
+        inside, since a decode step has one token a row: nothing to split, and no blocks to multiply in; so are
+        megatron-core's compiled functions."""
         attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
+        self._cache = cache
         for attention in attentions:
             attention.cache = cache
         switched = [
             (module, name)
             for module in [self.config, *self.modules()]
-            for name in _SEQUENCE_PARALLEL_SWITCHES
+            for name in _OFF_IN_GENERATION
             if getattr(module, name, False) is True
         ]
         for module, name in switched:
@@ -225,6 +240,7 @@ class FireGPT(GPTModel):
             with paused(self.config), emulated:
                 yield
         finally:
+            self._cache = None
             for attention in attentions:
                 attention.cache = None
             for module, name in switched:

@@ -3,11 +3,12 @@
 megatron-core's WrappedTorchNorm refuses sequence parallelism and its local DotProductAttention refuses packed
 sequences, so both are replaced; everything else in the model is megatron-core's.
 
-Shapes: T tokens of a pack, S query tokens, B rows, G local key/value heads, Q local query heads, D head dimension.
+Shapes: T tokens of a pack, S query tokens, n rows of a decode step, G local key/value heads, Q local query heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import PackParams, row_chunks
 from fire_megatron.parallel.collectives import gather_with_gradient
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import compute_device, device_kind
 
 
 class RMSNorm(torch.nn.Module):
@@ -43,62 +45,16 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
 
 
-class KVCache:
-    """Keys and values of every layer of one pipeline stage for a batch of rows being decoded.
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) with halves as pairs, as Llama's.
 
-    Rows have different lengths: each row's next token goes to that row's own position, so a row is computed at
-    exactly the positions that it has in training and padding never enters an attention.
+    Args:
+        x: [..., heads, D].
+        rotary: cosines and sines [..., 1, D] of each token's angles, in the dtype of x.
     """
-
-    def __init__(self, rows: int, max_length: int) -> None:
-        """Args: rows: B; max_length: tokens a row can hold, prompt and response together."""
-        self.rows, self.max_length = rows, max_length
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=compute_device())
-        """[B] tokens cached so far, not counting the tokens of the forward pass in progress."""
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._mask: torch.Tensor | None = None
-
-    def begin_decode(self) -> None:
-        """Prepare one forward pass of one token a row."""
-        horizon = int(self.lengths.max()) + 1
-        columns = torch.arange(horizon, device=self.lengths.device)
-        self._mask = (columns <= self.lengths[:, None])[:, None, None, :]  # [B, 1, 1, horizon]
-
-    def end_decode(self) -> None:
-        """Count the token that the forward pass has appended to every row."""
-        self.lengths = self.lengths + 1
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Forget all rows but these ([n] int64 indices)."""
-        self.rows = len(rows)
-        self.lengths = self.lengths[rows]
-        for layer in list(self._layers):  # one after the other, so that old and new are never all there
-            keys, values = self._layers.pop(layer)
-            self._layers[layer] = (keys[rows], values[rows])
-
-    def _buffers(self, layer: int, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer not in self._layers:
-            shape = (self.rows, key.shape[-2], self.max_length, key.shape[-1])
-            self._layers[layer] = (key.new_zeros(shape), key.new_zeros(shape))
-        return self._layers[layer]
-
-    def write_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor, offsets: list[int]) -> None:
-        """Store packed prompts: key and value [T, G, D]; row b owns tokens offsets[b] to offsets[b + 1]."""
-        keys, values = self._buffers(layer, key)
-        for row in range(self.rows):
-            start, end = offsets[row], offsets[row + 1]
-            keys[row, :, : end - start] = key[start:end].transpose(0, 1)
-            values[row, :, : end - start] = value[start:end].transpose(0, 1)
-
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Store one token a row (key and value [B, G, D]); returns keys, values [B, G, L, D] and mask [B, 1, 1, L]."""
-        keys, values = self._buffers(layer, key)
-        rows = torch.arange(self.rows, device=key.device)
-        keys[rows, :, self.lengths] = key
-        values[rows, :, self.lengths] = value
-        assert self._mask is not None
-        horizon = self._mask.shape[-1]
-        return keys[:, :, :horizon], values[:, :, :horizon], self._mask
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class CoreAttention(MegatronModule):
@@ -130,6 +86,7 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         window = config.window_size
         self.window: int | None = None if window is None else window[0] + 1
+        self.rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self.cache: KVCache | None = None
 
     def forward(
@@ -142,15 +99,30 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackParams | None = None,
     ) -> torch.Tensor:
-        """Packs: query [T, Q, D], key and value [T, G, D] -> [T, Q, D]. Decode: [1, B, Q, D] -> [1, B, Q * D]."""
+        """Packs: query [T, Q, D], key and value [T, G, D] -> [T, Q, D]. Decode: [1, n, Q, D] -> [1, n, Q * D]."""
         if packed_seq_params is None:
             return self._decode(query, key, value)
-        if packed_seq_params.context_ranks > 1:
-            return self._attend_in_parts(query, key, value, packed_seq_params)
-        offsets: list[int] = packed_seq_params.cu_seqlens_q.tolist()
+        query, key = self._rotated(query, key, packed_seq_params.rotary)
         if self.cache is not None:
-            self.cache.write_prompts(self.layer_number, key, value, offsets)
-        rows = [self._attend(query[s:e], key[s:e], value[s:e]) for s, e in zip(offsets, offsets[1:], strict=False)]
+            self.cache.write_prompts(self.layer_number, key, value)
+        return self._attend_pack(query, key, value, packed_seq_params)
+
+    def _rotated(
+        self, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key at their positions. megatron-core would take cosines and sines anew in every layer, twice."""
+        if rotary is None or not self.rotates:
+            return query, key
+        return rotate(query, rotary), rotate(key, rotary)
+
+    def _attend_pack(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackParams
+    ) -> torch.Tensor:
+        """Rotated queries of a pack against their own rows."""
+        if params.context_ranks > 1:
+            return self._attend_in_parts(query, key, value, params)
+        offsets: list[int] = params.cu_seqlens_q.tolist()
+        rows = [self._attend(query[s:e], key[s:e], value[s:e]) for s, e in itertools.pairwise(offsets)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def _attend_in_parts(
@@ -177,6 +149,10 @@ class CoreAttention(MegatronModule):
             mask = distance >= 0
             if self.window is not None:
                 mask &= distance < self.window
+        if mask is not None and grouped and device_kind(query.device) == "cuda":
+            # Of the kernels on a GPU that take a mask and build no plan for each shape, none knows grouped heads.
+            copies = query.shape[1] // key.shape[1]
+            key, value, grouped = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1), False
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
@@ -186,11 +162,10 @@ class CoreAttention(MegatronModule):
     def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One new token a row against its cache. Query heads of one group share keys, so they stand as queries."""
         assert self.cache is not None, "a forward pass without packed_seq_params is a decode step and needs a cache"
+        query, key = self._rotated(query, key, self.cache.rotary)
         _, rows, heads, dim = query.shape
-        keys, values, mask = self.cache.append(self.layer_number, key[0], value[0])
-        if self.window is not None:
-            columns = torch.arange(mask.shape[-1], device=query.device)
-            mask = mask & (columns > (self.cache.lengths - self.window)[:, None, None, None])
-        q = query[0].view(rows, keys.shape[1], heads // keys.shape[1], dim)
+        keys, values = self.cache.append(self.layer_number, key[0], value[0])
+        q = query[0].reshape(rows, keys.shape[1], heads // keys.shape[1], dim)
+        mask = self.cache.mask(self.window, query.dtype)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
         return out.reshape(1, rows, heads * dim)

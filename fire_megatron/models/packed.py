@@ -34,6 +34,8 @@ class PackParams(PackedSeqParams):
     """Which of them this is."""
     order: torch.Tensor | None = None
     """[whole T] int64: for each token of the whole pack, its place in the ranks' parts laid end to end."""
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosines and sines [T, 1, D] of this rank's tokens; the model fills them in, once for all of its layers."""
 
 
 def packed_seq_params(pack: Pack) -> PackParams:

@@ -21,8 +21,8 @@ scores of a pack at once and knows no context parallelism."""
 
 
 class TEAttention(CoreAttention):
-    """Packs in training and scoring go through Transformer Engine's attention, all rows in one kernel; packs to be
-    remembered, decode steps and float32 through :class:`CoreAttention`."""
+    """Packs go through Transformer Engine's attention, all rows in one kernel; decode steps and float32 through
+    :class:`CoreAttention`."""
 
     def __init__(
         self,
@@ -48,26 +48,19 @@ class TEAttention(CoreAttention):
             pg_collection=pg_collection,
         )
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackParams | None = None,
+    def _attend_pack(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackParams
     ) -> torch.Tensor:
-        """As :meth:`CoreAttention.forward`; the fused attention returns [T, Q * D]."""
-        if packed_seq_params is None or self.cache is not None or query.dtype not in _FUSED_DTYPES:
-            return super().forward(query, key, value, packed_seq_params=packed_seq_params)
+        """As :meth:`CoreAttention._attend_pack`; the fused attention returns [T, Q * D]."""
+        if query.dtype not in _FUSED_DTYPES:
+            return super()._attend_pack(query, key, value, params)
         return self.fused(
             query,
             key,
             value,
             attention_mask=None,
             attn_mask_type=AttnMaskType.causal,
-            packed_seq_params=fused_params(packed_seq_params),
+            packed_seq_params=fused_params(params),
         )
 
 

@@ -94,6 +94,8 @@ def _candidates(recipe: Recipe, kind: Kind) -> Iterator[str]:
     """Changes that may help in the phase of the peak, the cheapest in speed first."""
     phase, held = kind.busiest, kind.plan.roles
     working = kind.plan.roles[kind.plan.worker(phase)].key
+    if phase != "sampling" and any(other.kept for other in kind.plan.phases.values()):
+        yield "rollout.keep_cache=false"
     idle = [path for path, memory in held.items() if memory.key != working and not roles(recipe)[path].offload]
     if idle:
         yield " ".join(f"{path}.offload=true" for path in idle)

@@ -245,11 +245,17 @@ def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
     return held
 
 
+def held(recipe: Recipe, plan: RankPlan, phase: str) -> int:
+    """Bytes on the device all through a phase: roles, buffers, and keys and values that sampling leaves behind."""
+    kept = sum(other.kept for name, other in plan.phases.items() if name != phase)
+    return plan.scratch + kept + sum(resident(recipe, plan, phase).values())
+
+
 def _peak(recipe: Recipe, plan: RankPlan, phase: str) -> int:
     moving = plan.phases[phase].trace.peak
     if phase != "sampling":  # which computes in precision.dtype
         moving += plan.roles[plan.worker(phase)].fp8_copies
-    return plan.scratch + sum(resident(recipe, plan, phase).values()) + int(moving * (1 + FRAGMENTATION))
+    return held(recipe, plan, phase) + int(moving * (1 + FRAGMENTATION))
 
 
 def span_text(ranks: Sequence[int]) -> str:
@@ -299,6 +305,7 @@ def _kind_json(kind: Kind) -> dict[str, Any]:
             "peak_bytes": kind.peaks[name],
             "moving_bytes": trace.peak,
             "kv_cache_bytes": phase.kv_cache,
+            "kept_bytes": phase.kept,
             "loss_bytes": phase.loss,
             "flops": trace.flops,
             "pieces": phase.pieces,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
-from fire_megatron.config.roles import roles
+from fire_megatron.config.roles import keeps_cache, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
@@ -24,6 +24,7 @@ from fire_megatron.models.experts import ENGINE_ONLY
 from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
@@ -210,9 +211,13 @@ class _Rank:
             *((times, self._of_all_layers(model, first, partial(self._batch, n))) for n, times in batches)
         )
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
-        trace.peak += cache + cache // self._layers() // 2  # finished rows leave one layer's cache at a time, by a copy
+        # Rows that move to other slots leave one layer's keys or values at a time, by a copy of at most half of them.
+        trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
-        return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache)
+        kept = keeps_cache(self.recipe, on_gpu=self.kind == "cuda")
+        return Phase(
+            trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache, kept=cache if kept else 0
+        )
 
     def _batch(self, rows: int) -> Trace:
         """Sampling of rows together; its peak is above the key/value cache. Everything is linear in the number of rows
@@ -248,7 +253,7 @@ class _Rank:
         return 4 * self._layers() * rows * heads * model.config.kv_channels * ((steps - 1) * (steps - 2) // 2)
 
     def _kv_cache(self, rows: int, length: int) -> int:
-        model = self.models["student"]
+        model, length = self.models["student"], length_bucket(length, compute_device())
         groups = model.config.num_query_groups // self.grids["student"].layout.tensor
         return (
             2 * self._layers() * rows * groups * length * model.config.kv_channels * model.config.params_dtype.itemsize

@@ -42,6 +42,8 @@ class Phase:
     """Of this rank's replica."""
     kv_cache: int = 0
     """Bytes of keys and values."""
+    kept: int = 0
+    """Of these, what stays from step to step."""
     loss: int = 0
     """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
 

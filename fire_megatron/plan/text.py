@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fire_megatron.config.roles import roles
 from fire_megatron.metrics.table import aligned
 from fire_megatron.plan.advice import Advice
-from fire_megatron.plan.plan import GIB, Kind, Plan, resident, span_text
+from fire_megatron.plan.plan import GIB, Kind, Plan, held, span_text
 from fire_megatron.plan.timing import assumptions, communication, seconds
 
 
@@ -57,14 +57,13 @@ def _role_rows(plan: Plan) -> Iterable[Sequence[str]]:
 
 
 def _kind(plan: Plan, kind: Kind) -> list[str]:
-    held = kind.plan.roles
     most = f", {gib(kind.peak)} at most ({kind.busiest})"
     room = "" if kind.capacity is None else f" of {gib(kind.capacity)}: " + ("fits" if kind.fits else "DOES NOT FIT")
     lines = [f"Ranks {span_text(kind.ranks)} ({len(kind.ranks)}){most}{room}"]
     rows = [("role", "parameters", "weights", "gradients", "optimizer", "teachers' heads", "FP8 copies")]
     rows += [
         (path, f"{m.parameters:,}", *map(gib, (m.weights, m.gradients, m.optimizer, m.heads, m.fp8_copies)))
-        for path, m in held.items()
+        for path, m in kind.plan.roles.items()
     ]
     lines += _table(rows)
     rows = [("phase", "held", "activations", "key/value cache", "loss chunk", "peak", "TFLOP", "collectives")]
@@ -72,7 +71,7 @@ def _kind(plan: Plan, kind: Kind) -> list[str]:
         rows.append(
             (
                 name,
-                gib(kind.plan.scratch + sum(resident(plan.job.recipe, kind.plan, name).values())),
+                gib(held(plan.job.recipe, kind.plan, name)),
                 gib(max(phase.trace.peak - phase.kv_cache - phase.loss, 0)),
                 gib(phase.kv_cache),
                 gib(phase.loss),

@@ -13,6 +13,7 @@ from fire_megatron.platform.device import (
     select_device,
     synchronize,
 )
+from fire_megatron.platform.graphs import Graphs, storage_address
 from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
@@ -22,6 +23,7 @@ __all__ = [
     "Capability",
     "Device",
     "GpuIdentity",
+    "Graphs",
     "Offload",
     "Watch",
     "World",
@@ -40,6 +42,7 @@ __all__ = [
     "simulate",
     "start",
     "stop",
+    "storage_address",
     "synchronize",
     "tick",
 ]

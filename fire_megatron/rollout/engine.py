@@ -1,35 +1,42 @@
 """The in-process generation engine: the student's own megatron model with a KV cache.
 
-No weights are copied: the engine decodes with the modules that train. Prompts of different lengths are
-prefilled as one pack and decoded in step, each row at its own positions, so a token's log-probability is the one
-that training computes for it. Finished rows leave the batch.
+No weights are copied: the engine decodes with the modules that train. Rows go through a bounded number of slots
+(``rollout.batch_size``): the prompts of those that are admitted run as one pack, all slots decode together, and a row
+that ends makes room for one that waits. Each row is at its own positions, so a token's log-probability is the one that
+training computes for it, whatever company the row is in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from fire_megatron.config.schema import RolloutConfig
-from fire_megatron.data.packing import pack_rows
+from fire_megatron.data.packing import split_by_tokens
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.layers import KVCache
-from fire_megatron.models.packed import packed_seq_params
-from fire_megatron.parallel.collectives import broadcast_flat, largest
+from fire_megatron.models.kv_cache import length_bucket
+from fire_megatron.parallel.collectives import broadcast_flat
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device, tick
-from fire_megatron.rollout.sampler import Sampled, sample, uniforms
+from fire_megatron.platform import Graphs, compute_device, device_kind
+from fire_megatron.rollout.decoder import Decoder
+from fire_megatron.rollout.finished import Finished, FinishedRows
+from fire_megatron.rollout.sampler import uniforms
+from fire_megatron.rollout.slots import Answer, Slots
 
 Progress = Callable[[int], None]
 """Called with the number of tokens sampled since the last call."""
-Finished = Callable[[Sequence[int], Sequence[torch.Tensor]], None]
-"""Called with row ids and responses ([R_i] int64) of a group of rows that are finished."""
+
+_PREFILL_TOKENS = 16384
+"""Tokens of prompts in one forward pass, unless a single prompt is longer."""
+_SYNC_EVERY = {"cpu": 1, "cuda": 16}
+"""Decode steps between two looks at what has been sampled. A look makes the device wait for the host, which costs a CPU
+nothing; without one, rows that have ended go on."""
 
 
 class Engine(Protocol):
@@ -49,39 +56,14 @@ class Engine(Protocol):
         ...
 
 
-class FinishedRows:
-    """Collects finished rows and hands them over in groups of one size, the last one smaller."""
-
-    def __init__(self, hand_over: Finished | None, size: int) -> None:
-        """Args: hand_over: None hands nothing over; size: rows of a group, 0 for all at once."""
-        self._hand_over, self._size = hand_over, size
-        self._rows: list[tuple[int, torch.Tensor]] = []
-
-    def add(self, row_id: int, response: Sequence[int]) -> None:
-        """A row has got its last token."""
-        if self._hand_over is not None:
-            self._rows.append((row_id, torch.tensor(response, dtype=torch.int64)))
-            if len(self._rows) == self._size:
-                self.close()
-
-    def close(self) -> None:
-        """Hand over what is left."""
-        if self._rows and self._hand_over is not None:
-            rows, self._rows = self._rows, []
-            self._hand_over([row for row, _ in rows], [response for _, response in rows])
-
-
-@dataclass
-class _Batch:
-    """Rows being decoded together. Lists are by row of the batch; tensors by row still active."""
-
-    prompts: Sequence[torch.Tensor]
-    row_ids: Sequence[int]
-    responses: list[list[int]]
-    log_probs: list[list[float]]
-    entropies: list[list[float]]
-    finished: list[bool]
-    done: FinishedRows
+def row_bucket(rows: int, kind: str) -> int:
+    """Rows of a decode step for so many that count: on a GPU a few numbers, each of them a CUDA graph, where rows cost
+    little beside the weights; on a CPU just these."""
+    if kind == "cpu" or rows <= 1:
+        return max(rows, 1)
+    power = 1 << (rows - 1).bit_length()
+    step = max(8, power // 8)
+    return power if rows <= 8 else -(-rows // step) * step
 
 
 class MegatronEngine:
@@ -89,14 +71,30 @@ class MegatronEngine:
     experts decode together, whatever rows each of them has, also none."""
 
     def __init__(
-        self, model: FireGPT, grid: ModelGrid, config: RolloutConfig, *, stop_ids: Sequence[int], seed: int
+        self,
+        model: FireGPT,
+        grid: ModelGrid,
+        config: RolloutConfig,
+        *,
+        stop_ids: Sequence[int],
+        seed: int,
+        keep_cache: bool = False,
     ) -> None:
-        """Args: model: this rank's stage; stop_ids: tokens that end a response; seed: ``run.seed``."""
+        """Args:
+        model: this rank's stage.
+        stop_ids: tokens that end a response.
+        seed: ``run.seed``.
+        keep_cache: keep the memory for keys and values from one call to the next, and with it CUDA graphs.
+        """
         self.model, self.grid, self.config, self.seed = model, grid, config, seed
         self.stop_ids = frozenset(stop_ids)
-        pipeline_ranks = dist.get_process_group_ranks(grid.pg.pp)
-        self._previous = pipeline_ranks[grid.pp_rank - 1]
-        self._next = pipeline_ranks[(grid.pp_rank + 1) % len(pipeline_ranks)]
+        self.keep_cache = keep_cache
+        self._kind = device_kind(compute_device())
+        # Experts' tokens are counted on the host.
+        on_gpu = compute_device().type == "cuda"
+        self.graphs = Graphs(on_gpu and config.cuda_graphs and not model.config.num_moe_experts)
+        self._decoder: Decoder | None = None
+        self._addresses: tuple[int, ...] = ()
 
     def generate(
         self,
@@ -121,159 +119,126 @@ class MegatronEngine:
         Returns:
             The same on every rank of the replica.
         """
+        answers: list[Answer] = []
+        done = FinishedRows(finished, group_size)
+
+        def take(tokens: int, new: list[Answer]) -> None:
+            for answer in new:
+                done.add(row_ids[answer.row], answer.tokens)
+            answers.extend(new)
+            if progress:
+                progress(tokens)
+
         was_training = self.model.training
         self.model.eval()
-        size = self.config.batch_size or max(len(prompts), 1)
-        starts = range(0, len(prompts), size)
-        others = largest(len(starts), group=self.grid.pg.ep) - len(starts)
-        batches, done = [], FinishedRows(finished, group_size)
-        with torch.no_grad():
-            for start in starts:
-                tokens = [torch.tensor(p.token_ids) for p in prompts[start : start + size]]
-                batches.append(self._generate_batch(tokens, row_ids[start : start + size], step, progress, done))
-            for _ in range(others):
-                self._accompany(step)
+        try:
+            with torch.no_grad():
+                self._decode_all([torch.tensor(p.token_ids) for p in prompts], row_ids, step, take)
+        finally:
+            self.model.train(was_training)
+            if not self.keep_cache:
+                self._decoder = None
+                self.graphs.forget()
         done.close()
-        self.model.train(was_training)
-        responses = [r for b in batches for r in b.responses]
-        log_probs, entropies = self._share_statistics(batches, [len(r) for r in responses])
+        answers.sort(key=lambda answer: answer.row)
+        responses = tuple(answer.tokens for answer in answers)
+        log_probs, entropies = self._share_statistics(answers)
         return Rollouts(
             row_ids=tuple(row_ids),
             prompts=tuple(prompts),
-            responses=tuple(torch.tensor(r, dtype=torch.int64) for r in responses),
+            responses=responses,
             log_probs=log_probs,
             entropies=entropies,
-            truncated=tuple(not r or r[-1] not in self.stop_ids for r in responses),
+            truncated=tuple(not len(r) or int(r[-1]) not in self.stop_ids for r in responses),
             weight_version=step,
         )
 
-    def _generate_batch(
+    def _decode_all(
         self,
         prompts: Sequence[torch.Tensor],
         row_ids: Sequence[int],
         step: int,
-        progress: Progress | None,
-        done: FinishedRows,
-        *,
-        ended: bool = False,
-    ) -> _Batch:
-        rows = len(prompts)
-        batch = _Batch(prompts, row_ids, *([[] for _ in range(rows)] for _ in range(3)), [ended] * rows, done)
-        cache = KVCache(rows, max(len(p) for p in prompts) + self.config.max_new_tokens)
-        with self.model.cached(cache):
-            logits = self._prefill(batch, cache)
-            with self.model.decoding(rows):
-                self._decode_all(batch, cache, logits, step, progress)
-        for row in range(rows):
-            if not batch.finished[row]:
-                done.add(row_ids[row], batch.responses[row])
-        return batch
-
-    def _accompany(self, step: int) -> None:
-        """Take part in a batch of replicas that share this one's experts: a row that has finished already."""
-        self._generate_batch([torch.zeros(1, dtype=torch.int64)], [0], step, None, FinishedRows(None, 0), ended=True)
-
-    def _decode_all(
-        self, batch: _Batch, cache: KVCache, logits: torch.Tensor | None, step: int, progress: Progress | None
+        take: Callable[[int, list[Answer]], None],
     ) -> None:
-        """From the logits after the prompts to the end of every row."""
-        active = list(range(len(batch.prompts)))
-        for position in range(self.config.max_new_tokens):
-            tokens = self._sample(batch, active, logits, step, position)
-            if progress:
-                progress(len(active))
-            running = [i for i, row in enumerate(active) if not batch.finished[row]]
-            # Replicas that share experts decode in step until all of them have finished.
-            if not largest(len(running), group=self.grid.pg.ep) or position + 1 == self.config.max_new_tokens:
-                break
-            # Dropping rows copies the cache, so it waits until it halves the work.
-            if 2 * len(running) <= len(active) and len(active) > 1:
-                kept = running or [0]  # a row that has finished goes along with other replicas' rows
-                keep = torch.tensor(kept, device=tokens.device)
-                cache.keep(keep)
-                tokens, active = tokens[keep], [active[i] for i in kept]
-            logits = self._decode(tokens, cache)
-
-    def _prefill(self, batch: _Batch, cache: KVCache) -> torch.Tensor | None:
-        """Run all prompts as one pack; logits after each prompt's last token on the last stage."""
-        nothing = [torch.zeros(0, dtype=torch.int64)] * len(batch.prompts)
-        pack = pack_rows(batch.prompts, nothing, range(len(batch.prompts)), multiple=1, device=compute_device())
-        ends = (pack.cu_seqlens[1:].long() - 1).to(compute_device())
-        output = self._stage(pack.token_ids, pack.position_ids, packed=packed_seq_params(pack), select=ends)
-        cache.lengths = (pack.cu_seqlens[1:] - pack.cu_seqlens[:-1]).long().to(compute_device())
-        return output
-
-    def _decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor | None:
-        cache.begin_decode()
-        output = self._stage(tokens[:, None], cache.lengths[:, None])
-        cache.end_decode()
-        return output
-
-    def _stage(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: object) -> torch.Tensor | None:
-        """One pass through the whole pipeline: receive, compute, send. Logits on the last stage, else None."""
-        tick()
-        if not self.grid.is_first_stage:
-            shape = (token_ids.shape[1], token_ids.shape[0], self.model.config.hidden_size)
-            hidden = torch.empty(shape, dtype=self.model.config.params_dtype, device=token_ids.device)
-            dist.recv(hidden, src=self._previous, group=self.grid.pg.pp)
-            self.model.set_input_tensor(hidden)
-        output = self.model(token_ids, position_ids, **kwargs)
-        if self.grid.is_last_stage:
-            return output
-        dist.send(output.contiguous(), dst=self._next, group=self.grid.pg.pp)
-        return None
-
-    def _sample(
-        self, batch: _Batch, active: list[int], logits: torch.Tensor | None, step: int, position: int
-    ) -> torch.Tensor:
-        """Sample on the last stage, tell the other stages, record; returns the tokens [active]."""
-        sampled: Sampled | None = None
-        if logits is not None:
-            sampled = sample(
-                logits,
-                uniforms(self.seed, step, [batch.row_ids[row] for row in active], position),
-                temperature=self.config.temperature,
-                top_p=self.config.top_p,
-                vocab_start=self.model.vocab_start,
-                group=self.grid.pg.tp,
-            )
-        tokens = broadcast_flat(
-            sampled.tokens if sampled else None,
-            numel=len(active),
-            dtype=torch.int64,
-            device=compute_device(),
-            src=self.grid.last_stage_rank,
-            group=self.grid.pg.pp,
+        """All rows, from the first prompt to the last token."""
+        lengths = [len(prompt) for prompt in prompts]
+        every = min(self.config.sync_every or _SYNC_EVERY[self._kind], self.config.max_new_tokens)
+        decoder = self._ready(min(self.config.batch_size or len(prompts), len(prompts)), max(lengths, default=1), every)
+        slots = Slots(
+            lengths,
+            decoder.slots,
+            max_new_tokens=self.config.max_new_tokens,
+            stop_ids=self.stop_ids,
+            columns=decoder.columns,
         )
-        statistics = torch.stack((sampled.log_probs, sampled.entropies)).tolist() if sampled else None
-        for i, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            if batch.finished[row]:
-                continue
-            batch.responses[row].append(token)
-            if token in self.stop_ids:
-                batch.finished[row] = True
-                batch.done.add(batch.row_ids[row], batch.responses[row])
-            if statistics is not None:
-                batch.log_probs[row].append(statistics[0][i])
-                batch.entropies[row].append(statistics[1][i])
-        return tokens
+        ids = np.array([*row_ids, 0], dtype=np.int64)  # -1, for no row, takes the last
+        with self.model.cached(decoder.cache), self.model.decoding(decoder.slots):
+            while True:
+                admitted = slots.admit()
+                parts = split_by_tokens(range(len(admitted)), [lengths[row] for _, row in admitted], _PREFILL_TOKENS)
+                packs, steps = self._agreed(len(parts), slots.steps(every))
+                if packs == steps == 0:
+                    break
+                rows = min(row_bucket(slots.span, self._kind), decoder.slots)
+                horizon = min(length_bucket(slots.cached(steps) + 1, compute_device()), decoder.cache.max_length)
+                decoder.begin(uniforms(self.seed, step, ids[slots.row[:rows]], slots.places(rows, steps + 1)))
+                for number in range(packs):
+                    if number < len(parts):
+                        chosen = [admitted[i] for i in parts[number]]
+                        decoder.prefill([prompts[row] for _, row in chosen], [slot for slot, _ in chosen])
+                    else:
+                        decoder.accompany(rows, horizon)
+                for _ in range(steps):
+                    decoder.step(rows, horizon, self.graphs)
+                take(*slots.take(decoder.read(rows, steps + 1), [slot for slot, _ in admitted]))
+                if not slots.waiting and row_bucket(slots.busy, self._kind) < rows:
+                    sources, targets = slots.compact()
+                    if sources:
+                        decoder.move(sources, targets, slots.cached(0))
+
+    def _agreed(self, packs: int, steps: int) -> tuple[int, int]:
+        """Forward passes that are due, the most of any replica that shares this one's experts."""
+        group = self.grid.pg.ep
+        if group.size() == 1:
+            return packs, steps
+        both = torch.tensor([packs, steps], device=compute_device())
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        most_packs, most_steps = both.tolist()
+        return most_packs, most_steps
+
+    def _ready(self, slots: int, longest: int, every: int) -> Decoder:
+        """Memory for so many rows with prompts of up to ``longest`` tokens: what there is, if it is enough."""
+        slots, length, columns = max(slots, 1), longest + self.config.max_new_tokens, every + 1
+        have = self._decoder
+        if have is None or have.slots < slots or have.cache.max_length < length or have.columns < columns:
+            if have is not None:
+                slots, length = max(slots, have.slots), max(length, have.cache.max_length)
+            self._decoder = have = None  # before more is asked for
+            self.graphs.forget()
+            self._decoder = have = Decoder(
+                self.model, self.grid, self.config, slots=slots, max_length=length, columns=columns
+            )
+        # An update changes weights in place; coming back from the host, they may be elsewhere.
+        addresses = have.weight_addresses()
+        if addresses != self._addresses:
+            self.graphs.forget()
+        self._addresses = addresses
+        return have
 
     def _share_statistics(
-        self, batches: Sequence[_Batch], lengths: Sequence[int]
+        self, answers: Sequence[Answer]
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Give the last stage's log-probs and entropies to the other stages, cut into rows."""
-        flat = None
-        if self.grid.is_last_stage:
-            columns = ([r for b in batches for r in b.log_probs], [r for b in batches for r in b.entropies])
-            values = [value for column in columns for row in column for value in row]
-            flat = torch.tensor(values, dtype=torch.float32, device=compute_device())
-        total = sum(lengths)
-        shared = broadcast_flat(
-            flat,
-            numel=2 * total,
-            dtype=torch.float32,
-            device=compute_device(),
-            src=self.grid.last_stage_rank,
-            group=self.grid.pg.pp,
-        ).cpu()
-        return shared[:total].split(list(lengths)), shared[total:].split(list(lengths))
+        """Log-probabilities and entropies of each row; the last stage gives them to the other stages."""
+        lengths = [len(answer.tokens) for answer in answers]
+        flat = torch.cat([torch.zeros(2, 0), *(answer.statistics for answer in answers)], 1)
+        if self.grid.layout.pipeline > 1:
+            flat = broadcast_flat(
+                flat.flatten().to(compute_device()),
+                numel=2 * sum(lengths),
+                dtype=torch.float32,
+                device=compute_device(),
+                src=self.grid.last_stage_rank,
+                group=self.grid.pg.pp,
+            ).cpu()
+        log_probs, entropies = flat.view(2, -1)
+        return log_probs.split(lengths), entropies.split(lengths)

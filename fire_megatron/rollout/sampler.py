@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from fire_megatron.parallel.collectives import all_gather_stacked
 
@@ -28,12 +29,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def uniforms(seed: int, step: int, row_ids: Sequence[int], position: int) -> torch.Tensor:
-    """[B] float64 in [0, 1): one number a row for the token at ``position`` of its response in ``step``."""
+def uniforms(seed: int, step: int, row_ids: Sequence[int], positions: int | np.ndarray) -> torch.Tensor:
+    """Numbers in [0, 1), float64, one for each token to be sampled in ``step``.
+
+    Args:
+        positions: of a row's tokens in its response; one for all rows, or [B] or [B, P] of each row's own.
+
+    Returns:
+        [B], or [B, P] where positions are.
+    """
+    places = np.asarray(positions, dtype=np.int64).astype(np.uint64)
     with np.errstate(over="ignore"):
         state = np.array(row_ids, dtype=np.uint64)
-        for word in (position, step, seed):
-            state = _mix(state * _GOLDEN + np.uint64(word % 2**64) + _GOLDEN)
+        state = state[:, None] if places.ndim == 2 else state
+        for word in (places, np.uint64(step % 2**64), np.uint64(seed % 2**64)):
+            state = _mix(state * _GOLDEN + word + _GOLDEN)
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
@@ -76,13 +86,21 @@ def _nucleus(mass: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(mass).scatter(-1, order, ranked.masked_fill(outside, 0.0))
 
 
+_BLOCK = 256
+"""Entries of a block of the vocabulary, whose masses are summed before any cumulative sum is taken."""
+
+
 def _invert(mass: torch.Tensor, numbers: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """Find each row's number in the cumulative mass over the whole vocabulary.
 
+    Blocks are summed first, and only the one that holds the number is looked into: a cumulative sum of every entry in
+    float64 would be most of sampling.
+
     Returns the index within this shard ([B] int64, -1 when another shard holds it) and the total mass [B].
     """
-    cumulative = mass.cumsum(-1, dtype=torch.float64)
-    local = cumulative[:, -1].contiguous()
+    blocks = F.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, blocks] cumulative mass at the end of each block
+    local = ends[:, -1].contiguous()
     bounds = all_gather_stacked(local, group=group).cumsum(0)  # [shards, B] cumulative mass at the end of each shard
     total = bounds[-1]
     # Rounding may leave u * total at or beyond the end; the largest double below keeps it inside.
@@ -90,10 +108,19 @@ def _invert(mass: torch.Tensor, numbers: torch.Tensor, group: dist.ProcessGroup)
     owner = (bounds <= target).sum(0)
     rank = group.rank()
     start = bounds[rank - 1] if rank else torch.zeros_like(total)
-    # right=True: the first entry whose cumulative mass exceeds the target, which therefore has mass itself.
-    index = torch.searchsorted(cumulative, (target - start)[:, None], right=True).squeeze(-1)
-    last = (cumulative < local[:, None]).sum(-1)  # subtraction may round up to the shard's end
-    return torch.where(owner == rank, torch.minimum(index, last), -1), total
+    block, before = _first_beyond(ends, target - start)
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK)).squeeze(1)
+    entry, _ = _first_beyond(inside.cumsum(-1, dtype=torch.float64), target - start - before)
+    return torch.where(owner == rank, block * _BLOCK + entry, -1), total
+
+
+def _first_beyond(cumulative: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, n] ascending, [B] -> the first place in each row whose value exceeds the target, which therefore has mass
+    itself, and the value before it. Where rounding leaves none, the last place that has mass."""
+    last = (cumulative < cumulative[:, -1:]).sum(-1)
+    place = torch.minimum(torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1), last)
+    before = cumulative.gather(-1, (place - 1).clamp_min(0)[:, None]).squeeze(-1)
+    return place, torch.where(place > 0, before, 0.0)
 
 
 def sample(

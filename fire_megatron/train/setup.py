@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.errors import RecipeError, UserError
-from fire_megatron.config.roles import roles
+from fire_megatron.config.roles import keeps_cache, roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
@@ -29,7 +29,7 @@ from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Device, Offload, Watch, World, launch, reset_peak_memory
+from fire_megatron.platform import Device, Offload, Watch, World, compute_device, launch, reset_peak_memory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
@@ -290,7 +290,14 @@ def _student_run(
         offload=Offload(student.memory, constant=False, scratch=student.gradients) if recipe.student.offload else None,
         group_size=recipe.rollout.group_size,
     )
-    engine = MegatronEngine(model, grid, recipe.rollout, stop_ids=inputs.stop_ids, seed=recipe.run.seed)
+    engine = MegatronEngine(
+        model,
+        grid,
+        recipe.rollout,
+        stop_ids=inputs.stop_ids,
+        seed=recipe.run.seed,
+        keep_cache=keeps_cache(recipe, on_gpu=compute_device().type == "cuda"),
+    )
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )

@@ -13,7 +13,7 @@ from fire_megatron.checkpoint.convert import hf_to_megatron
 from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.evaluation.heldout import replica_rows
-from fire_megatron.models.layers import KVCache
+from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampler import uniforms
@@ -141,8 +141,9 @@ def test_samples_do_not_depend_on_batch_or_company(roles, world_size, which, tem
     prompts, options = draw_prompts(), {"temperature": temperature, "top_p": top_p}
     model, grid = roles.build(Spec("mistral-window"), layouts(world_size)[which])
     expected = generate(model.eval(), grid, prompts, **options)
-    for size in (1, 3):
-        assert_same(generate(model, grid, prompts, batch_size=size, **options), expected, f"batches of {size}")
+    for size, every in ((1, 0), (3, 0), (3, 5), (0, NEW_TOKENS)):
+        made = generate(model, grid, prompts, batch_size=size, sync_every=every, **options)
+        assert_same(made, expected, f"{size} slots, looked at every {every} tokens")
     # Other company, another order, and with one row at least one replica that has none.
     for rows in ([5, 1, 4], [2]):
         part = generate(model, grid, prompts, rows, **options)
@@ -176,30 +177,31 @@ def cut(made, stop_ids, limit):
 
 
 def test_stop_tokens_end_their_row_alone(roles, world_size, monkeypatch):
-    kept = []
-    real = KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (kept.append(len(rows)), real(cache, rows))[1])
+    moved = []
+    real = KVCache.move
+    monkeypatch.setattr(KVCache, "move", lambda cache, *where: (moved.append(where), real(cache, *where))[1])
     prompts = draw_prompts(tuple(1 + (5 * i) % 13 for i in range(12)))
     for layout in layouts(world_size):
         model, grid = roles.build(Spec("qwen3"), layout)
         whole = generate(model.eval(), grid, prompts)
-        assert not kept  # nothing finishes without stop tokens
+        assert not moved  # nothing finishes without stop tokens
         # Tokens at which most rows end early, at different positions, and some do not.
         stop_ids = {int(whole[row][0][position]) for row, position in enumerate((0, 2, 2, 3, 4, 6, 8))}
         expected = cut(whole, stop_ids, NEW_TOKENS)
         ends = sorted(len(tokens) for tokens, *_ in expected.values())
         assert len({*ends}) > 4 and ends[6] < NEW_TOKENS and any(truncated for *_, truncated in expected.values())
         assert_same(generate(model, grid, prompts, stop_ids=stop_ids), expected, f"{layout}")
-        # Rows leave the cache once that halves the batch; a replica with few rows may never get there.
-        assert kept or grid.row_replicas > 2
-        made = generate(model, grid, prompts, stop_ids=stop_ids, batch_size=5)
-        assert_same(made, expected, f"{layout}, batches of 5")
+        # The last rows take the place of those that have ended; a replica with few rows may never get there.
+        assert moved or grid.row_replicas > 2
+        for size, every in ((5, 0), (2, 3), (0, 5)):
+            made = generate(model, grid, prompts, stop_ids=stop_ids, batch_size=size, sync_every=every)
+            assert_same(made, expected, f"{layout}, {size} slots, looked at every {every} tokens")
         # A stop token in the last place ends the row; that is no truncation.
         expected = cut(whole, stop_ids, ends[3])
         assert any(len(tokens) == ends[3] and not truncated for tokens, _, _, truncated in expected.values())
         made = generate(model, grid, prompts, stop_ids=stop_ids, max_new_tokens=ends[3])
         assert_same(made, expected, f"{layout}, {ends[3]} tokens")
-        kept.clear()
+        moved.clear()
 
 
 @pytest.mark.parametrize("family", ["llama3-tied", "mistral-window"])

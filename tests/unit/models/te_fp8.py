@@ -26,7 +26,7 @@ from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
 from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.models.layers import KVCache
+from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform import Device

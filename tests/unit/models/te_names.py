@@ -19,7 +19,8 @@ from fire_megatron.config.schema import RoleConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
 from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.models.layers import CoreAttention, KVCache
+from fire_megatron.models.kv_cache import KVCache
+from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.platform import Device
 
@@ -49,11 +50,16 @@ def attention_report(model: build.FireGPT, context: int) -> dict:
     params = packed_seq_params(pack)
     draw = [torch.randn(pack.token_ids.shape[1], heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)]
     out = attention(*draw, None, AttnMaskType.causal, packed_seq_params=params)
-    if context == 1:  # what the fused attention does not take goes through ours
+    if context == 1:
+        # What the fused attention does not take goes through ours.
         attention(*(x.float() for x in draw), None, AttnMaskType.causal, packed_seq_params=params)
+        # Packs of prompts go through it too, once the cache has them.
         attention.cache = KVCache(2, 14)
+        attention.cache.begin_prefill([1, 0], [len(r) * 2 for r in rows])
+        assert len(calls) == 1
         attention(*draw, None, AttnMaskType.causal, packed_seq_params=params)
-    (call,) = calls
+        assert len(calls) == 2 and attention.cache.nbytes > 0
+    call = calls[0]
     return {
         "class": type(attention).__name__,
         "context_ranks": fused.cp_group and dist.get_process_group_ranks(fused.cp_group),

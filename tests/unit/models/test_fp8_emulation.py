@@ -18,7 +18,7 @@ from fire_megatron.models.fp8_emulation import EmulatedFP8, Scales
 from fire_megatron.models.fp8_linear import EmulatedLinear
 from fire_megatron.models.fp8_quantize import E4M3, E5M2, quantize, quantize_blocks
 from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.models.layers import KVCache
+from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import GridFactory, Layout
 
@@ -227,7 +227,7 @@ def test_sampling_is_not_rounded(checkpoint, grid, dtype):
     for fp8 in (None, TENSORWISE):
         model, cache, tokens = make(checkpoint, grid, fp8, dtype=dtype).eval(), KVCache(5, 4), torch.arange(7, 12)
         with torch.no_grad(), model.cached(cache):
-            cache.begin_decode()
+            cache.begin_decode(5, 4)
             with model.decoding(5):
                 logits.append(model(tokens[:, None], cache.lengths[:, None]))
         if fp8 is not None:

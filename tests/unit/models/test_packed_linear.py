@@ -11,7 +11,7 @@ from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.models.layers import KVCache
+from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed_linear import packed_linears
 from fire_megatron.parallel.grid import GridFactory, Layout
 
@@ -40,7 +40,7 @@ def decode(model, rows, *, packed_for=None):
     cache = KVCache(rows, 4)
     tokens = torch.arange(7, 7 + rows)[:, None]
     with torch.no_grad(), model.cached(cache):
-        cache.begin_decode()
+        cache.begin_decode(rows, 4)
         if packed_for is None:
             return model(tokens, cache.lengths[:, None])
         with model.decoding(packed_for):

@@ -1,8 +1,9 @@
 """Finished rows are handed over in groups of one size, in the order in which they were finished."""
 
 import pytest
+import torch
 
-from fire_megatron.rollout.engine import FinishedRows
+from fire_megatron.rollout.finished import FinishedRows
 
 
 @pytest.mark.parametrize(
@@ -13,7 +14,7 @@ def test_groups(size, expected):
     groups = []
     rows = FinishedRows(lambda ids, responses: groups.append((list(ids), [r.tolist() for r in responses])), size)
     for row in (4, 1, 3, 0, 2):
-        rows.add(row, [row] * (row + 1))
+        rows.add(row, torch.tensor([row] * (row + 1)))
     before = len(groups)
     rows.close()
     rows.close()  # nothing is left
@@ -24,5 +25,5 @@ def test_groups(size, expected):
 
 def test_nobody_wants_them():
     rows = FinishedRows(None, 1)
-    rows.add(0, [1])
+    rows.add(0, torch.tensor([1]))
     rows.close()

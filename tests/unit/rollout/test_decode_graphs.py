@@ -1,0 +1,119 @@
+"""Decode steps as CUDA graphs: the same tokens, few captures, none again when weights change in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import VOCABULARY, save_megatron
+from recorded_graph import CUDAGraph, capture
+
+from fire_megatron import platform
+from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.config.schema import RolloutConfig, StudentConfig
+from fire_megatron.data.records import Prompt
+from fire_megatron.models import kv_cache, packed_linear
+from fire_megatron.models.build import build_model
+from fire_megatron.models.hf_config import read_hf_config
+from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import Graphs
+from fire_megatron.rollout import engine as engines
+from fire_megatron.rollout.decoder import Decoder
+from fire_megatron.rollout.engine import MegatronEngine, row_bucket
+
+LENGTHS = (3, 9, 1, 6, 4, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def grid():
+    platform.start("cpu", threads=1)
+    yield GridFactory(timeout=60).grid(Layout())
+    platform.stop()
+
+
+@pytest.fixture
+def model(grid, tmp_path):
+    save_megatron("qwen3", tmp_path / "m", num_hidden_layers=2)
+    role = StudentConfig(checkpoint=str(tmp_path / "m"))
+    model = build_model(read_hf_config(tmp_path / "m"), role, grid, device=platform.Device("cpu"))
+    load_weights(model, tmp_path / "m", grid=grid)
+    return model.eval()
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Graphs, numbers of rows and of positions as on a GPU; no weights in a CPU's layout."""
+    graphs = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(CUDAGraph()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(packed_linear, "_usable", lambda weight: False)
+    for module in (engines, kv_cache):
+        monkeypatch.setattr(module, "device_kind", lambda device: "cuda")
+    return graphs
+
+
+def make(model, grid, *, graphs, stop_ids=(), keep_cache=True, **settings):
+    config = RolloutConfig(**{"prompts_per_step": len(LENGTHS), "max_new_tokens": 12, **settings})
+    engine = MegatronEngine(model, grid, config, stop_ids=stop_ids, seed=3, keep_cache=keep_cache)
+    engine.graphs = Graphs(graphs)
+    return engine
+
+
+def tokens(engine, step=0):
+    generator = torch.Generator().manual_seed(2)
+    draws = [torch.randint(6, VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
+    prompts = [Prompt(i, "math", tuple(draw), "") for i, draw in enumerate(draws)]
+    made = engine.generate(prompts, range(len(prompts)), step=step)
+    for row, values in enumerate(made.log_probs):
+        assert len(values) == len(made.responses[row]) and (values < 0).all()
+    return [response.tolist() for response in made.responses]
+
+
+def test_the_same_tokens_with_few_captures(model, grid, pretended_gpu, monkeypatch):
+    whole = tokens(make(model, grid, graphs=False))
+    stop_ids = {whole[row][at] for row, at in ((0, 2), (1, 5), (3, 0), (5, 8))}
+    expected = tokens(make(model, grid, graphs=False, stop_ids=stop_ids))
+    assert len({len(row) for row in expected}) > 2
+    engine = make(model, grid, graphs=True, stop_ids=stop_ids, batch_size=3, sync_every=4)
+    reads, read = [], Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, *sizes: reads.append(sizes) or read(self, *sizes))
+    assert tokens(engine) == expected
+    sampled = sum(map(len, expected))
+    assert len(reads) < sampled / 4, "the host looks at many tokens at a time"
+    captured = engine.graphs.captured
+    assert 0 < captured == len(pretended_gpu) <= 2, "one for each number of rows"
+    assert sum(graph.replays for graph in pretended_gpu) > 2 * captured
+
+    # A second step, whose weights have changed in place.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    assert tokens(engine, step=1) == tokens(make(model, grid, graphs=False, stop_ids=stop_ids), step=1)
+    assert len(pretended_gpu) == captured, "not captured again"
+
+    # Weights that are elsewhere, as after a stay on the host.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert tokens(engine, step=1) == tokens(make(model, grid, graphs=False, stop_ids=stop_ids), step=1)
+    assert len(pretended_gpu) == 2 * captured
+
+
+def test_without_a_kept_cache_each_call_captures_its_own(model, grid, pretended_gpu):
+    engine = make(model, grid, graphs=True, keep_cache=False, sync_every=3)
+    assert tokens(engine) == tokens(engine)
+    assert len(pretended_gpu) == 2 and engine._decoder is None, "the memory is given back"
+
+
+def test_what_cannot_be_captured_runs_without(model, grid, pretended_gpu, monkeypatch, capsys):
+    expected = tokens(make(model, grid, graphs=False))
+    compute = Decoder._compute
+    monkeypatch.setattr(Decoder, "_compute", lambda self, *sizes: (self._tokens.sum().item(), compute(self, *sizes)))
+    engine = make(model, grid, graphs=True)
+    assert tokens(engine) == expected
+    assert not engine.graphs.enabled and "without CUDA graphs" in capsys.readouterr().err
+
+
+def test_numbers_of_rows_are_few_on_a_gpu():
+    assert [row_bucket(n, "cpu") for n in (0, 1, 5, 33)] == [1, 1, 5, 33]
+    buckets = {row_bucket(n, "cuda") for n in range(1, 513)}
+    assert len(buckets) < 35 and all(row_bucket(n, "cuda") >= n for n in range(1, 513))
+    assert all(row_bucket(n, "cuda") <= max(8, n * 1.25) + 8 for n in range(1, 513))

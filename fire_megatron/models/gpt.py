@@ -1,6 +1,7 @@
 """FireGPT: megatron-core's GPTModel with a forward pass for packed rows, cached decoding and partial projection.
 
-Shapes: T tokens of a pack, n rows of a decode step, H hidden size, N selected positions, V local (tensor-parallel) vocabulary.
+Shapes: T tokens of a pack, n rows of a decode step, H hidden size, N selected positions, V local (tensor-parallel)
+vocabulary.
 """
 
 from __future__ import annotations

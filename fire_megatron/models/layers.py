@@ -3,7 +3,8 @@
 megatron-core's WrappedTorchNorm refuses sequence parallelism and its local DotProductAttention refuses packed
 sequences, so both are replaced; everything else in the model is megatron-core's.
 
-Shapes: T tokens of a pack, S query tokens, n rows of a decode step, G local key/value heads, Q local query heads, D head dimension.
+Shapes: T tokens of a pack, S query tokens, n rows of a decode step, G local key/value heads, Q local query heads, D
+head dimension.
 """
 
 from __future__ import annotations

@@ -215,9 +215,7 @@ class _Rank:
         trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
         kept = keeps_cache(self.recipe, on_gpu=self.kind == "cuda")
-        return Phase(
-            trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache, kept=cache if kept else 0
-        )
+        return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache, kept=cache if kept else 0)
 
     def _batch(self, rows: int) -> Trace:
         """Sampling of rows together; its peak is above the key/value cache. Everything is linear in the number of rows

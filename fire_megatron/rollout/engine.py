@@ -225,9 +225,7 @@ class MegatronEngine:
         self._addresses = addresses
         return have
 
-    def _share_statistics(
-        self, answers: Sequence[Answer]
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def _share_statistics(self, answers: Sequence[Answer]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Log-probabilities and entropies of each row; the last stage gives them to the other stages."""
         lengths = [len(answer.tokens) for answer in answers]
         flat = torch.cat([torch.zeros(2, 0), *(answer.statistics for answer in answers)], 1)

@@ -1,7 +1,7 @@
 """Which row is in which slot, and what has been sampled for it: continuous batching on the host.
 
-Rows wait until a slot is free (Orca, Yu et al. 2022, section 3.2), so memory is bounded by the slots and a row that ends
-early makes room at once. Everything here follows from the sampled tokens, so that every rank of a replica has the same.
+Rows wait until a slot is free (as in Orca, Yu et al. 2022), so memory is bounded by the slots and a row that ends early
+makes room at once. Everything here follows from the sampled tokens, so that every rank of a replica has the same.
 
 Shapes: S slots, n rows of a decode step (slots 0 to n - 1), C columns of a table of new tokens.
 """

@@ -80,7 +80,7 @@ def test_the_same_tokens_with_few_captures(model, grid, pretended_gpu, monkeypat
     sampled = sum(map(len, expected))
     assert len(reads) < sampled / 4, "the host looks at many tokens at a time"
     captured = engine.graphs.captured
-    assert 0 < captured == len(pretended_gpu) <= 2, "one for each number of rows"
+    assert 0 < captured == len(pretended_gpu) <= 3, "one for each number of rows"
     assert sum(graph.replays for graph in pretended_gpu) > 2 * captured
 
     # A second step, whose weights have changed in place.

@@ -24,7 +24,7 @@ def expected(row: int, length: int, limit: int) -> list[int]:
 
 
 class Device:
-    """What a decoder does with slots, with the script for a model: positions and rows are where the engine puts them."""
+    """What a decoder does with slots, with the script for a model."""
 
     def __init__(self, slots: Slots, lengths: list[int], count: int, columns: int) -> None:
         self.slots, self.lengths = slots, lengths

@@ -26,7 +26,7 @@ from fire_megatron.rollout.engine import Engine, Progress
 Sink = Callable[[str, Generation], None]
 """Takes a benchmark's name and an answer to it, in a thread of its own."""
 _ASK_EVERY = 16
-"""Tokens between two questions to the ranks of a replica whether one was asked to stop."""
+"""How often progress is told between two questions to the ranks of a replica whether one was asked to stop."""
 
 
 class Row(NamedTuple):

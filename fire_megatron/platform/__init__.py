@@ -4,6 +4,7 @@ from fire_megatron.platform.capabilities import Capability, capability_report, d
 from fire_megatron.platform.device import (
     Device,
     GpuIdentity,
+    choose_attention_kernels,
     compute_device,
     device_kind,
     gpu_identity,
@@ -28,6 +29,7 @@ __all__ = [
     "Watch",
     "World",
     "capability_report",
+    "choose_attention_kernels",
     "compute_device",
     "detect_capabilities",
     "device_kind",

@@ -71,6 +71,14 @@ def select_device(setting: str, *, local_rank: int = 0) -> Device:
     return Device("cuda", local_rank)
 
 
+def choose_attention_kernels(device: Device) -> None:
+    """Keep cuDNN out of ``scaled_dot_product_attention``: on Hopper torch takes it first, and it makes a plan for every
+    new shape, in tens to hundreds of milliseconds, of which a rollout has many. What is left (flash attention, the
+    memory-efficient kernel, plain products) makes none. Transformer Engine's attention asks cuDNN itself, for packs."""
+    if device.is_cuda:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 @dataclass(frozen=True)
 class GpuIdentity:
     """How NVML may be asked for a GPU, of which it counts all, also those that this process does not see."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import cpu_seam
 from fire_megatron.platform.apex import hide_unusable_apex
-from fire_megatron.platform.device import Device, select_device
+from fire_megatron.platform.device import Device, choose_attention_kernels, select_device
 from fire_megatron.platform.watch import Watch
 
 _store: dist.Store | None = None
@@ -196,6 +196,7 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
     local_rank = _variable("LOCAL_RANK", "SLURM_LOCALID", default=0)
     local_size = _variable("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1)
     chosen = select_device(device, local_rank=local_rank)
+    choose_attention_kernels(chosen)
     hide_unusable_apex(on_gpu=chosen.is_cuda)
     if not chosen.is_cuda:
         _set_threads(threads, local_size)

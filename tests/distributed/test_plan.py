@@ -20,7 +20,6 @@ from fire_megatron.config.load import load_recipe
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Target, TrainingRows
 from fire_megatron.evaluation.heldout import replica_rows
-from fire_megatron.models import layers
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.platform import launch
 from fire_megatron.teachers.states import split_columns
@@ -87,14 +86,10 @@ def measured(recipe, world):
     mine = replica_rows(total, grid)
     prompts = [Prompt(i, "math", tuple((i + j) % 50 + 3 for j in range(PROMPT)), "") for i in mine]
     phases: dict[str, Trace] = {}
-    caches = []
-    buffers = layers.KVCache._buffers
-    layers.KVCache._buffers = lambda self, *a: caches.append(self) or buffers(self, *a)
-    try:
-        phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, step=0))
-    finally:
-        layers.KVCache._buffers = buffers
-    kv_cache = storage_bytes(x for pair in caches[-1]._layers.values() for x in pair)
+    engine.keep_cache = True  # to be measured
+    phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, step=0))
+    kv_cache = engine._decoder.cache.nbytes
+    engine._decoder = None
     for name, teacher in run.router.pool.teachers.items():
         rows = total // 2
         responses = [torch.arange(RESPONSE) + 3] * rows

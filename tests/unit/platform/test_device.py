@@ -16,6 +16,7 @@ from fire_megatron.config.errors import LayoutError
 from fire_megatron.platform import (
     Device,
     GpuIdentity,
+    choose_attention_kernels,
     compute_device,
     gpu_identity,
     peak_memory_mb,
@@ -54,6 +55,14 @@ def test_selection(gpus, setting, local_rank, chosen, machine):
     taken = machine(gpus)
     assert select_device(setting, local_rank=local_rank) == chosen
     assert taken == ([local_rank] if chosen.is_cuda else []), "CUDA is not touched without need"
+
+
+@pytest.mark.parametrize(("device", "said"), [(Device("cuda", 1), [False]), (Device("cpu"), [])])
+def test_attention_leaves_cudnn_out(device, said, monkeypatch):
+    switched = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    choose_attention_kernels(device)
+    assert switched == said
 
 
 def test_cuda_where_there_is_none(machine):

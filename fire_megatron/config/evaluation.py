@@ -32,8 +32,8 @@ class BenchmarkConfig(Section):
     top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
     batch_size: Count = 0
-    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. A run that is asked to
-    stop gives the evaluation up after the ones in progress."""
+    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, each
+    answer that ends makes room for the next."""
 
     def _problems(self) -> Iterator[Problem]:
         if self.temperature == 0 and self.samples > 1:

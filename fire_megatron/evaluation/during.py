@@ -45,8 +45,6 @@ class Exam:
     benchmark: Benchmark
     prompts: list[Prompt]
     samples: int
-    batch_size: int
-    """Answers that a replica samples together; 0 for all of its own."""
     engine: SamplingEngine
     grid: ModelGrid
     tokenizer: Tokenizer
@@ -116,12 +114,12 @@ class Exam:
     def _answers(
         self, judge: Judge, stopped: Callable[[], bool], asked: Callable[[], bool], progress: Progress | None
     ) -> dict[tuple[int, int], Generation] | None:
-        """This replica's answers, on the rank that speaks for it. Replicas sample in rounds: those that share experts
-        have to decode together, and so are not asked within a round."""
+        """This replica's answers, on the rank that speaks for it. Replicas that share experts sample in rounds: they
+        have to decode together, and so are not asked within one."""
         rows = [Row(0, problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]
         mine = [rows[i] for i in replica_rows(len(rows), self.grid)]
-        most = -(-len(rows) // self.grid.row_replicas)
-        size = self.batch_size or most
+        most, together = -(-len(rows) // self.grid.row_replicas), self.grid.layout.expert > 1
+        size = (self.engine.config.batch_size if together else 0) or most
         made: dict[tuple[int, int], Generation] = {}
 
         def sink(_: str, generation: Generation) -> None:
@@ -132,9 +130,7 @@ class Exam:
             for start in range(0, most, size):
                 if stopped():
                     return None
-                told = (
-                    progress if self.grid.layout.expert > 1 else asking(asked, group=self.grid.pg.mp, progress=progress)
-                )
+                told = progress if together else asking(asked, group=self.grid.pg.mp, progress=progress)
                 with contextlib.suppress(Interrupted):  # the others hear of it at the next question
                     answerer.answer(mine[start : start + size], told)
             if stopped():

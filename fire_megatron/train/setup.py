@@ -345,10 +345,8 @@ def _exams(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            batch_size=0,  # an exam batches itself
+            batch_size=config.batch_size,
         )
         engine = MegatronEngine(model, grid, rollout, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
-        exams.append(
-            Exam(benchmark, prompts, config.samples, config.batch_size, engine, grid, inputs.tokenizer, waiting, wait)
-        )
+        exams.append(Exam(benchmark, prompts, config.samples, engine, grid, inputs.tokenizer, waiting, wait))
     return exams

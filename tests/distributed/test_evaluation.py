@@ -119,10 +119,10 @@ def take(world, roles, folder, path, layout, file):
     tokenizer = load_tokenizer(path)
     benchmark = read_benchmark(folder / "sums.jsonl")
     prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
-    rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16)
+    rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16, batch_size=4)
     engine = MegatronEngine(model, grid, rollout, stop_ids=tokenizer.eos_ids, seed=7)
     waiting = roles.factory.cpu_group(range(world.size), purpose="evaluation")
-    exam = Exam(benchmark, prompts, 3, 4, engine, grid, tokenizer, waiting)
+    exam = Exam(benchmark, prompts, 3, engine, grid, tokenizer, waiting)
     with Judge() as judge:
         scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
     dist.barrier()

@@ -32,7 +32,7 @@ class BenchmarkConfig(Section):
     top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
     batch_size: Count = 0
-    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, each
+    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, an
     answer that ends makes room for the next."""
 
     def _problems(self) -> Iterator[Problem]:

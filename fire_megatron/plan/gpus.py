@@ -39,8 +39,10 @@ GPUS = {
 }
 """By name. Sources: NVIDIA's data sheets of A100, H100, H200 and HGX B200 (SXM), DGX systems' network."""
 
-RESERVED_GIB = 2.5
-"""CUDA's context, NCCL's buffers and the libraries' workspaces."""
+CONTEXT_GIB = 1.25
+"""CUDA's context and the libraries' workspaces."""
+COMMUNICATOR_GIB = 0.25
+"""NCCL's buffers of a group of ranks that has communicated."""
 FRAGMENTATION = 0.05
 """Of what comes and goes, memory that the allocator holds and cannot use."""
 PRODUCTS = 0.45
@@ -49,7 +51,18 @@ BANDWIDTH = 0.7
 """Of the memory's and the links' bandwidth, what is reached."""
 LAUNCH_S = 6e-6
 """Seconds to launch a kernel from Python; what is shorter on the GPU waits for it."""
+GRAPH_LAUNCH_S = 1.5e-6
+"""Seconds between the kernels of a CUDA graph, whatever each of them takes."""
+LOOK_S = 5e-4
+"""Seconds that decoding stands still when the host looks at what was sampled: a wait for the device, a copy, Python."""
 LATENCY_S = {"node": 10e-6, "network": 20e-6}
 """Seconds of a collective besides its bytes."""
 HOST_GB_S = 50.0
-"""Between a GPU and pinned host memory."""
+"""Between a GPU and pinned host memory, while no other GPU copies."""
+HOST_NODE_GB_S = 240.0
+"""Of a node's host memory, which its GPUs share."""
+
+
+def host_gb_s(gpus_per_node: int) -> float:
+    """Between each GPU and pinned host memory while all GPUs of the node copy: roles come and go together."""
+    return min(HOST_GB_S, HOST_NODE_GB_S / gpus_per_node)

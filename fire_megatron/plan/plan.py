@@ -17,7 +17,7 @@ from fire_megatron.models.build import check_megatron_overrides
 from fire_megatron.models.fp8 import check_fp8_sizes
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.plan.gpus import FRAGMENTATION, RESERVED_GIB, Gpu
+from fire_megatron.plan.gpus import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
 from fire_megatron.plan.rank import plan_rank, planned_role
 from fire_megatron.plan.records import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
@@ -226,7 +226,9 @@ def plan_kind(job: Job, ranks: Sequence[int]) -> Kind:
     """The first of some ranks that are alike, for all of them."""
     plan = plan_rank(job.recipe, job.shapes, job.workload, rank=ranks[0], world_size=job.world_size, kind=job.kind)
     peaks = {name: _peak(job.recipe, plan, name) for name in plan.phases}
-    capacity = None if job.gpu is None else int((job.gpu.memory_gib - RESERVED_GIB) * GIB)
+    capacity = None
+    if job.gpu is not None:
+        capacity = int((job.gpu.memory_gib - CONTEXT_GIB - plan.communicators * COMMUNICATOR_GIB) * GIB)
     return Kind(tuple(ranks), plan, peaks, capacity)
 
 
@@ -243,6 +245,16 @@ def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
         elif memory.heads:  # which do not wait on the host
             held[path] = memory.heads
     return held
+
+
+def on_host(recipe: Recipe, plan: RankPlan) -> int:
+    """Bytes of pinned host memory that this rank's roles wait in; a node has that of all of its GPUs."""
+    waiting = {
+        memory.key: memory.weights + memory.optimizer
+        for path, memory in plan.roles.items()
+        if roles(recipe)[path].offload
+    }
+    return sum(waiting.values())
 
 
 def held(recipe: Recipe, plan: RankPlan, phase: str) -> int:
@@ -289,7 +301,7 @@ def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
                 path: {"ranks": span_text(layout.ranks), "data": layout.data, **asdict(layout)}
                 for path, layout in job.layouts.items()
             },
-            "kinds": [_kind_json(kind) for kind in plan.kinds],
+            "kinds": [_kind_json(kind) | {"host_bytes": on_host(job.recipe, kind.plan)} for kind in plan.kinds],
             "seconds": None if plan.time is None else asdict(plan.time) | {"total": plan.time.total},
             "advice": list(advice),
         },
@@ -327,6 +339,7 @@ def _kind_json(kind: Kind) -> dict[str, Any]:
         "peak_bytes": kind.peak,
         "scratch_bytes": kind.plan.scratch,
         "capacity_bytes": kind.capacity,
+        "communicators": kind.plan.communicators,
         "roles": {path: asdict(memory) | {"bytes": memory.bytes} for path, memory in kind.plan.roles.items()},
         "phases": phases,
     }

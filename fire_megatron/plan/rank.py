@@ -208,14 +208,24 @@ class _Rank:
         model = self.models["student"]
         first = partial(self._generate, min(size, _FEW_ROWS), 1)
         trace = Trace.total(
-            *((times, self._of_all_layers(model, first, partial(self._batch, n))) for n, times in batches)
+            *((times, self._of_all_layers(model, first, partial(self._batch, n, steps))) for n, times in batches)
         )
+        begun, second = (self._of_all_layers(model, first, partial(self._batch, size, n)) for n in (1, min(2, steps)))
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
         # Rows that move to other slots leave one layer's keys or values at a time, by a copy of at most half of them.
         trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
         kept = keeps_cache(self.recipe, on_gpu=self.kind == "cuda")
-        return Phase(trace, pieces=steps * (whole + bool(rest)), rows=rows, kv_cache=cache, kept=cache if kept else 0)
+        return Phase(
+            trace,
+            pieces=steps * (whole + bool(rest)),
+            rows=rows,
+            kv_cache=cache,
+            kept=cache if kept else 0,
+            step_operators=second.operators - begun.operators,
+            step_flops=second.flops - begun.flops,
+            graphs=self.kind == "cuda" and self.recipe.rollout.cuda_graphs and not model.config.num_moe_experts,
+        )
 
     def _batch(self, rows: int) -> Trace:
         """Sampling of rows together; its peak is above the key/value cache. Everything is linear in the number of rows
@@ -228,7 +238,7 @@ class _Rank:
             t.peak - self._kv_cache(few, self.load.prompt_tokens + n) for t, n in ((one, 1), (two, min(2, steps)))
         )
         if rows > few:
-            less, more = self._batch(few - 1), rows - few
+            less, more = self._batch(few - 1, steps), rows - few
             peak = trace.peak + more * (trace.peak - less.peak)
             trace = Trace.total((1 + more, trace), (-more, less))
             trace.peak = peak

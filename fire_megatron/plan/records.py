@@ -44,6 +44,12 @@ class Phase:
     """Bytes of keys and values."""
     kept: int = 0
     """Of these, what stays from step to step."""
+    step_operators: int = 0
+    """Operators of a decode step, each a kernel or so."""
+    step_flops: int = 0
+    """Floating-point operations of a decode step."""
+    graphs: bool = False
+    """Whether a decode step is a CUDA graph."""
     loss: int = 0
     """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
 
@@ -61,6 +67,14 @@ class RankPlan:
     """Bytes of buffers that the first use leaves behind."""
     groups: Mapping[str, Mapping[tuple[int, ...], str]]
     """By recipe path: what the role's groups of ranks are for, by their ranks."""
+
+    @property
+    def communicators(self) -> int:
+        """Groups of several ranks that this rank sends or receives in, each of them with buffers of its own."""
+        used = {c.ranks for phase in self.phases.values() for c, _, _ in phase.trace.messages()}
+        # Metrics and votes of a step go over all ranks of the student.
+        spans = {max(names, key=len) for path, names in self.groups.items() if path == "student"}
+        return len({ranks for ranks in used | spans if len(ranks) > 1})
 
     @staticmethod
     def worker(phase: str) -> str:

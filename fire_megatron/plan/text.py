@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fire_megatron.config.roles import roles
 from fire_megatron.metrics.table import aligned
 from fire_megatron.plan.advice import Advice
-from fire_megatron.plan.plan import GIB, Kind, Plan, held, span_text
+from fire_megatron.plan.plan import GIB, Kind, Plan, held, on_host, span_text
 from fire_megatron.plan.timing import assumptions, communication, seconds
 
 
@@ -60,6 +60,13 @@ def _kind(plan: Plan, kind: Kind) -> list[str]:
     most = f", {gib(kind.peak)} at most ({kind.busiest})"
     room = "" if kind.capacity is None else f" of {gib(kind.capacity)}: " + ("fits" if kind.fits else "DOES NOT FIT")
     lines = [f"Ranks {span_text(kind.ranks)} ({len(kind.ranks)}){most}{room}"]
+    host = on_host(plan.job.recipe, kind.plan)
+    if host:
+        lines.append(
+            f"wait on the host: {gib(host)} of each rank, {gib(host * plan.job.gpus_per_node)} of a node's ranks"
+        )
+    if kind.plan.communicators and plan.job.gpu is not None:
+        lines.append(f"communicate in {kind.plan.communicators} groups of ranks")
     rows = [("role", "parameters", "weights", "gradients", "optimizer", "teachers' heads", "FP8 copies")]
     rows += [
         (path, f"{m.parameters:,}", *map(gib, (m.weights, m.gradients, m.optimizer, m.heads, m.fp8_copies)))

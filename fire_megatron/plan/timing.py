@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.plan.gpus import (
     BANDWIDTH,
+    COMMUNICATOR_GIB,
+    CONTEXT_GIB,
     FRAGMENTATION,
+    GRAPH_LAUNCH_S,
     HOST_GB_S,
+    HOST_NODE_GB_S,
     LATENCY_S,
     LAUNCH_S,
+    LOOK_S,
     PRODUCTS,
-    RESERVED_GIB,
     Gpu,
+    host_gb_s,
 )
 from fire_megatron.plan.records import Phase, RankPlan
 from fire_megatron.plan.trace import Collective, Trace
 from fire_megatron.plan.workload import Workload
+from fire_megatron.rollout.engine import SYNC_EVERY
 
 _RINGS = ("all-reduce", "all-gather", "reduce-scatter")
 _PASSES = {"all-reduce": 2.0}
@@ -80,11 +86,16 @@ def _work(trace: Trace, role: RoleConfig, gpu: Gpu, *, fp8: bool = True) -> floa
     return max(trace.flops / (peak * 1e12 * PRODUCTS), trace.operators * LAUNCH_S)
 
 
-def _decode_traffic(plan: RankPlan, phase: Phase, recipe: Recipe, load: Workload, gpu: Gpu) -> float:
-    """Seconds to read, in every decode step, the weights and the keys and values that are there on average."""
+def _decoding(plan: RankPlan, phase: Phase, recipe: Recipe, load: Workload, gpu: Gpu) -> float:
+    """Seconds of all decode steps, without collectives: each takes the longest of its arithmetic, of reading the
+    weights and the keys and values that are there on average, and of its launches; then there are the host's looks."""
     filled = (load.prompt_tokens + load.response_tokens / 2) / (load.prompt_tokens + recipe.rollout.max_new_tokens)
-    read = plan.roles["student"].weights + phase.kv_cache * filled
-    return phase.pieces * read / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
+    read = (plan.roles["student"].weights + phase.kv_cache * filled) / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
+    launches = phase.step_operators * (GRAPH_LAUNCH_S if phase.graphs else LAUNCH_S)
+    looks = phase.pieces / (recipe.rollout.sync_every or SYNC_EVERY["cuda"])
+    peak = gpu.fp32_tflops if recipe.student.precision.dtype == "float32" else gpu.bf16_tflops
+    arithmetic = phase.step_flops / (peak * 1e12 * PRODUCTS)
+    return phase.pieces * max(arithmetic, read, launches) + looks * LOOK_S
 
 
 def step_time(
@@ -102,6 +113,7 @@ def step_time(
     """
     sampling = exchange = update = bubble = 0.0
     scoring: dict[str, float] = {}
+    host = host_gb_s(gpus_per_node) * 1e9
     for plan in plans:
         for name, phase in plan.phases.items():
             spent = communication(phase.trace, gpu, gpus_per_node)
@@ -110,13 +122,13 @@ def step_time(
             elif name == "exchange":
                 exchange = max(exchange, spent)
             elif name == "update":
-                seconds_here, waiting = _update(recipe, plan, phase, gpu)
+                seconds_here, waiting = _update(recipe, plan, phase, gpu, host)
                 update, bubble = max(update, seconds_here + spent), max(bubble, waiting)
             else:
                 teacher = name.partition(" ")[2]
                 role = recipe.teachers[teacher]
                 work = _work(phase.trace, role, gpu) * (1 + (role.parallel.pipeline - 1) / max(phase.pieces, 1))
-                moved = plan.roles[plan.worker(name)].weights / (HOST_GB_S * 1e9) if role.offload else 0.0
+                moved = plan.roles[plan.worker(name)].weights / host if role.offload else 0.0
                 scoring[teacher] = max(scoring.get(teacher, 0.0), work + spent + moved)
     exposed = max([0.0, *(_exposed(recipe, load, plan, sampling, scoring, row_replicas) for plan in plans)])
     return StepTime(sampling, exposed, scoring, update, exchange, bubble)
@@ -125,18 +137,23 @@ def step_time(
 def _sampling(recipe: Recipe, load: Workload, plan: RankPlan, phase: Phase, gpu: Gpu, gpus_per_node: int) -> float:
     """A token goes through all stages before the next one; what one stage takes, all of them take."""
     stages = recipe.student.parallel.pipeline
-    work = max(_work(phase.trace, recipe.student, gpu, fp8=False), _decode_traffic(plan, phase, recipe, load, gpu))
+    # Of prompts: what is left when decode steps are taken away.
+    prompts = Trace(
+        flops=max(phase.trace.flops - phase.pieces * phase.step_flops, 0),
+        operators=max(phase.trace.operators - phase.pieces * phase.step_operators, 0),
+    )
+    work = _work(prompts, recipe.student, gpu, fp8=False) + _decoding(plan, phase, recipe, load, gpu)
     return stages * (work + communication(phase.trace, gpu, gpus_per_node))
 
 
-def _update(recipe: Recipe, plan: RankPlan, phase: Phase, gpu: Gpu) -> tuple[float, float]:
+def _update(recipe: Recipe, plan: RankPlan, phase: Phase, gpu: Gpu, host: float) -> tuple[float, float]:
     """Seconds without collectives, and the part of its products that stages wait."""
     stages, updates, memory = recipe.student.parallel.pipeline, recipe.optimizer.mini_batches, plan.roles["student"]
     waiting = (stages - 1) / (phase.pieces / updates + stages - 1)
     traffic = updates * (2 * memory.optimizer + memory.gradients + memory.weights)
     work = _work(phase.trace, recipe.student, gpu) / (1 - waiting) + traffic / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
     if recipe.student.offload:  # away while teachers score, and back
-        work += 2 * (memory.weights + memory.optimizer) / (HOST_GB_S * 1e9)
+        work += 2 * (memory.weights + memory.optimizer) / host
     return work, waiting
 
 
@@ -165,10 +182,12 @@ def assumptions(gpu: Gpu, gpus_per_node: int) -> list[str]:
     return [
         f"{gpu.name}: {gpu.memory_gib:g} GiB at {gpu.memory_gb_s:g} GB/s, {gpu.bf16_tflops:g} TFLOP/s in bfloat16, "
         f"{gpu.nvlink_gb_s:g} GB/s NVLink, {gpu.network_gb_s:g} GB/s network a GPU, {gpus_per_node} GPUs a node",
-        f"memory: {RESERVED_GIB:g} GiB for CUDA, NCCL and libraries, {FRAGMENTATION:.0%} of what comes and goes for "
-        "fragmentation",
+        f"memory: {CONTEXT_GIB:g} GiB for CUDA and libraries, {COMMUNICATOR_GIB:g} GiB for each group that a rank "
+        f"communicates in, {FRAGMENTATION:.0%} of what comes and goes for fragmentation",
         f"time: products at {PRODUCTS:.0%} of the peak, memory and links at {BANDWIDTH:.0%}, {LAUNCH_S * 1e6:g} us a "
-        "kernel launch, collectives hidden by nothing",
+        f"kernel launch ({GRAPH_LAUNCH_S * 1e6:g} us in a CUDA graph), {LOOK_S * 1e3:g} ms each time that the host "
+        "looks at what was sampled, collectives hidden by nothing",
+        f"offload: {HOST_GB_S:g} GB/s between a GPU and the host, {HOST_NODE_GB_S:g} GB/s for all GPUs of a node",
         "all rows are as long as said; experts get equal numbers of tokens; the filter drops its percentile",
         "activations are those of unfused layers with fused attention and norms; Transformer Engine's take less",
     ]

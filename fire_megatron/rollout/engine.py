@@ -34,7 +34,7 @@ Progress = Callable[[int], None]
 
 _PREFILL_TOKENS = 16384
 """Tokens of prompts in one forward pass, unless a single prompt is longer."""
-_SYNC_EVERY = {"cpu": 1, "cuda": 16}
+SYNC_EVERY = {"cpu": 1, "cuda": 16}
 """Decode steps between two looks at what has been sampled. A look makes the device wait for the host, which costs a CPU
 nothing; without one, rows that have ended go on."""
 
@@ -162,7 +162,7 @@ class MegatronEngine:
     ) -> None:
         """All rows, from the first prompt to the last token."""
         lengths = [len(prompt) for prompt in prompts]
-        every = min(self.config.sync_every or _SYNC_EVERY[self._kind], self.config.max_new_tokens)
+        every = min(self.config.sync_every or SYNC_EVERY[self._kind], self.config.max_new_tokens)
         decoder = self._ready(min(self.config.batch_size or len(prompts), len(prompts)), max(lengths, default=1), every)
         slots = Slots(
             lengths,

@@ -8,7 +8,17 @@ import pytest
 
 from fire_megatron.config.schema import Recipe
 from fire_megatron.config.walk import build
-from fire_megatron.plan.gpus import BANDWIDTH, GPUS, HOST_GB_S, LATENCY_S, PRODUCTS
+from fire_megatron.plan.gpus import (
+    BANDWIDTH,
+    GPUS,
+    GRAPH_LAUNCH_S,
+    HOST_GB_S,
+    HOST_NODE_GB_S,
+    LATENCY_S,
+    LAUNCH_S,
+    LOOK_S,
+    PRODUCTS,
+)
 from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
 from fire_megatron.plan.timing import seconds, step_time
 from fire_megatron.plan.trace import Collective, Trace
@@ -57,6 +67,11 @@ def phase(time: float, pieces: int = 8) -> Phase:
     return Phase(Trace(flops=int(time * H100.bf16_tflops * 1e12 * PRODUCTS)), pieces=pieces)
 
 
+def prompts(time: float) -> Phase:
+    """Sampling that is all prompts."""
+    return phase(time, pieces=0)
+
+
 def rank(number: int, **phases: Phase) -> RankPlan:
     named = {name.replace("_", " "): value for name, value in phases.items()}
     paths = {RankPlan.worker(name) for name in named}
@@ -64,19 +79,19 @@ def rank(number: int, **phases: Phase) -> RankPlan:
     return RankPlan(number, roles, named, 0, {path: {} for path in paths})
 
 
-def timed(config: Recipe, *plans: RankPlan):
-    return step_time(config, Workload.of(config), plans, H100, 8, row_replicas=1)
+def timed(config: Recipe, *plans: RankPlan, gpus_per_node: int = 8):
+    return step_time(config, Workload.of(config), plans, H100, gpus_per_node, row_replicas=1)
 
 
 def test_teachers_on_the_students_ranks_take_turns():
-    together = rank(0, sampling=phase(10), scoring_a=phase(3), scoring_b=phase(4), update=phase(5))
+    together = rank(0, sampling=prompts(10), scoring_a=phase(3), scoring_b=phase(4), update=phase(5))
     time = timed(recipe(a={}, b={}), together)
     assert time.exposed == pytest.approx(7)
     assert time.total == pytest.approx(22)
 
 
 def test_teachers_elsewhere_score_while_the_student_samples():
-    student = rank(0, sampling=phase(10), update=phase(5))
+    student = rank(0, sampling=prompts(10), update=phase(5))
     apart = timed(recipe(a={}, b={}), student, rank(1, scoring_a=phase(8)), rank(2, scoring_b=phase(4)))
     assert apart.exposed == pytest.approx(2), "the last quarter of the slower"
     together = timed(recipe(a={}, b={}), student, rank(1, scoring_a=phase(50), scoring_b=phase(50)))
@@ -88,7 +103,7 @@ def test_teachers_elsewhere_score_while_the_student_samples():
 def test_a_pipeline_waits():
     config = recipe(a={})
     config = replace(config, student=replace(config.student, parallel=replace(config.student.parallel, pipeline=4)))
-    time = timed(config, rank(0, sampling=phase(1), scoring_a=phase(0), update=phase(8, pieces=8)))
+    time = timed(config, rank(0, sampling=prompts(1), scoring_a=phase(0), update=phase(8, pieces=8)))
     assert time.bubble == pytest.approx(3 / 11)
     assert time.update == pytest.approx(11)
     assert time.sampling == pytest.approx(4), "a token passes all stages"
@@ -97,10 +112,46 @@ def test_a_pipeline_waits():
 def test_weights_on_the_host_come_and_go():
     config = recipe(a={})
     config = replace(config, student=replace(config.student, offload=True))
-    plan = rank(0, sampling=phase(0), scoring_a=phase(0), update=phase(1))
+    plan = rank(0, sampling=prompts(0), scoring_a=phase(0), update=phase(1))
     plan.roles["student"] = RoleMemory(1, weights=int(HOST_GB_S * GB), optimizer=0, key="student")
     extra = HOST_GB_S / H100.memory_gb_s / BANDWIDTH
-    assert timed(config, plan).update == pytest.approx(1 + 2 + extra)
+    assert timed(config, plan, gpus_per_node=1).update == pytest.approx(1 + 2 + extra)
+    shared = HOST_GB_S / (HOST_NODE_GB_S / 8)
+    assert shared > 1 and timed(config, plan).update == pytest.approx(1 + 2 * shared + extra), "all GPUs of a node copy"
+
+
+def test_a_decode_step_takes_the_longest_of_three():
+    """100 steps: reading weights, arithmetic, or launches, and the host's looks."""
+    config = recipe(a={})
+
+    def sampling(steps: int = 100, sync_every: int = 0, **values) -> float:
+        plan = rank(0, sampling=Phase(Trace(), pieces=steps, **values), update=phase(0))
+        plan.roles["student"] = RoleMemory(1, weights=7 * GB, key="student")
+        rollout = replace(config.rollout, sync_every=sync_every)
+        return timed(replace(config, rollout=rollout), plan).sampling
+
+    reading = 100 * 7 / (H100.memory_gb_s * BANDWIDTH)
+    assert sampling() == pytest.approx(reading + 100 / 16 * LOOK_S)
+    assert sampling(sync_every=100) == pytest.approx(reading + LOOK_S)
+    slow = {"step_operators": 2000}
+    assert sampling(**slow) == pytest.approx(100 * 2000 * LAUNCH_S + 100 / 16 * LOOK_S)
+    assert sampling(**slow, graphs=True) == pytest.approx(max(reading, 100 * 2000 * GRAPH_LAUNCH_S) + 100 / 16 * LOOK_S)
+    products = {"step_flops": int(0.01 * H100.bf16_tflops * 1e12 * PRODUCTS)}
+    assert sampling(**products) == pytest.approx(100 * 0.01 + 100 / 16 * LOOK_S)
+
+
+def test_groups_that_communicate_are_counted_once():
+    def of(*groups: tuple[int, ...]) -> Phase:
+        trace = Trace()
+        for ranks in groups:
+            for operation in ("all-reduce", "all-gather"):
+                trace.calls[Collective(operation, ranks)] = trace.bytes[Collective(operation, ranks)] = 1
+        return Phase(trace, pieces=1)
+
+    plan = RankPlan(
+        0, {}, {"sampling": of((0, 1), (0,)), "update": of((0, 1), (0, 2))}, 0, {"student": {(0, 1, 2, 3): ""}}
+    )
+    assert plan.communicators == 3, "two of the model, one of all ranks"
 
 
 def test_rows_of_several_teachers_count_for_each():

@@ -16,10 +16,10 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 from fire_megatron.train.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT, SLOW = 4.0, 9.0
+TIMEOUT, SLOW = 4.0, 7.0
 """Seconds that a collective may take, and that the slow replica samples."""
 PLUGIN = f"""
-import datetime, time
+import time
 import torch.distributed as dist
 from fire_megatron.platform import launch, tick, watch
 from fire_megatron.rollout.engine import MegatronEngine
@@ -30,12 +30,12 @@ def generate(self, *args, step, **kwargs):
     watch._active._timeout = {TIMEOUT}
     for group in (self.grid.span, dist.group.WORLD):
         dist.distributed_c10d._set_pg_timeout(launch.collective_patience({TIMEOUT}), group)
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1 and step == 0:
         for _ in range(int({SLOW} / 0.5)):
             time.sleep(0.5)
             tick()
-        if step == 1:
-            time.sleep(10_000)
+    elif dist.get_rank() == 1:
+        time.sleep(10_000)
     return real(self, *args, step=step, **kwargs)
 
 MegatronEngine.generate = generate

@@ -41,7 +41,7 @@ def guarded(
         UserError: the same on every rank. One that is this rank's alone ends the process, with exit code 2.
     """
     from fire_megatron.platform import launch
-    from fire_megatron.platform.watch import EXIT_CODE, FAREWELL_IN_FAILURE
+    from fire_megatron.platform.watch import FAREWELL_IN_FAILURE
 
     watch = launch.watch(world, roles=held, timeout=timeout)
     tell: Note = note or (lambda reason, *, hopeless=False: None)
@@ -57,36 +57,46 @@ def guarded(
         if error.everywhere or world.size == 1:
             watch.close()
             raise
-        reason, code = str(error), 2
+        code = 2
         launch.report_mistake(error)
-        print(f"error on rank {world.rank}: {reason}", file=sys.stderr, flush=True)
+        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        watch.give_up(str(error))
     except KeyboardInterrupt:
         if world.size == 1:
             raise
-        reason, code = f"{held} on rank {world.rank} was interrupted", 130
+        code = 130
+        watch.give_up(f"{held} on rank {world.rank} was interrupted")
     except Exception as error:
         if world.size == 1:
             tell(f"{type(error).__name__}: {error}")
             raise
-        traceback.print_exc()
-        reason, code = _reason(error, watch, f"{held} on rank {world.rank}"), EXIT_CODE
-        tell(reason)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    watch.fail(reason)
+        code = _failed(error, watch, tell, held=held, rank=world.rank)
     watch.close(farewell=FAREWELL_IN_FAILURE)
     sys.stdout.flush()
     os._exit(code)  # to take process groups apart may wait for ranks that are not there
 
 
-def _reason(error: Exception, watch: Watch, here: str) -> str:
-    """What failed: often an error is the mere consequence of what happened to another rank."""
-    missing = watch.missing()
-    if not missing:
-        return f"{here} failed: {type(error).__name__}: {error}"
-    return (
-        f"{watch.describe(missing)}: no sign of life since, so the run ends; run again to continue from the last "
-        "checkpoint"
-    )
+def _failed(error: Exception, watch: Watch, tell: Note, *, held: str, rank: int) -> int:
+    """Tell everybody what failed: often an error is the mere consequence of what happened to another rank. Returns the
+    exit code."""
+    from fire_megatron.platform.watch import EXIT_CODE
+
+    missing, here = watch.missing(), f"{type(error).__name__}: {error}"
+    if missing:
+        reason = watch.recorder.mentioned(
+            f"{watch.describe(missing)}: no sign of life since, so the run ends; run again to continue from the last "
+            "checkpoint"
+        )
+        print(f"rank {rank} ({held}) noticed by {here}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exc()
+        reason = f"{held} on rank {rank} failed: {here}"
+    heard = watch.give_up(reason)
+    tell(heard)
+    if rank == 0 or heard == reason:
+        print(f"error: {heard}", file=sys.stderr, flush=True)
+    watch.recorder.dump(heard)
+    return EXIT_CODE
 
 
 def run_command(check: Callable[[], Checked], work: Callable[[Checked], object]) -> int:

@@ -81,7 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(recipe: Recipe) -> None:
         if not args.check:
             settings = recipe.run
-            world = launch.start(settings.device, timeout=settings.collective_timeout, threads=settings.threads)
+            world = launch.start(
+                settings.device,
+                timeout=settings.collective_timeout,
+                threads=settings.threads,
+                records=Path(settings.dir) / "flight_recorder",
+            )
             _train(recipe, world)
         elif launch.launched_rank() == 0:
             _check(args.recipe, recipe)

@@ -36,8 +36,8 @@ class RunConfig(Section):
     """Where to compute; `auto` takes CUDA when there is a GPU."""
     collective_timeout: Positive = 600.0
     """Seconds that a rank may wait for others, or show no progress, before the run ends with an error that names it and
-    says where each rank is. Also the loading of the largest model must fit in, since roles with less to load wait for
-    it."""
+    says where each rank is. Sampling may take longer as long as it gets on. Also the loading of the largest model must
+    fit in, since roles with less to load wait for it."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues from the newest whole checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""

@@ -30,7 +30,7 @@ from fire_megatron.evaluation.estimates import Scores
 from fire_megatron.evaluation.generations import SCORES, Generation
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
-from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
+from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks, wait_for_all
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import Progress
 
@@ -50,8 +50,8 @@ class Exam:
     tokenizer: Tokenizer
     waiting: dist.ProcessGroup
     """Of the grid's ranks, on the host, for what may take as long as another rank judges."""
-    wait: Callable[[], object] = lambda: None
-    """Is told that this rank waits for others."""
+    wait: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    """Around what waits for others, however long they take."""
 
     @property
     def own_rows(self) -> int:
@@ -92,23 +92,23 @@ class Exam:
         answers = self._merged({key: replace(answer, text="") for key, answer in mine_answered.items()})
         classes = self._merged(own_votes(answers, len(self.prompts), self.samples, judge, self.grid))
         lines = (whole[key].line() for key in sorted(whole))
-        self.wait()
-        on_all_ranks(_write, file if writes else None, lines, group=self.waiting)
+        with self.wait():
+            on_all_ranks(_write, file if writes else None, lines, group=self.waiting)
         return score_answers(answers, classes, len(self.prompts), self.samples)
 
     def _merged(self, mine: dict[K, V]) -> dict[K, V]:
         """What all ranks have, on every rank, however long some of them take to get here."""
-        self.wait()
-        return dict(ChainMap(*all_gather_objects(mine, group=self.waiting)))
+        with self.wait():
+            return dict(ChainMap(*all_gather_objects(mine, group=self.waiting)))
 
     def _on_first(self, mine: dict[K, V]) -> dict[K, V]:
         """What all ranks have, on the grid's first rank, which is the run's; nothing on the others."""
-        self.wait()
         if self.waiting.size() == 1:
             return mine
         first = self.grid.layout.first_rank
         parts: list[dict[K, V]] | None = [{}] * self.waiting.size() if dist.get_rank() == first else None
-        dist.gather_object(mine, parts, dst=first, group=self.waiting)
+        with self.wait():
+            dist.gather_object(mine, parts, dst=first, group=self.waiting)
         return dict(ChainMap(*parts)) if parts is not None else {}
 
     def _answers(
@@ -128,15 +128,22 @@ class Exam:
         parts = (self.engine, self.grid, self.tokenizer, [self.benchmark], [self.prompts])
         with Answerer(*parts, judge=judge, sink=sink) as answerer:
             for start in range(0, most, size):
-                if stopped():
+                if self._all_stopped(stopped):
                     return None
                 told = progress if together else asking(asked, group=self.grid.pg.mp, progress=progress)
                 with contextlib.suppress(Interrupted):  # the others hear of it at the next question
                     answerer.answer(mine[start : start + size], told)
-            if stopped():
+            if self._all_stopped(stopped):
                 return None
             answerer.drain()
         return made
+
+    def _all_stopped(self, stopped: Callable[[], bool]) -> bool:
+        """Whether the run was asked to stop, once all replicas are here, however long some of them sample: the
+        question itself is a collective of the devices, which wait only so long."""
+        with self.wait():
+            wait_for_all(group=self.waiting)
+        return stopped()
 
 
 def take_exams(

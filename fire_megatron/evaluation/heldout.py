@@ -7,7 +7,7 @@ the weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fire_megatron.data.records import Prompt
 from fire_megatron.metrics.table import ruled
@@ -29,14 +29,22 @@ class HeldOut:
         """Args: prompts: the fixed prompts; engine: samples with the evaluation's own seed and length."""
         self.prompts, self.engine, self.router, self.grid = list(prompts), engine, router, grid
 
-    def measure(self, progress: Progress | None = None) -> dict[str, Value]:
-        """``eval/<teacher>/{reverse_kl,mean_length}`` of this replica's rows, to be reduced."""
+    def measure(
+        self, progress: Progress | None = None, sampled: Callable[[], object] = lambda: None
+    ) -> dict[str, Value]:
+        """``eval/<teacher>/{reverse_kl,mean_length}`` of this replica's rows, to be reduced.
+
+        Args:
+            progress: told of sampled tokens.
+            sampled: called when this replica has sampled its rows, before the ranks go on together.
+        """
         mine = replica_rows(len(self.prompts), self.grid)
         prompts = [self.prompts[i] for i in mine]
         session = self.router.open(prompts, mine, total=len(self.prompts))
         rollouts = self.engine.generate(
             prompts, mine, step=0, progress=progress, finished=session.send, group_size=session.group_size
         )
+        sampled()
         scores = session.finish(rollouts)
         totals: dict[str, list[float]] = {}
         for teacher, student, scored in zip(scores.teachers, rollouts.log_probs, scores.log_probs, strict=True):

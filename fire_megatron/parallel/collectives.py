@@ -28,6 +28,13 @@ def all_gather_objects(value: T, *, group: dist.ProcessGroup) -> list[T]:
     return gathered
 
 
+def wait_for_all(*, group: dist.ProcessGroup) -> None:
+    """Until every rank of a group is here: of gloo, and patient, where some of them may take long."""
+    if group.size() > 1:
+        dist.barrier(group=group)
+        tick()
+
+
 def all_gather_flat(values: torch.Tensor, *, group: dist.ProcessGroup) -> list[torch.Tensor]:
     """Gather 1-D tensors of different lengths.
 

@@ -202,12 +202,9 @@ class GridFactory:
         members = sorted(set(ranks))
         key = (purpose, *members)
         if key not in self._cpu_groups:
-            # Who cannot connect is to hear of it soon; only what is sent later may be waited for.
-            group = dist.new_group(members, backend="gloo", timeout=self._timeout)
-            member = dist.get_rank() in members
-            if member:
-                dist.distributed_c10d._set_pg_timeout(IDLE, group)
-            self._cpu_groups[key] = group if member else None
+            # gloo connects two ranks when both first need it, so that may be waited for as well.
+            group = dist.new_group(members, backend="gloo", timeout=IDLE)
+            self._cpu_groups[key] = group if dist.get_rank() in members else None
         return self._cpu_groups[key]
 
     def _group(self, enumeration: list[list[int]]) -> dist.ProcessGroup | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import defaultdict, deque
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,26 @@ class Mail:
     devices: a send that waits for its receiver must not hold a stream up.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Args: group: gloo, of the ranks that write to each other; None on other ranks, which may not use it."""
+    def __init__(self, group: dist.ProcessGroup | None, pairs: Iterable[tuple[int, int]] = ()) -> None:
+        """Args: group: gloo, of the ranks that write to each other; None on other ranks, which may not use it; pairs:
+        global ranks that will, the same on all ranks of the group: their first messages wait for nobody either."""
         self._group = group
         self._own: dict[int, deque[torch.Tensor]] = defaultdict(deque)
         self._sent: list[tuple[dist.Work, torch.Tensor, int]] = []
         self.bytes = 0
         """Bytes of all messages so far to and from other ranks."""
+        if group is not None:
+            self._connect(sorted({(min(pair), max(pair)) for pair in pairs}))
+
+    def _connect(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Exchange a word within each pair, in an order that all know. gloo connects two ranks only when both have
+        something for each other, and until then a send would wait."""
+        me, word = dist.get_rank(), torch.zeros(1)
+        for low, high in pairs:
+            if low != high and me == low:
+                dist.isend(word, dst=high, group=self._group).wait(IDLE)
+            elif low != high and me == high:
+                dist.irecv(word, src=low, group=self._group).wait(IDLE)
 
     def send(self, values: torch.Tensor, *, to: int, tag: int) -> None:
         """Send a tensor on CPU to a global rank, which may be this one. Does not wait; the tensor must not change."""

@@ -227,10 +227,10 @@ class _Rank:
             graphs=self.kind == "cuda" and self.recipe.rollout.cuda_graphs and not model.config.num_moe_experts,
         )
 
-    def _batch(self, rows: int) -> Trace:
-        """Sampling of rows together; its peak is above the key/value cache. Everything is linear in the number of rows
-        and in that of steps."""
-        steps, few = self.load.response_tokens, min(rows, _FEW_ROWS)
+    def _batch(self, rows: int, steps: int) -> Trace:
+        """Sampling of rows together, so many tokens of each; its peak is above the key/value cache. Everything is
+        linear in the number of rows and in that of steps."""
+        few = min(rows, _FEW_ROWS)
         one = self._generate(few, 1)
         two = self._generate(few, 2) if steps > 1 else one
         trace = Trace.total((1, one), (steps - 1, two), (1 - steps, one))

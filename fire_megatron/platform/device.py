@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from fire_megatron.config.errors import LayoutError
 from fire_megatron.platform import cpu_seam
+
+_ONE_EACH = (
+    "start as many processes a node as it has GPUs (torchrun --nproc-per-node, srun --ntasks-per-node), with all of "
+    "them visible to each or one bound to each (srun --gpus-per-task=1), or set run.device=cpu"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def select_device(setting: str, *, local_rank: int = 0) -> Device:
 
     Args:
         setting: ``auto`` (a GPU when there is one), ``cuda`` or ``cpu``.
-        local_rank: index of this process on its node, which is its GPU's index.
+        local_rank: index of this process on its node, which is its GPU's index where it sees all GPUs of the node.
 
     Raises:
         LayoutError: ``cuda`` is asked for and there is no GPU for this process.
@@ -62,13 +69,38 @@ def select_device(setting: str, *, local_rank: int = 0) -> Device:
         return Device("cpu")
     if not torch.cuda.is_available():
         raise LayoutError("run.device is 'cuda' but torch sees no GPU; set run.device=cpu, or fix the driver")
-    if local_rank >= torch.cuda.device_count():
+    seen = torch.cuda.device_count()
+    # A single one may be bound to this process (srun --gpus-per-task=1); own_gpu() finds out whether it is.
+    index = 0 if seen == 1 else local_rank
+    if index >= seen:
         raise LayoutError(
-            f"run.device: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} on this node); "
-            "start as many processes a node as it has GPUs, or set run.device=cpu"
+            f"run.device: local rank {local_rank} has no GPU of its own ({seen} on this node); {_ONE_EACH}"
         )
-    torch.cuda.set_device(local_rank)
-    return Device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return Device("cuda", index)
+
+
+def own_gpu(device: Device, rank: int, store: dist.Store) -> str | None:
+    """What is wrong where another rank computes on this rank's GPU, which NCCL does not carry; None otherwise.
+
+    Args:
+        device: of this process.
+        rank: of the world.
+        store: where all ranks register their GPUs.
+    """
+    identity = gpu_identity(device)
+    if identity is None or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") != "0":
+        return None
+    if not identity.names and identity.bus_id is None:
+        return None
+    name = identity.names[0] if identity.names else f"{socket.gethostname()} {identity.bus_id}"
+    holder = int(store.compare_set(f"fire/gpu/{name}", "", str(rank)))
+    if holder == rank:
+        return None
+    return (
+        f"run.device: ranks {min(holder, rank)} and {max(holder, rank)} are both on {name} of {socket.gethostname()}, "
+        f"and NCCL needs one GPU a rank; {_ONE_EACH}"
+    )
 
 
 def choose_attention_kernels(device: Device) -> None:

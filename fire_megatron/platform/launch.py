@@ -6,11 +6,15 @@ import contextlib
 import ctypes
 import datetime
 import enum
+import itertools
 import logging
+import math
 import os
+import resource
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,11 +22,19 @@ import torch.distributed as dist
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import cpu_seam
 from fire_megatron.platform.apex import hide_unusable_apex
-from fire_megatron.platform.device import Device, choose_attention_kernels, select_device
+from fire_megatron.platform.device import Device, choose_attention_kernels, own_gpu, select_device
+from fire_megatron.platform.flight_recorder import PREFIX_VARIABLES
 from fire_megatron.platform.watch import Watch
 
 _store: dist.Store | None = None
 """Where the ranks meet; made once, since each making counts as another arrival."""
+_questions = itertools.count()
+"""Numbers what the ranks have asked one another over the store alone."""
+_preferred: dict[str, str] = {}
+"""Environment variables that this process has set itself, which another run in it may set anew."""
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_TORCH_HEARTBEAT = 480
+"""Seconds after which torch ends a process whose NCCL watchdog stands still, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -128,25 +140,25 @@ def raise_on_any_rank(problem: str | None, *, timeout: float = 600.0) -> None:
         if problem is not None:
             raise UserError(problem)
         return
-    store = _meeting_point(timeout)
+    store = dist.PrefixStore(f"fire/{next(_questions)}", _meeting_point(timeout))
     patience = datetime.timedelta(seconds=timeout)
-    if problem is not None and store.add("fire/problems", 1) == 1:
-        store.set("fire/problem", problem)
-    if store.add("fire/arrived", 1) == size:
-        store.set("fire/all_arrived", "")
+    if problem is not None and store.add("problems", 1) == 1:
+        store.set("problem", problem)
+    if store.add("arrived", 1) == size:
+        store.set("all_arrived", "")
     try:
-        store.wait(["fire/all_arrived"], patience)
-        if store.add("fire/problems", 0) == 0:
+        store.wait(["all_arrived"], patience)
+        if store.add("problems", 0) == 0:
             return
-        store.wait(["fire/problem"], patience)
+        store.wait(["problem"], patience)
     except RuntimeError as error:
         raise LayoutError(f"rank {rank}: not all of the {size} ranks came within {timeout:.0f} s ({error})") from error
-    raised = UserError(store.get("fire/problem").decode())
+    raised = UserError(store.get("problem").decode())
     raised.everywhere = True
-    if store.add("fire/told", 1) == size:
-        store.set("fire/all_told", "")
+    if store.add("told", 1) == size:
+        store.set("all_told", "")
     with contextlib.suppress(RuntimeError):  # the store may live in rank 0, which must not leave before the others
-        store.wait(["fire/all_told"], patience)
+        store.wait(["all_told"], patience)
     raise raised
 
 
@@ -178,7 +190,44 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> World:
+def _prefer(value: str, *names: str) -> None:
+    """Set the first of these environment variables, unless the user has set any of them."""
+    if not any(name in os.environ and os.environ[name] != _preferred.get(name) for name in names):
+        os.environ[names[0]] = _preferred[names[0]] = value
+
+
+def _prepare_torch(timeout: float, records: Path | None) -> None:
+    """Settings that torch reads from the environment, each when it first needs it; the user's own stay.
+
+    Args:
+        timeout: see :func:`start`.
+        records: see :func:`start`.
+    """
+    # Segments that grow leave no gaps when sizes change from step to step, or models come and go. torch reads the first
+    # of these names that is set, in an order that has changed between versions.
+    settings = "".join(os.environ.get(name, "") for name in _ALLOCATOR)
+    if "expandable_segments" not in settings and "cudaMallocAsync" not in settings:
+        for name in [name for name in _ALLOCATOR if name in os.environ] or _ALLOCATOR[:1]:
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "expandable_segments:True")))
+    # Otherwise a group of n ranks opens n - 1 connections in each of them, whether it is used or not.
+    _prefer("1", "TORCH_GLOO_LAZY_INIT")
+    if records is not None:
+        _prefer(str(records / "rank_"), *PREFIX_VARIABLES)
+    # The watch, which can tell where everybody is, shall be the first to speak.
+    patience = math.ceil(collective_patience(timeout).total_seconds())
+    if patience > _TORCH_HEARTBEAT:
+        _prefer(str(patience), "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+
+
+def _allow_open_files() -> None:
+    """As many open files, connections among them, as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0, records: Path | None = None) -> World:
     """Join the run: pick the device, install the CPU seam where needed, open the default process group.
 
     Works under torchrun, under ``srun`` with MASTER_ADDR set, and as a single plain process.
@@ -187,18 +236,27 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0) -> 
         device: ``auto``, ``cpu`` or ``cuda`` (``run.device``).
         timeout: seconds after which a stalled collective ends the run (``run.collective_timeout``).
         threads: CPU threads a rank; 0 shares the node's cores among its ranks.
+        records: folder for what is known of each rank's last collectives when the run fails, ``rank_<n>``.
 
     Raises:
         LayoutError: the launcher's variables or the device setting make no sense.
+        UserError: on every rank: two of them are on one GPU.
     """
     _quiet_third_parties()
+    _prepare_torch(timeout, records)
+    _allow_open_files()
     rank, size = launched_rank(), launched_world_size()
     local_rank = _variable("LOCAL_RANK", "SLURM_LOCALID", default=0)
     local_size = _variable("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1)
     chosen = select_device(device, local_rank=local_rank)
     choose_attention_kernels(chosen)
     hide_unusable_apex(on_gpu=chosen.is_cuda)
-    if not chosen.is_cuda:
+    if chosen.is_cuda:
+        if records is not None:
+            with contextlib.suppress(OSError):  # torch, which writes there too, does not make folders
+                records.mkdir(parents=True, exist_ok=True)
+        raise_on_any_rank(own_gpu(chosen, rank, _meeting_point(timeout)), timeout=timeout)
+    else:
         _set_threads(threads, local_size)
         _keep_freed_memory()
         cpu_seam.install()
@@ -238,7 +296,7 @@ def store() -> dist.Store:
 
 def stop() -> None:
     """Leave the run; a no-op when it was never joined."""
-    global _store
+    global _store, _questions
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
+    _store, _questions = None, itertools.count()

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fire_megatron.platform.flight_recorder import FlightRecorder, failed_collective
+
 EXIT_CODE = 3
 """Of a process that leaves because another one has failed."""
 _BEAT, _VERDICT = "fire/beat", "fire/verdict"
@@ -37,7 +39,8 @@ _DONE = -1
 _STALL = "no progress"
 """How the verdict on a run that hangs begins."""
 _HURRIED = 8.0
-"""Seconds without a sign of life that are enough once the launcher has begun to stop the processes."""
+"""Seconds without a sign of life that are enough once the launcher has begun to stop the processes, or a collective has
+failed. torch itself ends a process a minute after its collective has."""
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _active: Watch | None = None
 """Of this process, once it shows signs of life."""
@@ -59,6 +62,9 @@ class Watch:
         self._roles, self._timeout = roles, timeout
         self._interval = min(1.0, timeout / 20)
         self._main = threading.main_thread().ident
+        self.recorder = FlightRecorder(rank)
+        self._failed: str | None = None
+        self._failed_since: float | None = None
         self.on_leave: Callable[[str], object] = lambda reason: None
         """Is told why this process leaves on account of another, before it does."""
         self._saving = False
@@ -125,6 +131,15 @@ class Watch:
         self._doing, self._patient = what, patient
         self._since = self._last_tick = time.monotonic()
 
+    @contextlib.contextmanager
+    def patiently(self, what: str) -> Iterator[None]:
+        """Within the context, this process waits for others, which may take as long as they get on; then it goes on
+        with what it was at."""
+        before, patient = self._doing, self._patient
+        self.doing(what, patient=True)
+        yield
+        self.doing(before, patient=patient)
+
     def ticked(self) -> None:
         """See :func:`tick`."""
         self._last_tick = time.monotonic()
@@ -139,11 +154,16 @@ class Watch:
             finally:
                 self._saving = False
 
-    def fail(self, text: str) -> bool:
-        """Tell all others why the run ends; the first to do so is heard. Returns whether this one was."""
+    def fail(self, text: str) -> str:
+        """Tell all others why the run ends; the first to do so is heard. Returns what they hear."""
         with contextlib.suppress(RuntimeError):
-            return self._store.compare_set(_VERDICT, "", text).decode() == text
-        return False
+            return self._store.compare_set(_VERDICT, "", text).decode()
+        return text
+
+    def give_up(self, text: str) -> str:
+        """:meth:`fail` in a process that is about to leave by itself, and looks at the others no longer."""
+        self._end.set()
+        return self.fail(text)
 
     def describe(self, ranks: Sequence[int]) -> str:
         """What some ranks said last that they were doing, alike ones together: ``ranks 3, 5 (teachers.math): scoring
@@ -175,6 +195,7 @@ class Watch:
     def _run(self) -> None:
         while not self._end.wait(self._interval):
             try:
+                self._failed = self._failed or failed_collective()
                 self._beat()
                 self._hear_signals()
                 verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else self._judge()
@@ -203,6 +224,7 @@ class Watch:
             "still": now - self._last_tick,
             "patient": self._patient,
             "saving": self._saving,
+            "failed": self._failed,
             "at": _place(sys._current_frames().get(self._main)),
         }
         self._store.set(f"{_BEAT}/{self._rank}", json.dumps(beat))
@@ -217,26 +239,49 @@ class Watch:
     def _judge(self) -> str | None:
         """A verdict, when one of the ranks that this one watches has been silent, or has not got on, for too long."""
         beats = self._beats(range(self._size) if self._rank == 0 else range(1))
-        return self._judge_silence(beats) or (self._judge_stall(beats) if self._rank == 0 else None)
+        verdict = self._judge_silence(beats)
+        if verdict is None and self._rank == 0:
+            verdict = self._judge_failed(beats) or self._judge_stall(beats)
+        if verdict is None:
+            return None
+        heard = self.fail(verdict)
+        self._told = heard == verdict
+        return heard
 
     def _judge_silence(self, beats: dict[int, dict[str, Any]]) -> str | None:
         now = time.monotonic()
+        failed = self._failed or any(beat["failed"] for beat in beats.values())
         for rank, beat in beats.items():
             count = beat["count"]
             # What is being saved is worth waiting for, also when a launcher that preempts the run has signalled.
-            hurried = self._hurried and not beat["saving"]
-            patience = min(_HURRIED, self._timeout / 2) if hurried else self._timeout / 2
+            hurried = (self._hurried or failed) and not beat["saving"]
+            patience = self._haste if hurried else self._timeout / 2
             last, when = self._seen.get(rank, (None, now))
             self._seen[rank] = (count, when if count == last else now)
             silent = now - self._seen[rank][1]
             if rank != self._rank and count != _DONE and silent > patience:
-                text = (
+                return self.recorder.mentioned(
                     f"no sign of life for {silent:.0f} s; the last was of {self.describe([rank])}. It has died or "
                     "hangs, so the run ends; run again to continue from the last checkpoint"
                 )
-                self._told = self.fail(text)
-                return text
         return None
+
+    @property
+    def _haste(self) -> float:
+        return min(_HURRIED, self._timeout / 2)
+
+    def _judge_failed(self, beats: dict[int, dict[str, Any]]) -> str | None:
+        """A collective has failed: whose side is silent is named by :meth:`_judge_silence`, if somebody's is."""
+        failed = [rank for rank, beat in beats.items() if beat["failed"]]
+        now = time.monotonic()
+        self._failed_since = (self._failed_since or now) if failed else None
+        if self._failed_since is None or now - self._failed_since < 2 * self._haste:
+            return None
+        return self.recorder.mentioned(
+            f"a collective has failed, and all ranks are alive ({beats[failed[0]]['failed']}), so the run ends: "
+            f"{self.describe(failed)}. Look at the network and the GPUs (NCCL_DEBUG=WARN, dmesg); run again to "
+            "continue from the last checkpoint"
+        )
 
     def _judge_stall(self, beats: dict[int, dict[str, Any]]) -> str | None:
         at_work = {rank: beat for rank, beat in beats.items() if beat["count"] != _DONE}
@@ -246,14 +291,12 @@ class Watch:
         if not stalled:
             return None
         others = [rank for rank in at_work if rank not in stalled]
-        text = (
+        return self.recorder.mentioned(
             f"{_STALL} for {max(beats[rank]['still'] for rank in stalled):.0f} s, more than run.collective_timeout "
             f"({self._timeout:g} s), so the run ends. Stalled: {self.describe(stalled)}"
             + (f". Others: {self.describe(others)}" if others else "")
             + ". Run again to continue from the last checkpoint; if this was no hang, raise run.collective_timeout"
         )
-        self._told = self.fail(text)
-        return text
 
     def _leave(self, verdict: str) -> None:
         with contextlib.suppress(Exception):
@@ -261,6 +304,7 @@ class Watch:
         stack = sys._current_frames().get(self._main)
         if verdict.startswith(_STALL) and stack is not None:
             print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(stack))}", file=sys.stderr, flush=True)
+        self.recorder.dump(verdict)
         self._busy.acquire(timeout=self._timeout / 2)
         if self._rank == 0 or self._told:  # one that knows is enough, and rank 0's is the log that people read
             print(f"error: {verdict}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ ranks that hold several teachers serve them in one order that all ranks know (:m
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -54,7 +55,8 @@ class TeacherPool:
         """The others, which score when it has sampled."""
         self.reaching = tuple(name for name, layout in layouts.items() if not students.issuperset(layout.ranks))
         """Teachers with ranks that hold none of the student and have to be told what to do."""
-        self.mail = Mail(factory.cpu_group([*self.leaders, *(layout.first_rank for layout in layouts.values())]))
+        doors = [layout.first_rank for layout in layouts.values()]
+        self.mail = Mail(factory.cpu_group([*self.leaders, *doors]), itertools.product(self.leaders, doors))
         self._spans = {name: factory.cpu_group(layout.ranks) for name, layout in layouts.items()}
         self._tags = {name: tag for tag, name in enumerate(self.infos)}
         self.doing = doing

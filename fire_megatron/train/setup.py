@@ -58,6 +58,8 @@ class StudentRun:
     held_out: HeldOut | None
     exams: list[Exam]
     saver: Saver
+    waiting: dist.ProcessGroup | None
+    """Of the student's ranks, on the host, for what may take as long as a replica samples; None for a single one."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,10 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
         else None
     )
     saving = factory.cpu_group(grid.layout.ranks, purpose="saving") if recipe.checkpoint.async_save else None
-    waiting = factory.cpu_group(grid.layout.ranks, purpose="evaluation") if recipe.evaluation.benchmarks else None
+    several = grid.layout.row_replicas > 1
+    waiting = (
+        factory.cpu_group(grid.layout.ranks, purpose="waiting") if several or recipe.evaluation.benchmarks else None
+    )
     student = None
     if grid.is_member:
         saver = Saver(
@@ -305,7 +310,8 @@ def _student_run(
         _held_out(recipe, inputs, model, router, grid),
         _exams(recipe, inputs, model, grid, waiting, watch),
     )
-    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, exams, saver)
+    together = waiting if grid.row_replicas > 1 else None
+    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, exams, saver, together)
 
 
 def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], loaded: Mapping[str, _Loaded]) -> dict[str, OutputLayer]:
@@ -338,7 +344,7 @@ def _exams(
     watch: Watch,
 ) -> list[Exam]:
     exams = []
-    wait = partial(watch.doing, "waiting for the other ranks' evaluation", patient=True)
+    wait = partial(watch.patiently, "waiting for the other ranks' evaluation")
     for config, (benchmark, prompts) in zip(recipe.evaluation.benchmarks, inputs.benchmarks, strict=True):
         rollout = replace(
             recipe.rollout,

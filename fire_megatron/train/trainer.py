@@ -16,17 +16,9 @@ from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRo
 from fire_megatron.evaluation.during import take_exams
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
-from fire_megatron.parallel.collectives import all_gather_objects, everywhere
+from fire_megatron.parallel.collectives import all_gather_objects, everywhere, wait_for_all
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import (
-    Watch,
-    World,
-    capability_report,
-    launch,
-    peak_memory_mb,
-    seed_everything,
-    synchronize,
-)
+from fire_megatron.platform import Watch, World, capability_report, launch, peak_memory_mb, seed_everything, synchronize
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.transfer import Transfer
@@ -294,12 +286,19 @@ class Trainer:
             rollouts = run.engine.generate(
                 own, mine, step=step, progress=progress, finished=session.send, group_size=session.group_size
             )
+        self._wait_for_replicas()
         if self._asked_to_stop():
             session.drain()
             raise _Stopped
         with self._timed("teacher_exposed"):
             scores = session.finish(rollouts, progress=lambda name: self._show(f"teacher {name}"))
         return rollouts, scores, session.metrics()
+
+    def _wait_for_replicas(self) -> None:
+        """Until all have sampled, however long some take: devices wait for one another only so long."""
+        if self.run.waiting is not None:
+            with self._timed("rollout_wait"), self.watch.patiently("waiting for the other replicas' samples"):
+                wait_for_all(group=self.run.waiting)
 
     def _show(self, doing: str) -> None:
         self.logger.progress(f"step {self.step + 1}: {doing}")
@@ -353,7 +352,7 @@ class Trainer:
             most = (
                 len(replica_rows(len(self.run.inputs.held_out), self.run.grid)) * self.recipe.evaluation.max_new_tokens
             )
-            measured = self.run.held_out.measure(self._progress("evaluation", most))
+            measured = self.run.held_out.measure(self._progress("evaluation", most), self._wait_for_replicas)
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
         reduced = reduce_metrics(measured if counts else {}, group=self.run.grid.span)
         folder = self.folder.path / "evaluation" / f"step_{self.step:06d}"

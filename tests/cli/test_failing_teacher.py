@@ -13,6 +13,7 @@ import pytest
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.checkpoint.steps import find_latest, saved_steps
+from fire_megatron.train.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -159,6 +160,12 @@ def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, who
     runs.wait(lambda: runs.process.poll() is not None)
     assert runs.process.returncode != 0
     assert expected in runs.complaint()
+    status, log = read_status(runs.folder / "run"), runs.log.read_text()
+    assert status.state == "failed" and runs.complaint().endswith(status.error), "the verdict, not what follows from it"
+    assert ('cli/guard.py", line' in log) == (mode == "raise"), "a traceback where it tells something"
+    records = runs.folder / "run" / "flight_recorder"
+    assert (f"The last collectives of each rank: {records}/rank_*" in status.error) == (number is not None)
+    assert (records / "rank_0").exists() == (number is not None)
     saved = saved_steps(runs.folder / "run" / "checkpoints")
     assert saved and saved[-1] < STEPS
     latest = find_latest(runs.folder / "run" / "checkpoints")

@@ -1,10 +1,17 @@
 """Messages between ranks that know who sends what to whom."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from fire_megatron.parallel.collectives import wait_for_all
 from fire_megatron.parallel.exchange import exchange
+from fire_megatron.parallel.grid import GridFactory
+from fire_megatron.parallel.mail import Mail
+from fire_megatron.platform import launch
 from fire_megatron.teachers.states import slice_width, split_columns
 
 
@@ -27,6 +34,40 @@ def test_only_some_send(rank, world_size):
     received = exchange(outgoing, incoming, dtype=torch.int64, device=torch.device("cpu"), group=dist.group.WORLD)
     assert received.keys() == incoming.keys()
     assert rank or torch.equal(received[last], torch.arange(5))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux tells of")
+def test_a_group_takes_connections_when_it_is_used(world_size):
+    """At 512 ranks, some groups of all of them would otherwise exhaust the descriptors: n - 1 connections each."""
+
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    factory = GridFactory(timeout=60.0)
+    wait_for_all(group=dist.group.WORLD)
+    before, count = descriptors(), 8
+    groups = [factory.cpu_group(range(world_size), purpose=f"test {number}") for number in range(count)]
+    made = descriptors() - before
+    # Its listening socket, and what wakes its thread, are 4 in a world of any size.
+    assert made < (4 + (world_size - 1) / 2) * count, "no connections, but for a late one of an earlier test"
+    for group in groups[:4]:
+        wait_for_all(group=group)
+    used = descriptors() - before - made
+    assert 4 <= used < 4 * 2 * (world_size - 1).bit_length() + 4, "a barrier takes two a round"
+
+
+def test_a_first_letter_waits_for_nobody(rank, world_size):
+    """The receiver looks at what it has got only when it knows that the sender has gone on."""
+    group = GridFactory(timeout=60.0).cpu_group(range(world_size), purpose="letters")
+    mail, store = Mail(group, [(0, 1), (1, 0), (0, 0)]), launch.store()
+    for sender in (0, 1):
+        if rank == sender:
+            mail.send(torch.arange(3) + sender, to=1 - sender, tag=5)
+            store.set(f"letter {sender} sent", "")
+        elif rank == 1 - sender:
+            store.wait([f"letter {sender} sent"])
+            assert mail.receive(source=sender, tag=5, timeout=30.0).tolist() == [sender, sender + 1, sender + 2]
+    mail.flush(30.0)
 
 
 @pytest.mark.parametrize(("width", "parts"), [(8, 4), (7, 4), (3, 4), (5, 1)])

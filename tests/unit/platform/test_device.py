@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fire_megatron.config.errors import LayoutError
 from fire_megatron.platform import (
@@ -23,6 +24,7 @@ from fire_megatron.platform import (
     select_device,
     synchronize,
 )
+from fire_megatron.platform.device import own_gpu
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "setting", "local_rank", "chosen"),
+    ("gpus", "setting", "local_rank", "chosen"),  # of the GPUs that this process sees
     [
         (0, "auto", 0, Device("cpu")),
         (0, "auto", 3, Device("cpu")),
@@ -49,12 +51,13 @@ def machine(monkeypatch):
         (2, "cpu", 5, Device("cpu")),  # more processes than GPUs matter to nobody here
         (2, "auto", 1, Device("cuda", 1)),
         (2, "cuda", 0, Device("cuda", 0)),
+        (1, "auto", 3, Device("cuda", 0)),  # bound to it: srun --gpus-per-task=1
     ],
 )
 def test_selection(gpus, setting, local_rank, chosen, machine):
     taken = machine(gpus)
     assert select_device(setting, local_rank=local_rank) == chosen
-    assert taken == ([local_rank] if chosen.is_cuda else []), "CUDA is not touched without need"
+    assert taken == ([chosen.index] if chosen.is_cuda else []), "CUDA is not touched without need"
 
 
 @pytest.mark.parametrize(("device", "said"), [(Device("cuda", 1), [False]), (Device("cpu"), [])])
@@ -78,6 +81,46 @@ def test_more_processes_than_gpus(setting, machine):
     with pytest.raises(LayoutError, match=r"local rank 2 has no GPU of its own \(2 on this node\)"):
         select_device(setting, local_rank=2)
     assert not taken
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """``second(**properties)``: what is said to rank 3, after rank 1 has registered GPU-5f1c; torch tells the
+    properties."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+    told = {}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**told))
+
+    def register(first=None, **properties):
+        store = dist.HashStore()
+        for rank, mine in ((1, first or {"uuid": "5f1c"}), (3, properties)):
+            told.clear()
+            told.update(mine)
+            problem = own_gpu(Device("cuda"), rank, store)
+        return problem
+
+    return register
+
+
+def test_two_ranks_on_one_gpu(second, monkeypatch):
+    """Ranks, GPU and fix are named; no launcher's variables are needed to tell a GPU that is bound to its process."""
+    problem = second(uuid="5f1c")
+    assert "ranks 1 and 3 are both on GPU-5f1c" in problem and "--gpus-per-task=1" in problem
+    place = {"pci_domain_id": 0, "pci_bus_id": 0x17, "pci_device_id": 0}
+    assert "ranks 1 and 3 are both on" in second(first=place, **place), "a torch that tells no UUID"
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert second(uuid="5f1c") is None, "NCCL was told to carry it"
+
+
+def test_a_gpu_of_its_own(second, monkeypatch):
+    assert second(uuid="77aa") is None
+    assert second() is None, "nothing is known of it"
+    assert own_gpu(Device("cpu"), 0, dist.HashStore()) is None
+    store = dist.HashStore()
+    for rank in range(2):  # instances of one GPU, of which CUDA may tell the whole GPU's UUID
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{rank}")
+        assert own_gpu(Device("cuda"), rank, store) is None
 
 
 def test_what_a_device_is_to_torch():

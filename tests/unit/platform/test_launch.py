@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -112,19 +113,77 @@ def test_a_problem_of_the_only_rank(launcher):
         launch.raise_on_any_rank("a problem")
 
 
+PREFERRED = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_GLOO_LAZY_INIT", "TORCH_FR_DUMP_TEMP_FILE")
+OTHERS = ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ("expandable_segments:True", None, "1", "/run/rank_", None, None)),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/own"},
+            (None, "max_split_size_mb:64,expandable_segments:True", "1", None, "/own", None),
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:False", "TORCH_GLOO_LAZY_INIT": "0"},
+            ("expandable_segments:False", None, "0", "/run/rank_", None, None),
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+            ("", "backend:cudaMallocAsync", "1", "/run/rank_", None, None),
+        ),
+    ],
+)
+def test_what_torch_is_told(own, expected, monkeypatch):
+    """In every version that reads one name of the allocator's settings or the other; the user's own stay."""
+    names = (*PREFERRED, *OTHERS)
+    for name in names:
+        monkeypatch.setenv(name, "")  # to be put back after the test
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    launch._prepare_torch(300.0, Path("/run"))
+    assert tuple(os.environ.get(name) for name in names) == expected
+    launch._prepare_torch(600.0, Path("/next"))
+    if expected[3]:
+        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/next/rank_", "what an earlier run in this process has set"
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "750", "longer than the watch waits"
+
+
+def test_as_many_open_files_as_there_may_be(launcher, leave):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    launcher()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+        platform.start("cpu", threads=1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 RANK = """
 import sys, torch
+from types import SimpleNamespace
+from unittest import mock
 from fire_megatron import platform
 from fire_megatron.config.errors import UserError
 from fire_megatron.platform import launch
 launch.raise_on_any_rank(None, timeout=60)
+pretended = {"is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda index: None}
+with mock.patch.multiple(torch.cuda, get_device_properties=lambda index: SimpleNamespace(uuid="5f1c"), **pretended):
+    try:
+        platform.start("cuda", timeout=60)
+    except UserError as error:
+        assert error.everywhere and "ranks 0 and 1 are both on GPU-5f1c" in str(error), error
+        print("refused")
 world = platform.start("auto", timeout=60, threads=1)
 total = torch.tensor([float(world.rank + 1)])
 torch.distributed.all_reduce(total)
 print(world.rank, world.size, world.local_rank, world.local_size, world.device.kind, int(total))
 platform.stop()
 """
-"""One rank: meet, add up ranks, leave."""
+"""One rank: meet, be refused a GPU that both see, add up ranks on a CPU, leave."""
 
 
 def free_port():
@@ -159,7 +218,7 @@ def test_two_tasks_of_srun():
         for rank, task in enumerate(tasks):
             output, errors = task.communicate(timeout=90)
             assert task.returncode == 0, errors
-            assert output.split() == [str(rank), "2", str(rank), "2", "cpu", "3"]
+            assert output.split() == ["refused", str(rank), "2", str(rank), "2", "cpu", "3"]
     finally:
         for task in tasks:
             task.kill()

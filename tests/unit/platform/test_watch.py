@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
-from fire_megatron.platform.watch import EXIT_CODE
+from fire_megatron.platform.flight_recorder import failed_collective
+from fire_megatron.platform.watch import EXIT_CODE, Watch
 
 TIMEOUT = 8.0
 """Of the watches, seconds."""
@@ -20,8 +24,11 @@ import os, signal, sys, time
 import torch.distributed as dist
 from datetime import timedelta
 from fire_megatron.parallel.control import Control
+from fire_megatron.platform import watch as module
 from fire_megatron.platform.watch import Watch, tick
 
+if sys.argv[4] == "failed":
+    module.failed_collective = lambda: "NCCL reports COMM_ERROR"
 rank, size, port, behaviour = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=60))
 watch = Watch(store, rank=rank, size=size, roles=f"role{rank}", timeout=float(sys.argv[5])).start()
@@ -145,16 +152,80 @@ def test_what_is_being_saved_is_finished(start):
     assert [code for code, _, _ in ends] == [EXIT_CODE, 7] and "saved" in ends[0][2]
 
 
-def test_a_signal_makes_silence_tell_sooner_also_where_the_main_thread_is_in_cpp(start):
-    processes = start("blocked", "work", timeout=120.0)
-    os.kill(processes.started[1].pid, signal.SIGKILL)
+def test_silence_tells_sooner_after_a_signal_or_a_failed_collective_also_where_the_main_thread_is_in_cpp(start):
+    """One run whose launcher signals, and one where a rank's collective fails, as NCCL's do when a peer dies: long
+    before torch ends that rank."""
+    signalled = start("blocked", "work", timeout=120.0)
+    failing = start("blocked", "work", "failed", timeout=120.0)
+    for processes in (signalled, failing):
+        os.kill(processes.started[1].pid, signal.SIGKILL)
     time.sleep(0.5)
     began = time.monotonic()
     # As a launcher does, to a process that catches it.
-    os.kill(processes.started[0].pid, signal.SIGTERM)
-    _, err = processes.started[0].communicate(timeout=40)
-    assert time.monotonic() - began < 20 < 120 / 2
-    assert "rank 1 (role1): working" in err
+    os.kill(signalled.started[0].pid, signal.SIGTERM)
+    for process in (signalled.started[0], failing.started[0]):
+        _, err = process.communicate(timeout=40)
+        assert time.monotonic() - began < 20 < 120 / 2
+        assert "rank 1 (role1): working" in err
+    assert failing.started[2].wait(10) == EXIT_CODE
+
+
+class _Group:
+    """A process group whose backend on CUDA says what NCCL says of it."""
+
+    def __init__(self, error):
+        """Args: error: name of torch's ErrorType."""
+        self.error = SimpleNamespace(name=error)
+
+    def size(self):
+        return 4
+
+    def _get_backend(self, device):
+        assert device.type == "cuda"
+        return SimpleNamespace(get_error=lambda: self.error)
+
+
+def test_torch_is_asked_whether_a_collective_has_failed(monkeypatch):
+    groups = {_Group("COMM_ERROR"): ("gloo", None), _Group("SUCCESS"): ("nccl", None)}
+    monkeypatch.setattr(dist.distributed_c10d, "_pg_map", groups)
+    assert failed_collective() is None
+    groups[_Group("TIMEOUT")] = ("nccl", None)
+    assert failed_collective() == "NCCL reports TIMEOUT in a group of 4 ranks"
+
+
+def test_a_failed_collective_where_nobody_is_missing(monkeypatch):
+    """The network's fault, or a GPU's: whoever is missing is given time to show it first."""
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/run/rank_")
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch = Watch(dist.HashStore(), rank=0, size=3, roles="role0", timeout=600.0)
+    verdicts = []
+    for now[0] in range(1, 40):
+        for rank in range(3):
+            beat = {"count": now[0], "roles": f"role{rank}", "doing": "update", "seconds": 1.0, "still": 1.0, "at": ""}
+            failed = "NCCL reports COMM_ERROR" if rank == 1 and now[0] >= 2 else None
+            beat |= {"patient": False, "saving": False, "failed": failed}
+            watch._store.set(f"fire/beat/{rank}", json.dumps(beat))
+        verdicts.append(watch._judge())
+    first = next(i for i, verdict in enumerate(verdicts, 1) if verdict)
+    assert first == 2 + 16 and first < 60, "torch ends the process a minute after the error"
+    assert "a collective has failed, and all ranks are alive (NCCL reports COMM_ERROR)" in verdicts[-1]
+    assert "rank 1 (role1): update for 1 s" in verdicts[-1] and "rank 0" not in verdicts[-1]
+    assert verdicts[-1].endswith("The last collectives of each rank: /run/rank_*")
+
+
+def test_the_first_verdict_stands():
+    store = dist.HashStore()
+    watches = [Watch(store, rank=rank, size=2, roles="", timeout=600.0) for rank in range(2)]
+    assert [watch.fail(f"of {rank}") for rank, watch in enumerate(watches)] == ["of 0", "of 0"]
+
+
+def test_who_waited_patiently_goes_on_with_what_it_was_at():
+    watch = Watch(dist.HashStore(), rank=0, size=2, roles="", timeout=600.0)
+    watch.doing("rollout")
+    with watch.patiently("waiting"):
+        assert (watch._doing, watch._patient) == ("waiting", True)
+    assert (watch._doing, watch._patient) == ("rollout", False)
 
 
 def test_a_rank_that_lives_but_does_not_get_on_ends_the_run(start):

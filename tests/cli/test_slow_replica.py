@@ -1,0 +1,68 @@
+"""Replicas whose sampling takes very different times: the others wait as long as it gets on, and no longer.
+
+One run of two replicas. From its first sampling on, collectives are given few seconds only. In step 1 the second
+replica samples for longer than that; in step 2 it hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+
+from fire_megatron.train.status import read_status
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT, SLOW = 4.0, 7.0
+"""Seconds that a collective may take, and that the slow replica samples."""
+PLUGIN = f"""
+import time
+import torch.distributed as dist
+from fire_megatron.platform import launch, tick, watch
+from fire_megatron.rollout.engine import MegatronEngine
+
+real = MegatronEngine.generate
+
+def generate(self, *args, step, **kwargs):
+    watch._active._timeout = {TIMEOUT}
+    for group in (self.grid.span, dist.group.WORLD):
+        dist.distributed_c10d._set_pg_timeout(launch.collective_patience({TIMEOUT}), group)
+    if dist.get_rank() == 1 and step == 0:
+        for _ in range(int({SLOW} / 0.5)):
+            time.sleep(0.5)
+            tick()
+    elif dist.get_rank() == 1:
+        time.sleep(10_000)
+    return real(self, *args, step=step, **kwargs)
+
+MegatronEngine.generate = generate
+"""
+
+
+def test_a_slow_replica_is_waited_for_and_one_that_hangs_is_named(tmp_path):
+    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+    (inputs / "slow_replica.py").write_text(PLUGIN)
+    changes = {"run__plugins": ["slow_replica"], "evaluation__at_start": False}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(inputs, tmp_path / "run", **changes))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(inputs), os.environ.get("PYTHONPATH", "")]
+    ended = subprocess.run(
+        [*launcher, "-m", "fire_megatron.train", "--recipe", str(recipe)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert ended.returncode != 0
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1], ended.stdout
+    assert lines[0]["time/rollout_wait"] > SLOW - TIMEOUT > lines[0]["time/teacher_exposed"]
+    status = read_status(tmp_path / "run")
+    assert status.state == "failed" and "no progress for" in status.error
+    stalled, others = status.error.split("Stalled: ")[1].split("Others: ")
+    assert "rank 1 (student" in stalled and "rank 0" not in stalled
+    assert "rank 0 (student" in others and "waiting for the other replicas' samples" in others
+    prefix = tmp_path / "run" / "flight_recorder" / "rank_"
+    assert status.error.endswith(f"The last collectives of each rank: {prefix}*")
+    assert {path.name for path in prefix.parent.iterdir()} == {"rank_0", "rank_1"}

@@ -95,7 +95,7 @@ def main() -> int:
     if args.serve:
         from gpu_checks.worker import serve
 
-        serve(sys.stdin, sys.stdout)
+        serve(sys.stdin)
         return 0
     if args.work:
         return _run(args, args.work.resolve())

@@ -64,6 +64,8 @@ class Runner:
     def run(self) -> bool:
         """Whether nothing has failed."""
         try:
+            if not self._workers.start(max(0.0, min(180.0, self._end - time.monotonic()))):
+                self._say("each check starts from nothing")
             for check in self._checks:
                 result = self._one(check)
                 self.results.append(result)

@@ -44,12 +44,14 @@ def work_on(request: str) -> None:
     context.leave(work(check, context))
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
+def serve(requests: TextIO) -> None:
     """Import what checks need, then give each request a process of its own, made by a fork of this one.
 
-    It says ``ready`` when it is, and of each request the process's id and then its exit code, a line each. Nothing here
-    touches a GPU, which a forked process could not use any more then.
+    It says on standard output ``ready`` when it is, and of each request the process's id and then its exit code, a line
+    each. Nothing here touches a GPU, which a forked process could not use any more then.
     """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print is no answer
     _import_everything()
     print("ready", file=answers, flush=True)
     for line in requests:

@@ -48,11 +48,20 @@ class Workers:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asks for a GPU without touching it
         }
 
+    def start(self, limit: float) -> bool:
+        """Start the process that is forked and wait until it is ready; whether it is."""
+        if self._warm:
+            self._serve()
+            if self._answer(limit) != "ready":
+                self._warm = False
+                self.close()
+        return self._warm
+
     def run(self, check: str, limit: float) -> int:
         """Exit code of a check's process, :data:`TIMED_OUT` when it was ended. Its result is in the context's folder."""
         request = json.dumps({"check": check, "context": asdict(self._context), "log": str(self.log)})
         end = time.monotonic() + limit
-        if self._warm and self._started(limit):
+        if self._warm:
             before = self.log.stat().st_size
             code = self._forked(request, end)
             if code is not None and not self._poisoned(before):
@@ -73,19 +82,14 @@ class Workers:
             log.seek(since)
             return _POISONED.search(log.read()) is not None
 
-    def _started(self, limit: float) -> bool:
-        if self._server is None:
-            with self.log.open("a") as log:
-                self._server = subprocess.Popen(
-                    [sys.executable, str(self._tool), "--serve"],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                    env=self._environment, cwd=PROJECT, start_new_session=True,
-                )  # fmt: skip
-            threading.Thread(target=self._listen, args=(self._server,), daemon=True).start()
-            if self._answer(limit) != "ready":
-                self._warm = False
-                self.close()
-        return self._server is not None
+    def _serve(self) -> None:
+        with self.log.open("a") as log:
+            self._server = subprocess.Popen(
+                [sys.executable, str(self._tool), "--serve"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=self._environment, cwd=PROJECT, start_new_session=True,
+            )  # fmt: skip
+        threading.Thread(target=self._listen, args=(self._server,), daemon=True).start()
 
     def _listen(self, server: subprocess.Popen[str]) -> None:
         assert server.stdout is not None

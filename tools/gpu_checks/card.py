@@ -21,7 +21,9 @@ def card(context: Context) -> Findings:
         "driver": _driver() if context.gpu else None,
         "bf16_tflops": rounded(measure.peak_tflops(device)),
         "bf16_to_float32_tflops": rounded(_to_float32(device)),
-        "float32_tflops": rounded(measure.product_tflops(device, (4096,) * 3 if context.gpu else (256,) * 3, torch.float)),
+        "float32_tflops": rounded(
+            measure.product_tflops(device, (4096,) * 3 if context.gpu else (256,) * 3, torch.float)
+        ),
         "copy_gb_s": rounded(measure.copy_gb_s(device)),
         **_host_copies(device),
         **_host_costs(device),
@@ -30,8 +32,9 @@ def card(context: Context) -> Findings:
     figures["context_mb"] = None if memory is None else round((memory.used - memory.reserved) / 2**20)
     pinned = f"{figures['to_host_gb_s']}/{figures['from_host_gb_s']} GB/s to/from pinned memory"
     told = (
-        f"{name}; bf16 {figures['bf16_tflops']} TFLOP/s, with float32 results {figures['bf16_to_float32_tflops']}; copy "
-        f"{figures['copy_gb_s']} GB/s; {pinned}; {figures['launch_us']} us a launch, {figures['round_trip_us']} us a wait"
+        f"{name}; bf16 {figures['bf16_tflops']} TFLOP/s, float32 results {figures['bf16_to_float32_tflops']}; "
+        f"copy {figures['copy_gb_s']} GB/s; {pinned}; {figures['launch_us']} us a launch, "
+        f"{figures['round_trip_us']} us a wait"
     )
     return Findings(told, figures)
 

@@ -108,7 +108,10 @@ class Context:
 
 def rounded(value: float | None, digits: int = 3) -> float | None:
     """To so many significant digits, which is all that a measurement has."""
-    return None if value is None else float(f"{value:.{digits}g}")
+    if value is None:
+        return None
+    number = float(f"{value:.{digits}g}")
+    return int(number) if number.is_integer() and abs(number) >= 10 ** (digits - 1) else number
 
 
 def said(value: float | None, unit: str = "") -> str:

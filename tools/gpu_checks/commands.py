@@ -47,7 +47,8 @@ def command(name: str, *arguments: str) -> None:
                 runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as left:
         if left.code not in (None, 0):
-            raise RuntimeError(f"{name} ended with {left.code}") from None
+            print(left.code, file=sys.stderr)
+            raise RuntimeError(f"{name} ended with {str(left.code)[-300:]}") from None
 
 
 def models(context: Context) -> Findings:
@@ -73,7 +74,13 @@ def recipe(context: Context, name: str) -> dict[str, Any]:
     precision = {"precision": {"dtype": "bfloat16"}, "layer_spec": "te" if context.gpu else "local"}
     rows, tokens = (16, 32) if context.gpu else (4, 6)
     return {
-        "run": {"name": name, "dir": str(run_folder(context, name)), "steps": STEPS, "device": context.device},
+        "run": {
+            "name": name,
+            "dir": str(run_folder(context, name)),
+            "steps": STEPS,
+            "device": context.device,
+            "threads": 0 if context.gpu else 1,
+        },
         "student": {"checkpoint": str(tiny / "student"), **precision},
         "teachers": {name: {"checkpoint": str(tiny / name), **precision} for name in ROLES[1:]},
         "data": {"train": [{"path": str(data / f"{name}.jsonl")} for name in ROLES[1:]], "max_prompt_tokens": 128},
@@ -152,13 +159,16 @@ def resume(context: Context) -> Findings:
     return Findings(_told(figures), figures, problems)
 
 
-def variant(context: Context, name: str, overrides: Sequence[str], on_cpu: Sequence[str] = ()) -> Findings:
-    """The first run with other settings. Args: on_cpu: what a CPU needs besides."""
+def variant(context: Context, name: str, overrides: Sequence[str], on_cpu: Sequence[str], same: bool) -> Findings:
+    """The first run with other settings. Args: on_cpu: what a CPU needs besides; same: whether its numbers must be the
+    same."""
     lines = train(context, name, [*overrides, *([] if context.gpu else on_cpu)])
     problems = _problems(lines, STEPS)
     first = context.earlier("whole_run")["first_loss"]
     figures = {"steps": len(lines), "first_loss": rounded(lines[0]["loss"], 4), **_step(lines[-1])}
     figures["first_loss_of_whole_run"] = first
+    if same and abs(figures["first_loss"] - first) > 1e-3:
+        problems.append(f"the first loss is not that of whole_run, {first}")
     return Findings(_told(figures), figures, problems)
 
 
@@ -182,4 +192,6 @@ def export(context: Context) -> Findings:
     if not 0 < moved < 1:
         problems.append("the logits are not those of the student after some steps")
     figures = {"export_s": rounded(spent), "step": int(step.name.rpartition("_")[2]), "logits_moved_by": rounded(moved)}
-    return Findings(f"step {figures['step']} in {figures['export_s']} s; logits moved by {moved:.3g}", figures, problems)
+    return Findings(
+        f"step {figures['step']} in {figures['export_s']} s; logits moved by {moved:.3g}", figures, problems
+    )

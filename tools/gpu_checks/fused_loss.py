@@ -124,8 +124,8 @@ def fused_loss(context: Context, estimator: str) -> Findings:
         problems.append(f"a gradient is more than {GRADIENT} off")
     told = (
         f"{tokens} tokens, V {vocabulary}, H {hidden}: {figures['seconds']} s, {figures['ratio']} of the bare products;"
-        f" peak {said(peak, 'MB')} against {said(dense_peak, 'MB')} with full logits; off float64 by {errors['value_error']} (loss), "
-        f"{errors['hidden_gradient_error']} and {errors['weight_gradient_error']} (gradients)"
+        f" peak {said(peak, 'MB')} against {said(dense_peak, 'MB')} with full logits; off float64 by "
+        f"{errors['value_error']} (loss), {errors['hidden_gradient_error']} and {errors['weight_gradient_error']} (gradients)"
     )
     return Findings(told, figures, problems)
 
@@ -154,8 +154,8 @@ def _products(problem: Problem, estimator: str) -> None:
 
 
 def _peak_mb(device: Device, action: Callable[[], object]) -> float | None:
-    """Of an action, above what was there before; None where it does not fit, and on a CPU, which counts a process's peak
-    once and for all."""
+    """Of an action, above what was there before; None where it does not fit, and on a CPU, which counts a process's
+    peak once and for all."""
     if not device.is_cuda:
         return None
     release_cached_memory(device)

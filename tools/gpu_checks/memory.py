@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -42,8 +43,8 @@ def offload(context: Context) -> Findings:
     if figures["allocated_growth_mb"]:
         problems.append(f"{figures['allocated_growth_mb']} MB more are allocated than before")
     told = (
-        f"{figures['weights_gb']} GB bit by bit the same after {2 * _ROUNDS} returns; {figures['to_host_gb_s']} GB/s away"
-        f" ({figures['first_leave_s']} s the first time), {figures['from_host_gb_s']} back; allocator's growth "
+        f"{figures['weights_gb']} GB bit by bit the same after {2 * _ROUNDS} returns; {figures['to_host_gb_s']} GB/s "
+        f"away ({figures['first_leave_s']} s the first time), {figures['from_host_gb_s']} back; allocator's growth "
         f"{said(figures['reserved_growth_mb'], 'MB')}"
     )
     return Findings(told, figures, problems)
@@ -92,8 +93,10 @@ def communicators(context: Context) -> Findings:
             points.append(used())
             dist.all_reduce(tensor, group=group)
             points.append(used())
-    steps = [round((b - a) / 2**20, 1) for a, b in zip(points, points[1:])]
+    steps = [round((b - a) / 2**20, 1) for a, b in itertools.pairwise(points)]
     names = ("made", "used")
     figures = {f"group_{i // 2 + 1}_{names[i % 2]}_mb": step for i, step in enumerate(steps)}
-    told = "; ".join(f"group {i + 1}: {steps[2 * i]} MB when made, {steps[2 * i + 1]} when first used" for i in range(3))
+    told = "; ".join(
+        f"group {i + 1}: {steps[2 * i]} MB when made, {steps[2 * i + 1]} when first used" for i in range(3)
+    )
     return Findings(told, figures)

@@ -55,18 +55,20 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16),
     "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16),
     "Qwen3-4B": _qwen3(2560, 9728, 36, 32),
-    "Qwen3-4B-1-layer": _qwen3(2560, 9728, 1, 32),
     "toy": _TOY,
     "toy-heads-of-128": _TOY | {"head_dim": 128, "vocab_size": 1024},
 }
 """``config.json`` of models, by name; published shapes, and what stands for them on a CPU."""
+ONE_LAYER = "-of-1-layer"
+"""After a name: the same with one layer."""
 
 
 def shape_folder(name: str, context: Context) -> Path:
     """A folder with a model's ``config.json``."""
     folder = context.folder / "shapes" / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    config = CONFIGS[name.removesuffix(ONE_LAYER)] | ({"num_hidden_layers": 1} if name.endswith(ONE_LAYER) else {})
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -110,7 +112,8 @@ class Here:
 @contextlib.contextmanager
 def alone(context: Context) -> Iterator[Here]:
     """Within the context, this process is a world of one rank."""
-    world = start(context.device, timeout=600)
+    # Toys are too small to share a product between threads.
+    world = start(context.device, timeout=600, threads=0 if context.gpu else 1)
     try:
         yield Here(world, GridFactory(timeout=600).grid(Layout()), context)
     finally:

@@ -29,7 +29,7 @@ def about(command: str, commit: str | None) -> dict[str, str | None]:
         versions[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "date": now,
         "commit": commit or _commit(),

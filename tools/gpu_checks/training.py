@@ -58,7 +58,7 @@ def training_step(context: Context, fp8: str | None = None) -> Findings:
 
         def step() -> None:
             report = student.accumulate_gradients(rows, tokens=size.rows * size.response)
-            losses.append(report["loss"].result)
+            losses.append(float(report["loss"].result))
             norms.append(student.update()["grad_norm"].result)
 
         times = 2 if context.gpu else 1
@@ -126,5 +126,3 @@ def _flops(shape: ModelShape, size: Sizes) -> float:
     attention = 2 * shape.heads * shape.head_dim * length  # scores and their sum, of half of the positions
     output = shape.hidden * shape.vocab_size * size.rows * size.response
     return 6 * (size.tokens * shape.num_layers * layer + output) + 3 * size.tokens * shape.num_layers * attention
-
-

@@ -1,8 +1,8 @@
 """Processes for checks, each with a limit. Imports no torch, so that nothing of a GPU can take the runner along.
 
-Importing torch, megatron-core and Transformer Engine takes long, and a GPU's minutes may be few. So one process imports
-them once and is forked for every check (``worker.serve``). If that process dies, or what it has imported has touched the
-GPU, the remaining checks start from nothing.
+Importing torch, megatron-core and Transformer Engine takes long, and a GPU's minutes may be few. So one process
+imports them once and is forked for every check (``worker.serve``). If that process dies, or what it has imported has
+touched the GPU, the remaining checks start from nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Workers:
         """Args: tool: the script that serves ``--worker`` and ``--serve``; log: what the processes print; warm: fork
         one that has imported everything."""
         self._tool, self._context, self.log, self._warm = tool, context, log, warm
+        self._proved = False
+        """Whether a forked process has come to its end."""
         self._server: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if p)
@@ -53,22 +55,29 @@ class Workers:
         if self._warm:
             self._serve()
             if self._answer(limit) != "ready":
-                self._warm = False
-                self.close()
+                self._leave_warm()
         return self._warm
 
     def run(self, check: str, limit: float) -> int:
-        """Exit code of a check's process, :data:`TIMED_OUT` when it was ended. Its result is in the context's folder."""
+        """Exit code of a check's process, :data:`TIMED_OUT` when it was ended; its result is in the context's folder."""
         request = json.dumps({"check": check, "context": asdict(self._context), "log": str(self.log)})
         end = time.monotonic() + limit
         if self._warm:
             before = self.log.stat().st_size
             code = self._forked(request, end)
-            if code is not None and not self._poisoned(before):
+            if code == TIMED_OUT and not self._proved:  # a GPU may hang so
+                self._leave_warm()
                 return code
-            self._warm = False
-            self.close()
+            if code is not None and not self._poisoned(before):
+                self._proved = True
+                return code
+            self._leave_warm()
         return self._fresh(request, end)
+
+    def _leave_warm(self) -> None:
+        """From now on, each process from nothing."""
+        self._warm = False
+        self.close()
 
     def close(self) -> None:
         """End the process that is forked."""

@@ -10,7 +10,8 @@ those of a whole step, the median over the steps after the first, of the best ro
 resident set, of the worst, with `--device cuda` that of tensors on the GPU. `trl 1.16` passes all rollouts at once, as
 its users' scripts do; `trl, micro` accumulates gradients over micro-batches of the size that ours has. TRL computes the
 reverse KL over the full vocabulary, we the policy gradient of the same reverse KL on the sampled tokens. With
-`--dtype bfloat16` AdamW is over float32 weights on our side, over bfloat16 ones on TRL's. The row `ours, FiRe` has the filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
+`--dtype bfloat16` AdamW is over float32 weights on our side, over bfloat16 ones on TRL's. The row `ours, FiRe` has the
+filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
 The peer is run by trl_distill.py beside this file, in an environment with `pip install torch==2.13.0 trl==1.16.0`.
 """
 

@@ -125,7 +125,8 @@ def fused_loss(context: Context, estimator: str) -> Findings:
     told = (
         f"{tokens} tokens, V {vocabulary}, H {hidden}: {figures['seconds']} s, {figures['ratio']} of the bare products;"
         f" peak {said(peak, 'MB')} against {said(dense_peak, 'MB')} with full logits; off float64 by "
-        f"{errors['value_error']} (loss), {errors['hidden_gradient_error']} and {errors['weight_gradient_error']} (gradients)"
+        f"{errors['value_error']} (loss), {errors['hidden_gradient_error']} and "
+        f"{errors['weight_gradient_error']} (gradients)"
     )
     return Findings(told, figures, problems)
 

@@ -59,7 +59,7 @@ class Workers:
         return self._warm
 
     def run(self, check: str, limit: float) -> int:
-        """Exit code of a check's process, :data:`TIMED_OUT` when it was ended; its result is in the context's folder."""
+        """Exit code of a check's process, :data:`TIMED_OUT` when it was ended. Its result is in its file."""
         request = json.dumps({"check": check, "context": asdict(self._context), "log": str(self.log)})
         end = time.monotonic() + limit
         if self._warm:

@@ -105,8 +105,8 @@ def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
         max(line["memory/peak_mb"] for line in lines),
         [line["rollout/tokens"] for line in lines],
     ) | {
-        f"{phase}_s": statistics.median(x[f"time/{phase}"] for x in lines[1:])
-        for phase in ("rollout", "teacher", "update")
+        f"{phase}_s": statistics.median(x[f"time/{key}"] for x in lines[1:])
+        for phase, key in (("rollout", "rollout"), ("teacher", "teacher_exposed"), ("update", "update"))
     }
 
 

@@ -36,7 +36,7 @@ def step_against_trl(context: Context) -> Findings:
         "--rollouts": rows,
         "--new-tokens": tokens,
         "--micro-batch-size": rows // 2,
-        "--steps": 3,
+        "--steps": 4 if context.gpu else 2,
     }
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

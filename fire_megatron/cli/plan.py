@@ -37,11 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _make(args: argparse.Namespace) -> tuple[Plan, list[Advice]]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of groups without a backend, which these have not
-    from fire_megatron.platform import hide_gpus
     from fire_megatron.platform.apex import refuse_other_apex
 
     refuse_other_apex()
-    hide_gpus()
     warnings.filterwarnings("ignore")
     from tqdm import tqdm
 

@@ -145,11 +145,6 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu_seam.target()
 
 
-def hide_gpus() -> None:
-    """Have this process, which has not touched a GPU yet, find none: it plans for GPUs and needs none itself."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
 def device_kind(device: torch.device) -> str:
     """``cpu`` or ``cuda``, by which sizes and formats are chosen; of a simulated device, what it simulates."""
     return cpu_seam.kind() if device.type == "meta" else device.type

@@ -93,6 +93,8 @@ def test_the_table_is_sound():
     for place, check in enumerate(CHECKS):
         assert set(check.needs) <= set(names[:place]), f"{check.name} comes before what it needs"
         assert check.figures and check.seconds > 0
+    tests = {path.name for path in (TOOL.parents[1] / "tests" / "gpu").glob("test_*.py")}
+    assert tests <= {check.options.get("file") for check in CHECKS}, "a file of GPU tests is not in the table"
 
 
 # ---- the runner, with processes that are pretended -------------------------------------------------------------------

@@ -166,7 +166,7 @@ def decode_peer(context: Context, rows: int, compiled: bool) -> Findings:
     }
     told = (
         f"{rows} x {tokens} tokens: {figures['ms_a_token']} ms a token, {figures['tokens_per_second']} tokens/s, the "
-        f"first time {figures['first_seconds']} s; ours takes {said(figures['ours_to_theirs'])} of that a token"
+        f"first time {figures['first_seconds']} s; ours to that {said(figures['ours_to_theirs'])}"
     )
     return Findings(told, figures)
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
-from gpu_checks.check import PROJECT, Context, Findings
+from gpu_checks.check import PROJECT, Context, Findings, NotHere
 
 
 def gpu_tests(context: Context, file: str) -> Findings:
     """Args: file: in tests/gpu."""
+    if not (PROJECT / "tests" / "gpu" / file).is_file():
+        raise NotHere(f"this checkout has no tests/gpu/{file}")
     report = context.folder / f"{file}.xml"
     report.unlink(missing_ok=True)
     pytest = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -27,7 +29,8 @@ def gpu_tests(context: Context, file: str) -> Findings:
     }
     why = sorted({str(case.find("skipped").get("message")) for case in outcome["skipped"]})
     told = f"{figures['passed']} passed, {figures['failed']} failed, {figures['skipped']} skipped"
+    told += f" ({'; '.join(why)})" if why else ""
     problems = [f"failed: {', '.join(map(str, bad))}"] if bad else []
     if not figures["passed"] and not bad:
-        problems.append("no test was run")
-    return Findings(f"{told} ({'; '.join(why)})" if why else told, figures, problems)
+        raise NotHere(told)
+    return Findings(told, figures, problems)

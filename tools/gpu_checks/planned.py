@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from fire_megatron.config.load import load_recipe
-from fire_megatron.platform import hide_gpus
 from gpu_checks import commands, decode, training
 from gpu_checks.check import Context, Figure, Findings, rounded, said
 from gpu_checks.models import ONE_LAYER, shape_folder
@@ -18,7 +17,6 @@ _MB = 2**20
 
 def planned(context: Context) -> Findings:
     """Bytes and seconds, planned over measured: 1 is a plan that is right."""
-    hide_gpus()  # a plan computes nothing, and shall not where there is a GPU
     from fire_megatron.plan.gpus import GPUS
 
     card = str(context.earlier("card").get("card", "")).lower()

@@ -85,6 +85,7 @@ CHECKS = [
     Check("export", "commands:export", ("export_s", "step", "logits_moved_by"), 10, needs=("resume",)),
     Check("planned", "planned:planned", _PLANNED, 25, needs=("models",)),
     _tests("gpu_monitor", 20),
+    _tests("products_on_gpu", 20),
     _tests("on_gpu", 90),
     Check("step_against_trl", "peers:step_against_trl", _TRL, 120, needs=("models",)),
     _peer(32, compiled=True),

@@ -61,14 +61,14 @@ def decode(context: Context, rows: int) -> Findings:
         memory.append(device_memory(device))
         prefill = measure.seconds(lambda: generate(1), device, times=2)
         work = _host_work_a_token(generate, here)
-    step, floor = 1e3 * (whole - prefill) / (tokens - 1), (weights + cache) / bandwidth / 1e6
+    step, floor = _ms_a_token(whole, prefill, tokens), (weights + cache) / bandwidth / 1e6
     figures = {
         "rows": rows,
         "new_tokens": tokens,
         "prompt_tokens": sum(lengths(context, rows)),
         "ms_a_token": rounded(step),
         "floor_ms": rounded(floor),
-        "times_floor": rounded(step / floor),
+        "times_floor": None if step is None else rounded(step / floor),
         "tokens_per_second": rounded(rows * tokens / whole),
         "seconds": rounded(whole),
         "first_seconds": rounded(first),
@@ -82,13 +82,18 @@ def decode(context: Context, rows: int) -> Findings:
     if (figures["allocated_growth_mb"] or 0) > 64:
         problems.append(f"a generation leaves {figures['allocated_growth_mb']} MB behind")
     told = (
-        f"{rows} x {tokens} tokens: {figures['ms_a_token']} ms a token, {figures['times_floor']} times the reading of "
-        f"weights and cache; {figures['tokens_per_second']} tokens/s, the first time {figures['first_seconds']} s for "
+        f"{rows} x {tokens} tokens: {said(figures['ms_a_token'])} ms a token, {said(figures['times_floor'])} times the "
+        f"reading of weights and cache; {figures['tokens_per_second']} tokens/s, the first time {figures['first_seconds']} s for "
         f"{figures['seconds']}; a token: {said(work['launches'], 'launches')}, {said(work['graphs'], 'graphs')}, "
         f"{said(work['waits'], 'waits')}, {work['operators']:g} operators; growth "
         f"{said(figures['allocated_growth_mb'], 'MB')}"
     )
     return Findings(told, figures, problems)
+
+
+def _ms_a_token(whole: float, prefill: float, tokens: int) -> float | None:
+    """Of a decode step, from seconds of all tokens and of the first; None where noise is larger than that."""
+    return 1e3 * (whole - prefill) / (tokens - 1) if whole > prefill else None
 
 
 class _Generation:
@@ -154,7 +159,7 @@ def decode_peer(context: Context, rows: int, compiled: bool) -> Findings:
     first = measure.seconds(lambda: generate(tokens), device, times=1, first=True)
     whole = measure.seconds(lambda: generate(tokens), device, times=1 + context.gpu, first=True)
     prefill = measure.seconds(lambda: generate(1), device, times=1)
-    step = 1e3 * (whole - prefill) / (tokens - 1)
+    step = _ms_a_token(whole, prefill, tokens)
     ours = context.earlier(f"decode_{rows if context.gpu else 8 * rows}").get("ms_a_token")
     figures = {
         "rows": rows,
@@ -162,11 +167,11 @@ def decode_peer(context: Context, rows: int, compiled: bool) -> Findings:
         "tokens_per_second": rounded(rows * tokens / whole),
         "first_seconds": rounded(first),
         "seconds": rounded(whole),
-        "ours_to_theirs": None if ours is None else rounded(ours / step),
+        "ours_to_theirs": rounded(ours / step) if ours and step else None,
     }
     told = (
-        f"{rows} x {tokens} tokens: {figures['ms_a_token']} ms a token, {figures['tokens_per_second']} tokens/s, the "
-        f"first time {figures['first_seconds']} s; ours to that {said(figures['ours_to_theirs'])}"
+        f"{rows} x {tokens} tokens: {said(figures['ms_a_token'])} ms a token, {figures['tokens_per_second']} tokens/s, "
+        f"the first time {figures['first_seconds']} s; ours to that {said(figures['ours_to_theirs'])}"
     )
     return Findings(told, figures)
 

@@ -83,7 +83,7 @@ def decode(context: Context, rows: int) -> Findings:
         problems.append(f"a generation leaves {figures['allocated_growth_mb']} MB behind")
     told = (
         f"{rows} x {tokens} tokens: {said(figures['ms_a_token'])} ms a token, {said(figures['times_floor'])} times the "
-        f"reading of weights and cache; {figures['tokens_per_second']} tokens/s, {figures['seconds']} s, the first time "
+        f"reading of weights and cache; {figures['tokens_per_second']} tokens/s, {figures['seconds']} s, first "
         f"{figures['first_seconds']}; a token: {said(work['launches'], 'launches')}, {said(work['graphs'], 'graphs')}, "
         f"{said(work['waits'], 'waits')}, {said(work['operators'], 'operators')}; growth "
         f"{said(figures['allocated_growth_mb'], 'MB')}"

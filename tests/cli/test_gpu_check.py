@@ -1,11 +1,14 @@
 """tools/gpu_check.py on a CPU: all of it once, its budget, and what one check's end does to the others."""
 
+import _thread
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -227,6 +230,24 @@ def test_processes_are_forked_where_that_works_and_else_start_from_nothing(tmp_p
     pool.start(20.0)
     assert [pool.run(name, 3.0) for name in ("one", "two")] == expected
     pool.close()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_an_interrupt_leaves_no_process_behind(tmp_path, warm):
+    wait = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    pool = workers(tmp_path, FORKS.format(child=wait) if warm else wait, warm=warm)
+    assert pool.start(20.0) == warm
+    threading.Timer(1.5, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.run("one", 30.0)
+    pool.close()
+    pid = (tmp_path / "pid").read_text()
+    for _ in range(50):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or " Z " in state.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the check goes on")
 
 
 def test_a_process_beyond_its_limit_is_ended(tmp_path):

@@ -37,6 +37,8 @@ class Workers:
         self._tool, self._context, self.log, self._warm = tool, context, log, warm
         self._proved = False
         """Whether a forked process has come to its end."""
+        self._busy: int | None = None
+        """Process of the check that is running."""
         self._server: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if p)
@@ -80,7 +82,9 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the process that is forked."""
+        """End the process that is forked, and the check that is running where an interrupt has come between."""
+        if self._busy is not None:
+            _end(self._busy)
         if self._server is not None:
             _end(self._server.pid)
             self._server.wait()
@@ -123,7 +127,9 @@ class Workers:
         pid = self._answer(30.0)
         if not pid:
             return None
+        self._busy = int(pid)
         code = self._answer(end - time.monotonic())
+        self._busy = None
         if code is None:
             _end(int(pid))
             return TIMED_OUT if self._answer(30.0) else None
@@ -136,12 +142,15 @@ class Workers:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self._environment, cwd=PROJECT, start_new_session=True,
             )  # fmt: skip
+        self._busy = process.pid
         try:
-            return process.wait(max(end - time.monotonic(), 0.0))
+            code = process.wait(max(end - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             _end(process.pid)
             process.wait()
-            return TIMED_OUT
+            code = TIMED_OUT
+        self._busy = None
+        return code
 
 
 def _end(pid: int) -> None:

@@ -1,14 +1,15 @@
 """tools/gpu_check.py on a CPU: all of it once, its budget, and what one check's end does to the others."""
 
-import _thread
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,8 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, warm):
     wait = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     pool = workers(tmp_path, FORKS.format(child=wait) if warm else wait, warm=warm)
     assert pool.start(20.0) == warm
-    threading.Timer(1.5, _thread.interrupt_main).start()
+    interrupt = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    threading.Timer(1.0, interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         pool.run("one", 30.0)
     pool.close()

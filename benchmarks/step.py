@@ -4,13 +4,14 @@
     python benchmarks/step.py --student HF_DIR --teacher HF_DIR --prompts PROMPTS.jsonl \
         --peer-python /tmp/trl-env/bin/python [--rollouts 8 --new-tokens 64 --steps 4 --threads 2]
 
-Both sides run as processes of their own, float32, one process, the same number of threads, in turn: sample
+Both sides run as processes of their own, float32 or bfloat16, one process, the same number of threads, in turn: sample
 `--rollouts` answers of up to `--new-tokens` tokens, score them with the teacher, forward, backward, AdamW. Seconds are
 those of a whole step, the median over the steps after the first, of the best round; memory is the process's peak
-resident set, of the worst. `trl 1.16` passes all rollouts at once, as its users' scripts do; `trl, micro` accumulates
-gradients over micro-batches of the size that ours has. TRL computes the reverse KL over the full vocabulary, we the
-policy gradient of the same reverse KL on the sampled tokens. The row
-`ours, FiRe` has the filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
+resident set, of the worst, with `--device cuda` that of tensors on the GPU. `trl 1.16` passes all rollouts at once, as
+its users' scripts do; `trl, micro` accumulates gradients over micro-batches of the size that ours has. TRL computes the
+reverse KL over the full vocabulary, we the policy gradient of the same reverse KL on the sampled tokens. With
+`--dtype bfloat16` AdamW is over float32 weights on our side, over bfloat16 ones on TRL's. The row `ours, FiRe` has the
+filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
 The peer is run by trl_distill.py beside this file, in an environment with `pip install torch==2.13.0 trl==1.16.0`.
 """
 
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-prompt-chars", type=int, default=350)
     parser.add_argument("--micro-batch-size", type=int, default=2, help="answers in one of our update's passes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights, on both sides")
     parser.add_argument("--rounds", type=int, default=1, help="repeat both sides in turn; the best round counts")
     return parser
 
@@ -56,11 +59,22 @@ def _run(command: list[str], threads: int) -> str:
 
 
 def _peer(args: argparse.Namespace, micro: int) -> dict[str, float]:
-    shared = ("student", "teacher", "prompts", "rollouts", "new_tokens", "steps", "threads", "max_prompt_chars")
+    shared = (
+        "student",
+        "teacher",
+        "prompts",
+        "rollouts",
+        "new_tokens",
+        "steps",
+        "threads",
+        "max_prompt_chars",
+        "device",
+        "dtype",
+    )
     flags = [text for key in shared for text in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     command = [str(args.peer_python), str(HERE / "trl_distill.py"), *flags, "--micro-batch-size", str(micro)]
     report = json.loads(_run(command, args.threads).splitlines()[-1])
-    return _summary(report["step_seconds"], report["peak_rss_mb"], report["tokens_per_step"])
+    return _summary(report["step_seconds"], report["peak_mb"], report["tokens_per_step"])
 
 
 def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
@@ -69,6 +83,9 @@ def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
             "run.dir": run,
             "run.steps": args.steps,
             "run.threads": args.threads,
+            "run.device": args.device,
+            "student.precision.dtype": args.dtype,
+            "teachers.peer.precision.dtype": args.dtype,
             "student.checkpoint": work / "student",
             "teachers.peer.checkpoint": work / "teacher",
             "data.train.0.path": work / "prompts.jsonl",
@@ -88,8 +105,8 @@ def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
         max(line["memory/peak_mb"] for line in lines),
         [line["rollout/tokens"] for line in lines],
     ) | {
-        f"{phase}_s": statistics.median(x[f"time/{phase}"] for x in lines[1:])
-        for phase in ("rollout", "teacher", "update")
+        f"{phase}_s": statistics.median(x[f"time/{key}"] for x in lines[1:])
+        for phase, key in (("rollout", "rollout"), ("teacher", "teacher_exposed"), ("update", "update"))
     }
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""TRL's on-policy distillation of one teacher into one student, timed on CPU; step.py runs this.
+"""TRL's on-policy distillation of one teacher into one student, timed; step.py runs this.
 
     python3.11 -m venv /tmp/trl-env && /tmp/trl-env/bin/pip install torch==2.13.0 trl==1.16.0
     HF_HUB_OFFLINE=1 /tmp/trl-env/bin/python benchmarks/trl_distill.py --student HF_DIR --teacher HF_DIR \
         --prompts PROMPTS.jsonl --rollouts 8 --new-tokens 64 --steps 4 --threads 2
 
 Prints one JSON line: seconds of each optimizer step (generate, teacher forward, student forward and
-backward, AdamW), generated tokens of each step, and peak resident MB. float32, reverse KL (beta 1) on the full
-vocabulary, no gradient checkpointing.
+backward, AdamW), generated tokens of each step, and peak MB: resident, or of tensors on the GPU. Reverse KL (beta 1) on
+the full vocabulary, no gradient checkpointing.
 """
 
 import argparse
@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro-batch-size", type=int, default=0, help="answers in one pass; 0 takes all at once")
     parser.add_argument("--max-prompt-chars", type=int, default=350)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights")
     args = parser.parse_args()
     step_seconds, step_tokens = _train(args)
     print(
@@ -36,10 +38,18 @@ def main() -> None:
                 "peer": "trl",
                 "step_seconds": [round(s, 2) for s in step_seconds],
                 "tokens_per_step": step_tokens,
-                "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "peak_mb": round(_peak_mb(args.device)),
             }
         )
     )
+
+
+def _peak_mb(device: str) -> float:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def _train(args: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -56,14 +66,17 @@ def _train(args: argparse.Namespace) -> tuple[list[float], list[float]]:
     problems = [p for p in problems if len(p) < args.max_prompt_chars][: args.rollouts * args.steps]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in problems])
 
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     step_seconds: list[float] = []
     step_tokens: list[float] = []
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, *_, **__):
+            wait()
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            wait()
             step_seconds.append(time.perf_counter() - self.start)
             step_tokens.append(trainer._metrics["train"]["completions/mean_length"][-1] * args.rollouts)
 
@@ -82,12 +95,12 @@ def _train(args: argparse.Namespace) -> tuple[list[float], list[float]]:
             save_strategy="no",
             report_to=[],
             logging_steps=1000,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=args.device == "cpu",
+            bf16=args.dtype == "bfloat16",
             fp16=False,
             gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"},
-            teacher_model_init_kwargs={"dtype": "float32"},
+            model_init_kwargs={"dtype": args.dtype},
+            teacher_model_init_kwargs={"dtype": args.dtype},
             disable_tqdm=True,
         )
         trainer = DistillationTrainer(

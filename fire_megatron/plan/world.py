@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,12 +110,17 @@ def _balanced_preprocess(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
     return _preprocess(self, _Balanced(routing_map, self.config.moe_router_topk))
 
 
+_PADS_EXPERTS = "tokens_per_expert" in inspect.signature(token_dispatcher.permute).parameters
+"""Whether this megatron-core's permutation may pad each expert's tokens, and then says how; it is not asked to."""
+
+
 def _permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor, num_out_tokens: int, **_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, ...]:
     """Each token once for each of its experts."""
     places = torch.zeros(num_out_tokens, dtype=torch.int64, device=tokens.device)
-    return tokens.index_select(0, places), probs.t().flatten().index_select(0, places), places
+    permuted = tokens.index_select(0, places), probs.t().flatten().index_select(0, places), places
+    return (*permuted, None, None) if _PADS_EXPERTS else permuted
 
 
 _tensor = torch.tensor

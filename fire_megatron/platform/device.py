@@ -147,6 +147,33 @@ def peak_memory_mb(device: Device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a GPU's memory, now."""
+
+    allocated: int
+    """In this process's tensors."""
+    reserved: int
+    """Held by its allocator, for them and for tensors to come."""
+    used: int
+    """Of the whole GPU, by all processes: contexts, communicators and libraries among it."""
+
+
+def device_memory(device: Device) -> DeviceMemory | None:
+    """What is in use on a GPU; None on a CPU, where processes share memory with everything else."""
+    if not device.is_cuda:
+        return None
+    free, total = torch.cuda.mem_get_info(device.index)
+    index = device.index
+    return DeviceMemory(torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index), total - free)
+
+
+def release_cached_memory(device: Device) -> None:
+    """Give memory that the allocator holds for tensors to come back to the GPU."""
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+
+
 def reset_peak_memory(device: Device) -> None:
     """Count the peak of allocated GPU memory anew; that of resident memory on a CPU is the process's for good."""
     if device.is_cuda:

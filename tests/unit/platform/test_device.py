@@ -16,11 +16,14 @@ import torch.distributed as dist
 from fire_megatron.config.errors import LayoutError
 from fire_megatron.platform import (
     Device,
+    DeviceMemory,
     GpuIdentity,
     choose_attention_kernels,
     compute_device,
+    device_memory,
     gpu_identity,
     peak_memory_mb,
+    release_cached_memory,
     select_device,
     synchronize,
 )
@@ -188,3 +191,17 @@ def test_a_torch_that_does_not_tell(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_identity(Device("cuda")) == GpuIdentity((), None)
+
+
+def test_memory_in_use_on_a_gpu_and_on_a_cpu(monkeypatch):
+    """Asked of the device's own index; on a CPU CUDA is not asked at all."""
+    assert device_memory(Device("cpu")) is None
+    release_cached_memory(Device("cpu"))
+    released = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (30 + index, 80))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 10 + index)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 20 + index)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(True))
+    assert device_memory(Device("cuda", 3)) == DeviceMemory(allocated=13, reserved=23, used=47)
+    release_cached_memory(Device("cuda", 3))
+    assert released == [True]

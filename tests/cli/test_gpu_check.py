@@ -1,0 +1,257 @@
+"""tools/gpu_check.py on a CPU: all of it once, its budget, and what one check's end does to the others."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from gpu_checks.check import FAILED, LEFT_OUT, NEEDS_GPU, OK, Check, Context, Findings, Result
+from gpu_checks.runner import Runner, chosen
+from gpu_checks.table import CHECKS
+from gpu_checks.worker import work
+from gpu_checks.workers import TIMED_OUT, Workers
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
+
+
+def gpu_check(out, *arguments):
+    """Exit code, lines printed, and results by check."""
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--device", "cpu", "--out", str(out), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=230,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    results = json.loads((out / "results.json").read_text())
+    return done.returncode, done.stdout.splitlines(), {r["check"]: r for r in results["checks"]}, results["about"]
+
+
+def test_every_check_runs_and_says_what_it_promises(tmp_path):
+    """But for one that gets no time, which changes nothing for the others."""
+    late = "transformers_256"
+    code, lines, results, about = gpu_check(tmp_path, "--seconds", "220", "--limit", f"{late}=0.05", "--commit", "abc")
+    assert list(results) == [check.name for check in CHECKS]
+    for check in CHECKS:
+        result, line = results[check.name], next(line for line in lines if f"  {check.name}: " in line)
+        assert line.startswith(result["state"])
+        if check.gpu:
+            assert result["state"] == NEEDS_GPU
+        elif check.name == late:
+            assert result["state"] == FAILED and "time limit" in result["told"]
+        elif check.name == "step_against_trl" and result["state"] == LEFT_OUT:
+            assert "TRL is not installed" in result["told"]
+        else:
+            assert result["state"] == OK, (tmp_path / "log.txt").read_text()[-6000:]
+            assert set(check.figures) <= set(result["figures"])
+    assert code == 1
+    assert about["commit"] == "abc" and about["card"] == "cpu" and about["torch"] and "gpu_check.py" in about["command"]
+    table = (tmp_path / "results.md").read_text()
+    assert all(f"| {check.name} | {results[check.name]['state']} |" in table for check in CHECKS)
+    agreement = results["agreement"]["figures"]
+    assert 0 < agreement["engine_from_float32_mean"] < 0.05, "bfloat16 was not compared with float32"
+    assert 0 < agreement["output_layer_max"] < 1e-4
+    assert results["resume"]["figures"]["steps"] == results["whole_run"]["figures"]["steps"] + 1
+    assert results["planned"]["figures"]["decode_32_seconds"] > 0
+
+
+def test_without_time_every_check_is_left_out_and_says_so(tmp_path):
+    code, _, results, _ = gpu_check(tmp_path, "--seconds", "0", "--only", "resume", "--only", "decode")
+    assert code == 0
+    assert list(results) == ["models", "whole_run", "resume", "decode_32", "decode_256"]
+    assert {r["state"] for r in results.values()} == {LEFT_OUT}
+    assert "no time: 0 s left" in results["models"]["told"]
+    assert results["resume"]["told"] == "needs whole_run, which did not pass"
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        (["card"], ["card"]),
+        (["export"], ["models", "whole_run", "resume", "export"]),
+        (["fused_loss"], ["fused_loss_sampled", "fused_loss_full"]),
+        ([], [check.name for check in CHECKS]),
+    ],
+)
+def test_a_chosen_check_brings_what_it_needs(only, expected):
+    assert [check.name for check in chosen(CHECKS, only)] == expected
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="--only cart: no check has that name"):
+        chosen(CHECKS, ["cart"])
+
+
+def test_the_table_is_sound():
+    names = [check.name for check in CHECKS]
+    assert len(set(names)) == len(names)
+    for place, check in enumerate(CHECKS):
+        assert set(check.needs) <= set(names[:place]), f"{check.name} comes before what it needs"
+        assert check.figures and check.seconds > 0
+    tests = {path.name for path in (TOOL.parents[1] / "tests" / "gpu").glob("test_*.py")}
+    assert tests <= {check.options.get("file") for check in CHECKS}, "a file of GPU tests is not in the table"
+
+
+# ---- the runner, with processes that are pretended -------------------------------------------------------------------
+
+
+class Pretended:
+    """Workers whose processes end as told: an exit code without a result, or a result."""
+
+    def __init__(self, context, log, ends):
+        self._context, self.log, self._ends = context, log, ends
+        self.limits = {}
+
+    def start(self, limit):
+        return True
+
+    def run(self, name, limit):
+        self.limits[name] = limit
+        end = self._ends.get(name, OK)
+        if isinstance(end, int):
+            return end
+        self._context.leave(Result(name, end, 1.0, "told", {"a": 1}))
+        return 0
+
+    def close(self):
+        pass
+
+
+def run(tmp_path, ends, *, seconds=100.0, **changes):
+    context = Context("cuda", str(tmp_path), str(tmp_path))
+    (tmp_path / "log.txt").write_text("before\nout of memory\n")
+    checks = [
+        Check(name, "nowhere:nothing", ("a",), 10, needs=needs)
+        for name, needs in {"first": (), "second": ("first",), "third": ()}.items()
+    ]
+    workers = Pretended(context, tmp_path / "log.txt", ends)
+    said = []
+    runner = Runner(checks, context, workers, seconds=seconds, out=tmp_path, about={"command": ""}, say=said.append)
+    passed = runner.run()
+    return passed, {result.check: result for result in runner.results}, workers, said
+
+
+def test_a_crash_does_not_end_the_others(tmp_path):
+    passed, results, _, said = run(tmp_path, {"first": -11})
+    assert not passed and len(said) == 3
+    assert results["first"].state == FAILED
+    assert "segmentation fault" in results["first"].told and "out of memory" in results["first"].told
+    assert results["second"].state == LEFT_OUT, "it needs the first"
+    assert results["third"].state == OK and results["third"].figures == {"a": 1}
+
+
+def test_a_result_of_an_earlier_run_is_not_taken_for_this_one(tmp_path):
+    Context("cuda", "", str(tmp_path)).leave(Result("first", OK, 1.0, "old", {}))
+    _, results, _, _ = run(tmp_path, {"first": TIMED_OUT})
+    assert results["first"].state == FAILED and "time limit" in results["first"].told
+
+
+def test_a_limit_is_never_beyond_the_budget(tmp_path):
+    _, results, workers, _ = run(tmp_path, {}, seconds=20.0)
+    assert all(limit <= 20.0 for limit in workers.limits.values())
+    _, results, workers, _ = run(tmp_path, {}, seconds=9.0)
+    assert not workers.limits and results["third"].told.startswith("no time")
+
+
+# ---- one check in its process ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "state", "words"),
+    [
+        (Findings("fine", {"a": 1}), OK, "fine"),
+        (Findings("fine", {}), FAILED, "a is missing"),
+        (Findings("measured", {"a": 1}, ["too large"]), FAILED, "too large; measured"),
+        (ZeroDivisionError("by zero"), FAILED, "ZeroDivisionError: by zero"),
+        (SystemExit(2), FAILED, "SystemExit"),
+    ],
+)
+def test_what_a_check_returns_decides_its_state(monkeypatch, tmp_path, found, state, words):
+    from gpu_checks import card
+
+    def function(context):
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr(card, "card", function)
+    result = work(dataclasses.replace(CHECKS[0], figures=("a",)), Context("cpu", str(tmp_path), str(tmp_path)))
+    assert (result.state, words in result.told) == (state, True), result
+
+
+def workers(tmp_path, code, warm=True):
+    """Workers of a tool that does what ``code`` says, instead of importing torch."""
+    tool = tmp_path / "tool.py"
+    tool.write_text("import os, sys, time\n" + textwrap.dedent(code))
+    (tmp_path / "log.txt").write_text("")
+    return Workers(tool, Context("cpu", str(tmp_path), str(tmp_path)), tmp_path / "log.txt", warm=warm)
+
+
+FORKS = """
+if sys.argv[1] == "--worker":
+    print("from nothing")
+    sys.exit(3)
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.setsid()
+        {child}
+        os._exit(5)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        pytest.param(FORKS.format(child="pass"), [5, 5], id="forked"),
+        pytest.param(
+            FORKS.format(child="print('Cannot re-initialize CUDA in forked subprocess', file=sys.stderr, flush=True)"),
+            [3, 3],
+            id="a fork cannot use the GPU",
+        ),
+        pytest.param(FORKS.format(child="time.sleep(60)"), [TIMED_OUT, 3], id="the first fork hangs"),
+        pytest.param("sys.exit(3 if sys.argv[1] == '--worker' else 1)", [3, 3], id="nothing to fork"),
+        pytest.param(FORKS.format(child="os.kill(os.getppid(), 9)"), [3, 3], id="what is forked has died"),
+    ],
+)
+def test_processes_are_forked_where_that_works_and_else_start_from_nothing(tmp_path, code, expected):
+    pool = workers(tmp_path, code)
+    pool.start(20.0)
+    assert [pool.run(name, 3.0) for name in ("one", "two")] == expected
+    pool.close()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_an_interrupt_leaves_no_process_behind(tmp_path, warm):
+    wait = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    pool = workers(tmp_path, FORKS.format(child=wait) if warm else wait, warm=warm)
+    assert pool.start(20.0) == warm
+    interrupt = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    threading.Timer(1.0, interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.run("one", 30.0)
+    pool.close()
+    pid = (tmp_path / "pid").read_text()
+    for _ in range(50):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or " Z " in state.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the check goes on")
+
+
+def test_a_process_beyond_its_limit_is_ended(tmp_path):
+    pool = workers(tmp_path, "time.sleep(60)", warm=False)
+    assert pool.run("one", 0.5) == TIMED_OUT

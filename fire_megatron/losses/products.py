@@ -105,7 +105,7 @@ def hidden_gradient(factor_CV: torch.Tensor, weight_VH: torch.Tensor, out_CH: to
         return
     total_CH = torch.zeros(out_CH.shape, dtype=factor_CV.dtype, device=out_CH.device)
     for tile, rows in _wide_rows(weight_VH):
-        total_CH.addmm_(factor_CV[:, tile], rows)
+        torch.addmm(total_CH, factor_CV[:, tile], rows, out=total_CH)
     out_CH.copy_(total_CH)
 
 
@@ -120,7 +120,7 @@ def add_weight_gradient(factor_CV: torch.Tensor, hidden_CH: torch.Tensor, total_
     """
     hidden_CH = hidden_CH.to(factor_CV.dtype)
     if factor_CV.dtype == total_VH.dtype:
-        total_VH.addmm_(factor_CV.t(), hidden_CH)
+        torch.addmm(total_VH, factor_CV.t(), hidden_CH, out=total_VH)
     elif _ADDMM_WIDENS:
         torch.addmm(total_VH, factor_CV.t(), hidden_CH, out_dtype=total_VH.dtype, out=total_VH)
     else:

@@ -227,7 +227,8 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         RecipeError: TransformerConfig rejects the combination.
     """
     _check_tensor_split(shape, layout.tensor)
-    dtype, spec = DTYPES[role.precision.dtype], resolve_layer_spec(role.layer_spec, device, role="the role")
+    dtype = DTYPES[role.precision.on(device.kind).dtype]
+    spec = resolve_layer_spec(role.layer_spec, device, role="the role")
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {
         "num_layers": shape.num_layers,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.errors import RecipeError, UserError
-from fire_megatron.config.roles import roles
+from fire_megatron.config.roles import resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
@@ -229,6 +229,7 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     Raises:
         UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
     """
+    recipe = resolved(recipe, world.device.kind)
     factory = GridFactory(timeout=recipe.run.collective_timeout)
     hooks, shapes, inputs = everywhere(check, recipe, device=world.device, num_ranks=world.size)
     for note in inputs.notes:

@@ -110,8 +110,8 @@ class PrecisionConfig(Section):
     """Number formats."""
 
     dtype: Literal["float32", "bfloat16", "bf16"] | None = None
-    """Format of weights and activations; logits, log-probabilities and losses are float32 always. null is `bfloat16` on a
-    GPU and `float32` on a CPU; `bf16` is `bfloat16`."""
+    """Format of weights and activations; logits, log-probabilities and losses are float32 always. null is `bfloat16`
+    on a GPU and `float32` on a CPU; `bf16` is `bfloat16`."""
     fp8: FP8Config | None = None
     """Linear layers in FP8; null leaves them in `dtype`. Needs Transformer Engine on a GPU, or `fp8.emulate`."""
 

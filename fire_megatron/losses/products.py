@@ -1,15 +1,14 @@
-"""Products of hidden states and an output weight: in which number format the factors are, and that sums are float32.
+"""Products of hidden states and an output weight: in which format the factors are, and that sums are float32.
 
-Logits are at least float32, whatever the model's format: in bfloat16 logits of 16 to 32 would be rounded to multiples of
-1/8, and log-probabilities by some 0.04 nats. Three ways lead there, one of them for each device and format:
+Logits are at least float32, whatever the model's format: in bfloat16 logits of 16 to 32 would be rounded to multiples
+of 1/8, and log-probabilities by some 0.04 nats. Three ways lead there, one for each format and device:
 
 - **As they are**, where the weight is float32 or wider.
 - **Half precision on a GPU.** The product of two half-precision matrices leaves in float32, as it is summed inside.
   Gradients of logits, which are float32, are rounded to the weight's format as a factor of the two products of the
   backward pass; sums over chunks are not.
-- **Half precision elsewhere** (a CPU, or a torch before 2.8): a tile of the weight after the other is copied to float32.
-  Half-precision factors have no more bits than TF32, so that it makes no difference to logits whether the user has
-  allowed it.
+- **Half precision elsewhere** (a CPU, or torch before 2.8): one tile of the weight after the other is copied to
+  float32. Half-precision factors have no more bits than TF32, so logits are the same where the user has allowed that.
 
 Shapes: C tokens, H hidden size, V rows of an output weight.
 """

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 _BLOCK = 2**30
-"""Bytes of a block of host memory. torch's pinned memory comes in powers of two, so a copy of each tensor's own would take
-up to twice what is in it."""
+"""Bytes of a block of host memory. torch's pinned memory comes in powers of two, so that copies of single tensors would
+take up to twice what is in them."""
 _ALIGNMENT = 512
 """Bytes that a tensor's place in it is a multiple of, as in device memory."""
 
@@ -27,8 +27,8 @@ class HostBlocks:
         return sum(map(len, self._blocks))
 
     def fit(self, size: int, *, pinned: bool) -> None:
-        """Have at least so many bytes, and less than a block above them: what is missing is added, in whole blocks and a
-        power of two for the rest; blocks that nothing needs go. What stays keeps its address and content."""
+        """Have at least so many bytes, and less than a block above them: what is missing is added, in whole blocks and
+        a power of two for the rest; blocks that nothing needs go. What stays keeps its address and content."""
         while self._blocks and self.bytes - len(self._blocks[-1]) >= size:
             self._blocks.pop()
         while (missing := size - self.bytes) > 0:

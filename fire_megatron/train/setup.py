@@ -23,13 +23,13 @@ from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.build import DTYPES, build_model, resolve_layer_spec
+from fire_megatron.models.build import build_model, model_dtype, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Device, Offload, Watch, World, launch, reset_peak_memory
+from fire_megatron.platform import Device, Offload, Watch, World, compute_device, device_kind, launch, reset_peak_memory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
@@ -200,7 +200,7 @@ def _pool(
             name,
             grids[path].layout,
             shapes[path].hidden,
-            DTYPES[config.precision.dtype],
+            model_dtype(config.precision, device_kind(compute_device())),
             used_vocabulary(shapes),
             kind,
             keys[path] in away,

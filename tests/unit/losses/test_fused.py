@@ -337,3 +337,10 @@ def test_chunks_cover_all_tokens_in_order_within_their_segments(segments, most, 
 @given(st.integers(0, 200), st.integers(1, 20))
 def test_chunks_without_segments_are_those_of_one(tokens, most):
     assert chunks(tokens, 100, CPU, most) == chunks(tokens, 100, CPU, most, [tokens])
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(151936, 832), (18992, 7040), (100, 8192), (2**22, 32), (2**30, 1)])
+def test_chunks_of_a_gpu(columns, tokens):
+    """Half a GiB of float32 logits, and numbers of tokens that matrix products like."""
+    assert {part.stop - part.start for part in chunks(10 * tokens, columns, torch.device("cuda"))} == {tokens}
+    assert tokens * columns <= 2**27 or tokens == 1

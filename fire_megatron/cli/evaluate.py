@@ -91,7 +91,7 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.config.schema import DataConfig, SourceConfig
+    from fire_megatron.config.schema import DataConfig, PrecisionConfig, SourceConfig
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
     from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmarks
@@ -120,7 +120,7 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     )
     encode, room = Encoder(data, tokenizer), source.shape.max_positions - args.max_new_tokens
     prompts = [encode_problems(benchmark, encode, room=room) for benchmark in benchmarks]
-    dtype = ("bfloat16" if device.is_cuda else "float32") if args.dtype == "auto" else args.dtype
+    dtype = PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind).dtype
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     settings = {name: getattr(args, name) for name in fixed} | {"dtype": dtype}
     folder = source.folder.absolute()

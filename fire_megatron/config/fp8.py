@@ -65,7 +65,7 @@ def _engine(recipe: Recipe, key: str, role: RoleConfig) -> Iterator[Problem]:
             name,
             f"needs Transformer Engine's layers on a GPU and {why}; change it, or set {name}.emulate=true on a CPU",
         )
-    if role.precision.dtype != "bfloat16":
+    if role.precision.on("cuda").dtype != "bfloat16":
         yield Problem(
             f"{key}.precision.dtype",
             f"{role.precision.dtype}, but between FP8 products values are bfloat16; set it to bfloat16",

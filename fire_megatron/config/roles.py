@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fire_megatron.config.schema import Recipe, RoleConfig
 
 
 def roles(recipe: Recipe) -> dict[str, RoleConfig]:
     """Every role by its key (``student``, ``teachers.math``): the student first, teachers by name."""
     return {"student": recipe.student} | {f"teachers.{name}": t for name, t in sorted(recipe.teachers.items())}
+
+
+def resolved(recipe: Recipe, kind: str) -> Recipe:
+    """The recipe as it is on a device of kind ``cpu`` or ``cuda``: formats that it leaves open are named."""
+    student = replace(recipe.student, precision=recipe.student.precision.on(kind))
+    teachers = {name: replace(t, precision=t.precision.on(kind)) for name, t in recipe.teachers.items()}
+    return replace(recipe, student=student, teachers=teachers)
 
 
 def routes(recipe: Recipe) -> dict[str, str]:

@@ -7,7 +7,7 @@ is checked in :mod:`fire_megatron.config.checks`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from fire_megatron.config.errors import Problem
@@ -109,8 +109,9 @@ class FP8Config(Section):
 class PrecisionConfig(Section):
     """Number formats."""
 
-    dtype: Literal["float32", "bfloat16", "bf16"] = "float32"
-    """Format of weights and activations; log-probabilities and losses are float32 always. `bf16` is `bfloat16`."""
+    dtype: Literal["float32", "bfloat16", "bf16"] | None = None
+    """Format of weights and activations; logits, log-probabilities and losses are float32 always. null is `bfloat16`
+    on a GPU and `float32` on a CPU; `bf16` is `bfloat16`."""
     fp8: FP8Config | None = None
     """Linear layers in FP8; null leaves them in `dtype`. Needs Transformer Engine on a GPU, or `fp8.emulate`."""
 
@@ -118,6 +119,10 @@ class PrecisionConfig(Section):
         super().__post_init__()
         if self.dtype == "bf16":
             object.__setattr__(self, "dtype", "bfloat16")  # one name in what is compared and saved
+
+    def on(self, kind: str) -> PrecisionConfig:
+        """These formats on a device of kind ``cpu`` or ``cuda``: a null dtype is what it stands for there."""
+        return self if self.dtype else replace(self, dtype="bfloat16" if kind == "cuda" else "float32")
 
 
 @dataclass(frozen=True)

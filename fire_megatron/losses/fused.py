@@ -5,31 +5,29 @@ those of the hidden states and of the weight. Nothing is projected twice: beside
 (logits, and the two gradients) there is only one chunk's logits in memory. The gradients therefore exist from forward
 on: [N, H] and [V, H].
 
-On a CPU, half-precision weights are multiplied as float32, tile by tile: without matrix units of its own a CPU is
-slower in bfloat16, and logits and sums then carry no rounding of it. On a GPU the products are in the weight's dtype.
+Logits and the weight's gradient while it is summed up are float32 in half precision too; losses/products.py says how.
 
 Shapes: N tokens, H hidden size, V rows of this shard of the output weight, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from fire_megatron.losses.products import add_weight_gradient, as_factor, hidden_gradient, project, sum_dtype
 from fire_megatron.platform import device_kind
 
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """``(logits_CV, which tokens) -> (scalar, report_RC)``: the chunk's share of the loss, differentiable with respect to
 the logits, and R numbers a token to be reported, without gradient. It may let backward write over the logits."""
 
-_CHUNK = {"cpu": (2**26, 256), "cuda": (2**28, 8192)}
-"""Most logits and most tokens of a chunk: enough for the products to run at full speed. Round numbers of tokens, which
-matrix products like."""
-_TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Elements of a weight, or of its gradient, that exist in another dtype at a time."""
+_CHUNK = {"cpu": (2**26, 256, 1), "cuda": (2**27, 8192, 64)}
+"""Most logits and most tokens of a chunk, enough for the products to run at full speed, and what its tokens are a
+multiple of where there are more. On a GPU these logits take half a GiB, and their gradient as a factor a quarter."""
 
 
 def chunks(
@@ -45,8 +43,9 @@ def chunks(
         segments: lengths that add up to N.
     """
     assert not segments or sum(segments) == tokens, (segments, tokens)
-    elements, most = _CHUNK.get(device_kind(device), _CHUNK["cuda"])
-    most = chunk_tokens or max(1, min(most, elements // max(columns, 1)))
+    elements, most, multiple = _CHUNK.get(device_kind(device), _CHUNK["cuda"])
+    most = min(most, elements // max(columns, 1))
+    most = chunk_tokens or max(1, most - most % multiple if most > multiple else most)
     slices, first = [], 0
     for length in segments or [tokens]:
         last = first + length
@@ -55,46 +54,30 @@ def chunks(
     return slices
 
 
-def _tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, _TILE_ELEMENTS.get(device_kind(device), _TILE_ELEMENTS["cuda"]) // max(width, 1))
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
-
-
 class OutputLayer:
     """This rank's rows of an output weight, with the memory for one chunk of logits."""
 
-    def __init__(self, weight_VH: torch.Tensor, columns: int | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight_VH: torch.Tensor, columns: int | None = None) -> None:
         """Args:
         weight_VH: [V, H].
         columns: rows that stand for a token; vocabulary padding after them is not projected. None for all.
-        dtype: of the products; None picks it: the weight's on a GPU, at least float32 on a CPU.
         """
-        self.weight_VH = weight_VH.detach()
         self.columns = len(weight_VH) if columns is None else columns
-        widest = torch.promote_types(weight_VH.dtype, torch.float32)
-        self.dtype = dtype or (widest if device_kind(weight_VH.device) == "cpu" else weight_VH.dtype)
-        self._buffer = torch.empty(0, dtype=self.dtype, device=weight_VH.device)
-
-    def _rows(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The rows that stand for a token in the products' dtype; one tile at a time where that is not the weight's."""
-        if self.dtype == self.weight_VH.dtype:
-            yield slice(0, self.columns), self.weight_VH[: self.columns]
-            return
-        for tile in _tiles(self.columns, self.weight_VH.shape[1], self.weight_VH.device):
-            yield tile, self.weight_VH[tile].to(self.dtype)
+        self.weight_VH = weight_VH.detach()
+        self._buffer = torch.empty(0, dtype=sum_dtype(weight_VH.dtype), device=weight_VH.device)
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
-        """[C, H] -> [C, columns] in the products' dtype, without gradient, in memory that the next call takes."""
+        """[C, H] -> [C, columns] at least float32, without gradient, in memory that the next call takes."""
         size = len(hidden_CH) * self.columns
         if self._buffer.numel() < size:
             self.release()  # before more is asked for
             self._buffer = self._buffer.new_empty(size)
         logits_CV = self._buffer[:size].view(len(hidden_CH), self.columns)
-        hidden_CH = hidden_CH.detach().to(self.dtype)
-        for tile, weight in self._rows():
-            torch.mm(hidden_CH, weight.t(), out=logits_CV[:, tile])
-        return logits_CV
+        return project(hidden_CH.detach(), self._used, logits_CV)
+
+    @property
+    def _used(self) -> torch.Tensor:
+        return self.weight_VH[: self.columns]
 
     @property
     def held(self) -> int:
@@ -105,25 +88,20 @@ class OutputLayer:
         """Let go of the memory for logits; the next call takes it anew."""
         self._buffer = self._buffer.new_empty(0)
 
-    def hidden_gradient(self, grad_CV: torch.Tensor, out_CH: torch.Tensor) -> None:
-        """Write the gradient of a chunk's hidden states, from that of its logits."""
-        if self.dtype == out_CH.dtype:
-            torch.mm(grad_CV, self.weight_VH[: self.columns], out=out_CH)
-            return
-        total = torch.zeros(out_CH.shape, dtype=self.dtype, device=out_CH.device)
-        for tile, weight in self._rows():
-            total.addmm_(grad_CV[:, tile], weight)
-        out_CH.copy_(total)
-
-    def add_weight_gradient(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor, total_VH: torch.Tensor) -> None:
-        """Add the gradient of the weight, from that of a chunk's logits, to a sum of at least float32."""
-        hidden_CH = hidden_CH.detach().to(self.dtype)
-        if self.dtype == total_VH.dtype:
-            total_VH[: self.columns].addmm_(grad_CV.t(), hidden_CH)
-            return
-        # A half-precision product cannot add to a float32 sum.
-        for tile in _tiles(self.columns, hidden_CH.shape[1], hidden_CH.device):
-            total_VH[tile] += grad_CV[:, tile].t() @ hidden_CH
+    def add_gradients(
+        self,
+        grad_CV: torch.Tensor,
+        hidden_CH: torch.Tensor,
+        out_CH: torch.Tensor | None,
+        total_VH: torch.Tensor | None,
+    ) -> None:
+        """From the gradient of a chunk's logits, write that of its hidden states and add that of the weight to a sum;
+        of either only where there is memory for it. See losses/products.py for the formats."""
+        factor_CV = as_factor(grad_CV, self.weight_VH)
+        if out_CH is not None:
+            hidden_gradient(factor_CV, self._used, out_CH)
+        if total_VH is not None:
+            add_weight_gradient(factor_CV, hidden_CH.detach(), total_VH[: self.columns])
 
 
 @torch.no_grad()
@@ -150,7 +128,6 @@ def chunked_linear_loss(
     columns: int | None = None,
     segments: Sequence[int] = (),
     chunk_tokens: int = 0,
-    product_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of a loss over tokens, from hidden states and the output weight, with the gradients of both.
 
@@ -166,7 +143,6 @@ def chunked_linear_loss(
             for all.
         segments: lengths, adding up to N, within which a chunk has to stay.
         chunk_tokens: most tokens of a chunk; 0 picks a number for the device.
-        product_dtype: see :class:`OutputLayer`.
 
     Returns:
         The loss, a scalar of at least float32, and the reports [R, N].
@@ -174,7 +150,7 @@ def chunked_linear_loss(
     if not torch.is_grad_enabled():
         hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
     parts = chunks(len(hidden_NH), len(weight_VH), hidden_NH.device, chunk_tokens, segments) or [slice(0, 0)]
-    layer = OutputLayer(weight_VH, columns, product_dtype)
+    layer = OutputLayer(weight_VH, columns)
     return _ChunkedLinearLoss.apply(hidden_NH, weight_VH, layer, token_loss, parts)
 
 
@@ -191,8 +167,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         needed = for_hidden or for_weight
         grad_NH = torch.empty_like(hidden_NH) if for_hidden else None
-        widest = torch.promote_types(weight_VH.dtype, torch.float32)
-        grad_VH = torch.zeros_like(weight_VH, dtype=widest) if for_weight else None
+        grad_VH = torch.zeros_like(weight_VH, dtype=sum_dtype(weight_VH.dtype)) if for_weight else None
         losses, reports = [], []
         for part in parts:
             logits_CV = layer.logits(hidden_NH[part])
@@ -204,14 +179,12 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             if not needed:
                 continue
             (grad_CV,) = torch.autograd.grad(loss, logits_CV)
-            if grad_NH is not None:
-                layer.hidden_gradient(grad_CV, grad_NH[part])
-            if grad_VH is not None:
-                layer.add_weight_gradient(grad_CV, hidden_NH[part], grad_VH)
+            layer.add_gradients(grad_CV, hidden_NH[part], None if grad_NH is None else grad_NH[part], grad_VH)
             del loss, report_RC, logits_CV, grad_CV  # before the next chunk's
         layer.release()
         # Saved tensors are let go of before the weight's gradient is accumulated, which can then take their memory.
-        ctx.save_for_backward(grad_NH, None if grad_VH is None else grad_VH.to(weight_VH.dtype))
+        ctx.save_for_backward(grad_NH, grad_VH)
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         report_RN = torch.cat(reports, -1)
         ctx.mark_non_differentiable(report_RN)
         return torch.stack(losses).sum(), report_RN
@@ -219,7 +192,19 @@ class _ChunkedLinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple:
-        # A training step's scale is 1, where multiplying would only copy the weight's gradient.
-        scale = grad.item()  # a number, since a scalar tensor would be rounded to the gradients' dtype
-        scaled = (g if g is None or scale == 1 else g * scale for g in ctx.saved_tensors)
+        scaled = (
+            None if values is None else _scaled(values, grad, dtype)
+            for values, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return (*scaled, None, None, None)
+
+
+def _scaled(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values times a scalar, rounded to a dtype once; in their own memory if that is theirs, so only once."""
+    # A training step's scale is 1. To ask for it costs nothing on a CPU; on a GPU the host would wait for the device,
+    # where the multiplication is part of the conversion to half precision.
+    if device_kind(scale.device) == "cpu" and scale.item() == 1:
+        return values.to(dtype)
+    out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
+    # Of one dimension, since a scalar tensor would be rounded to the values' dtype before it is multiplied by.
+    return torch.mul(values, scale.view(1), out=out)

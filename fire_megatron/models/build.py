@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fire_megatron.config.errors import LayoutError, RecipeError
-from fire_megatron.config.schema import RoleConfig
+from fire_megatron.config.schema import PrecisionConfig, RoleConfig
 from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
 from fire_megatron.models.fp8 import SET_BY_PRECISION, check_fp8, engine_fp8, fp8_settings, own_amax_group
 from fire_megatron.models.fp8_emulation import EmulatedFP8, check_device
@@ -32,7 +32,7 @@ from fire_megatron.models.layers import CoreAttention, RMSNorm
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform import Device, compute_device, detect_capabilities
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _SET_ELSEWHERE = {
     "tensor_model_parallel_size": "parallel.tensor",
@@ -75,6 +75,11 @@ _NOT_READ = {
     ),
 }
 """Fields that would have no effect, or a wrong one, and why."""
+
+
+def model_dtype(precision: PrecisionConfig, kind: str) -> torch.dtype:
+    """Format of weights and activations on a device of kind ``cpu`` or ``cuda``."""
+    return _DTYPES[precision.on(kind).dtype]
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
@@ -227,7 +232,8 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         RecipeError: TransformerConfig rejects the combination.
     """
     _check_tensor_split(shape, layout.tensor)
-    dtype, spec = DTYPES[role.precision.dtype], resolve_layer_spec(role.layer_spec, device, role="the role")
+    dtype = model_dtype(role.precision, device.kind)
+    spec = resolve_layer_spec(role.layer_spec, device, role="the role")
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {
         "num_layers": shape.num_layers,

@@ -36,7 +36,7 @@ _SUPPORT = {
     "blockwise": ("is_fp8_available", "is_fp8_block_scaling_available"),
     "mxfp8": ("is_fp8_available", "is_mxfp8_available"),
 }
-"""Transformer Engine's own questions about this GPU, by recipe."""
+"""Transformer Engine's own questions about this GPU, CUDA and cuBLAS, by recipe."""
 
 
 def engine_fp8(role: RoleConfig) -> FP8Config | None:
@@ -109,13 +109,13 @@ def check_fp8_sizes(shape: ModelShape, role: RoleConfig, *, tensor: int) -> None
 
 def unsupported(recipe: str) -> str | None:
     """Why this GPU, CUDA or Transformer Engine has no such recipe; None when it has. Imports Transformer Engine."""
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+    from transformer_engine import pytorch as engine
 
     for name in _SUPPORT[recipe]:
-        question = getattr(FP8GlobalStateManager, name, None)
-        if question is None:
+        question = getattr(engine, name, None)
+        if question is None or not hasattr(engine, "autocast"):
             return "this Transformer Engine is too old"
-        works, reason = question()
+        works, reason = question(return_reason=True)
         if not works:
             return reason
     return None
@@ -202,9 +202,9 @@ def fp8_context(
     scope: _Scope = getattr(config, _SCOPE)
     if scope.paused or fp8_utils.is_first_last_bf16_layer(config, layer_no):
         return contextlib.nullcontext()
-    from transformer_engine.pytorch import fp8_autocast
+    from transformer_engine.pytorch import autocast
 
-    return fp8_autocast(enabled=True, fp8_recipe=fp8_utils.get_fp8_recipe(config), fp8_group=scope.group)
+    return autocast(enabled=True, recipe=fp8_utils.get_fp8_recipe(config), amax_reduction_group=scope.group)
 
 
 _megatrons = fp8_utils.get_fp8_context

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_
 from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from fire_megatron.losses import products
 from fire_megatron.models.fp8 import paused
 from fire_megatron.models.fp8_emulation import EmulatedFP8
 from fire_megatron.models.kv_cache import KVCache
@@ -138,9 +139,9 @@ class FireGPT(GPTModel):
             project: whether the last stage projects to the vocabulary.
 
         Returns:
-            The stage's hidden states [T or 1, 1 or n, H]; from the last stage logits [N, V] in the model's dtype,
-            ``-inf`` in padding columns, or without ``project`` the final hidden states [N, H], the same on every
-            tensor-parallel rank, whose gradient is summed over these ranks.
+            The stage's hidden states [T or 1, 1 or n, H]; from the last stage :meth:`logits` [N, V], or
+            without ``project`` the final hidden states [N, H], the same on every tensor-parallel rank, whose gradient
+            is summed over these ranks.
         """
         if padding is not None and self.config.sequence_parallel:
             padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
@@ -179,10 +180,17 @@ class FireGPT(GPTModel):
         hidden = hidden.flatten(0, 1)
         return hidden if select is None else hidden[select]
 
+    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, H] final hidden states of the last stage -> [N, V] logits, ``-inf`` in padding columns."""
-        weight = self.output_weight if self.share_embeddings_and_output_weights else None
-        logits = self.output_layer(hidden.unsqueeze(1), weight=weight)[0].squeeze(1)
+        """[N, H] final hidden states of the last stage -> [N, V] logits of at least float32 without gradient, ``-inf``
+        in padding columns."""
+        weight = self.output_weight
+        if weight.dtype == products.sum_dtype(weight.dtype):
+            # By way of the layer, whose product decode steps on a CPU replace (packed_linear.py).
+            shared = weight if self.share_embeddings_and_output_weights else None
+            logits = self.output_layer(hidden.unsqueeze(1), weight=shared)[0].squeeze(1)
+        else:
+            logits = products.project(hidden, weight)
         if self.used_columns < logits.shape[-1]:
             logits[:, self.used_columns :] = float("-inf")
         return logits

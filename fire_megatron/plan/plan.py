@@ -11,7 +11,7 @@ from typing import Any
 from fire_megatron.config.checkpoints import is_converted
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import RecipeError
-from fire_megatron.config.roles import roles
+from fire_megatron.config.roles import resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.models.build import check_megatron_overrides
 from fire_megatron.models.fp8 import check_fp8_sizes
@@ -124,8 +124,9 @@ def prepare(
     for name, (key, value, most) in limits.items():
         if value is not None and not 1 <= value <= most:
             raise RecipeError(f"--{name}-tokens: {value} is not from 1 to {most}, which is {key}; change one of them")
-    local = local_recipe(recipe)
     kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
+    recipe = resolved(recipe, kind)
+    local = local_recipe(recipe)
     counts: dict[str, int] | None = None
     if elsewhere:
         load_plugins(recipe)

@@ -19,7 +19,7 @@ from fire_megatron.config.roles import keeps_cache, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.build import DTYPES, build_model
+from fire_megatron.models.build import build_model, model_dtype
 from fire_megatron.models.experts import ENGINE_ONLY
 from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
@@ -135,7 +135,7 @@ class _Rank:
         lent = own is not None and own.post_process and not config.offload
         if lent and (own.vocab_start, own.used_columns) == (student.vocab_start, rows):
             return own.output_weight
-        dtype = DTYPES[config.precision.dtype]
+        dtype = model_dtype(config.precision, self.kind)
         return torch.empty((rows, self.shapes[path].hidden), dtype=dtype, device=compute_device())
 
     def plan(self) -> RankPlan:
@@ -368,8 +368,8 @@ class _Rank:
             return None
         grid, states = self.grids["student"], {}
         for name, config in self.recipe.teachers.items():
-            hidden, dtype = self.shapes[f"teachers.{name}"].hidden, DTYPES[config.precision.dtype]
-            used = used_vocabulary(self.shapes)
+            hidden, used = self.shapes[f"teachers.{name}"].hidden, used_vocabulary(self.shapes)
+            dtype = model_dtype(config.precision, self.kind)
             info = TeacherInfo(name, role_layout(config, dist.get_world_size()), hidden, dtype, used, self.state_kind)
             shape = (self.load.response_tokens, info.state_width)
             whole = torch.empty(shape, dtype=info.state_dtype, device=compute_device())

@@ -123,6 +123,19 @@ def _permute(
     return (*permuted, None, None) if _PADS_EXPERTS else permuted
 
 
+_addmm = torch.addmm
+
+
+def _widening_addmm(
+    total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype | None = None, **options: Any
+) -> torch.Tensor:
+    """Half precision multiplied and added to float32, which torch 2.11 cannot do with meta tensors."""
+    if out_dtype is not None:  # wide factors of these shapes, without their memory
+        one = total.new_empty(1)
+        a, b = one.expand(a.shape), one.expand(b.shape)
+    return _addmm(total, a, b, **options)
+
+
 _tensor = torch.tensor
 
 
@@ -140,7 +153,10 @@ _REPLACED = [
     (MoEAlltoAllTokenDispatcher, "preprocess", _balanced_preprocess),
     (token_dispatcher, "permute", _permute),
 ]
-_REPLACED_ON_CUDA = [(RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight))]
+_REPLACED_ON_CUDA = [
+    (RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight)),
+    (torch, "addmm", _widening_addmm),
+]
 
 
 @contextlib.contextmanager

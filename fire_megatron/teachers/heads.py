@@ -12,10 +12,10 @@ import torch
 from fire_megatron.checkpoint.load import load_output_rows
 from fire_megatron.config.schema import TeacherConfig
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.build import DTYPES
+from fire_megatron.models.build import model_dtype
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import compute_device, device_kind
 
 
 def teacher_heads(
@@ -46,9 +46,8 @@ def teacher_heads(
         if own is not None and own.post_process and own.vocab_start == start and own.used_columns == rows:
             weight = own.output_weight
         else:
-            weight = torch.empty(
-                (rows, shapes[name].hidden), dtype=DTYPES[config.precision.dtype], device=compute_device()
-            )
+            dtype = model_dtype(config.precision, device_kind(compute_device()))
+            weight = torch.empty((rows, shapes[name].hidden), dtype=dtype, device=compute_device())
             load_output_rows(weight, config.checkpoint, shapes[name], first_row=start)
         heads[name] = OutputLayer(weight, rows)
     return heads

@@ -15,6 +15,7 @@ import torch
 from fire_megatron.data.packing import Pack, balance, pack_rows, split_by_tokens, whole_tokens
 from fire_megatron.data.rollouts import KeptStates
 from fire_megatron.losses.fused import OutputLayer, map_chunks
+from fire_megatron.losses.products import sum_dtype
 from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_parallel import score_log_prob_and_entropy
 from fire_megatron.models.fp8 import token_multiple
@@ -81,7 +82,7 @@ class TeacherInfo:
     @property
     def logit_bytes(self) -> int:
         """That a token's logits would take."""
-        return self.used_vocab_size * self.dtype.itemsize
+        return self.used_vocab_size * sum_dtype(self.dtype).itemsize
 
 
 class Teacher:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.evaluation import NAME
-from fire_megatron.config.roles import roles, routes
+from fire_megatron.config.roles import resolved, roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
@@ -230,6 +230,21 @@ def _read_benchmarks(
     return tuple(read)
 
 
+def _engine_notes(recipe: Recipe, device: Device) -> list[str]:
+    """What Transformer Engine does to a format without being asked."""
+    wide = [
+        path
+        for path, role in roles(resolved(recipe, device.kind)).items()
+        if role.precision.dtype == "float32" and resolve_layer_spec(role.layer_spec, device, role=path) == "te"
+    ]
+    if not wide:
+        return []
+    return [
+        f"{', '.join(wide)}: precision.dtype is float32, and Transformer Engine multiplies float32 as TF32 (10 bits "
+        "after the point in place of 23); layer_spec=local multiplies in float32, bfloat16 is faster"
+    ]
+
+
 def recipe_checkpoint(recipe: Recipe, path: str) -> str:
     """Checkpoint folder of the role at a recipe path."""
     return roles(recipe)[path].checkpoint
@@ -251,7 +266,7 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     """
     hooks = load_plugins(recipe)
     shapes, inputs = check_roles(recipe, device=device, num_ranks=num_ranks), read_inputs(recipe)
-    notes = _check_vocabularies(recipe, shapes, inputs.tokenizer)
+    notes = _engine_notes(recipe, device) + _check_vocabularies(recipe, shapes, inputs.tokenizer)
     benchmarks = _read_benchmarks(recipe, shapes["student"], inputs.tokenizer)
     notes += [f"benchmark {benchmark.name}: {len(problems)} problems" for benchmark, problems in benchmarks]
     return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes), benchmarks=benchmarks)

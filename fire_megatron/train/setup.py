@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.errors import RecipeError, UserError
-from fire_megatron.config.roles import keeps_cache, roles
+from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
@@ -23,13 +23,13 @@ from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.build import DTYPES, build_model, resolve_layer_spec
+from fire_megatron.models.build import build_model, model_dtype, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Device, Offload, Watch, World, compute_device, launch, reset_peak_memory
+from fire_megatron.platform import Device, Offload, Watch, World, compute_device, device_kind, launch, reset_peak_memory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
@@ -202,7 +202,7 @@ def _pool(
             name,
             grids[path].layout,
             shapes[path].hidden,
-            DTYPES[config.precision.dtype],
+            model_dtype(config.precision, device_kind(compute_device())),
             used_vocabulary(shapes),
             kind,
             keys[path] in away,
@@ -231,6 +231,7 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     Raises:
         UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
     """
+    recipe = resolved(recipe, world.device.kind)
     factory = GridFactory(timeout=recipe.run.collective_timeout)
     hooks, shapes, inputs = everywhere(check, recipe, device=world.device, num_ranks=world.size)
     for note in inputs.notes:

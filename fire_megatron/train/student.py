@@ -20,7 +20,6 @@ from fire_megatron.data.rollouts import TrainingRows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.losses.reduction import global_token_count
 from fire_megatron.metrics.values import Last, Value, merge
-from fire_megatron.models.build import DTYPES
 from fire_megatron.models.experts import begin_update, router_metrics
 from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
@@ -32,11 +31,9 @@ from fire_megatron.platform import compute_device
 from fire_megatron.train.objective import MicroBatch, Objective
 
 
-def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, precision: PrecisionConfig, *, grid: ModelGrid
-) -> ChainedOptimizer:
+def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig, *, grid: ModelGrid) -> ChainedOptimizer:
     """megatron-core's AdamW over this rank's parameters; biases and norms are not decayed."""
-    dtype = DTYPES[precision.dtype]
+    dtype = get_model_config(model).params_dtype
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -92,7 +89,7 @@ class Student:
             model,
             pg_collection=grid.pg,
         )
-        self.optimizer = build_optimizer(self.ddp, optimizer, precision, grid=grid)
+        self.optimizer = build_optimizer(self.ddp, optimizer, grid=grid)
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = self.ddp.no_sync
         config.finalize_model_grads_func = self._finalize_gradients

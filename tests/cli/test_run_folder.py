@@ -9,6 +9,7 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.cli.train import main
 from fire_megatron.config.load import load_recipe, recipe_to_dict
+from fire_megatron.config.roles import resolved
 
 
 def test_files_of_a_run(tmp_path):
@@ -19,9 +20,10 @@ def test_files_of_a_run(tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
     assert main(["--recipe", str(recipe), "run.steps=2"]) == 0
 
-    resolved = load_recipe(run_dir / "recipe.yaml")
-    assert resolved == load_recipe(recipe, ["run.steps=2"])
-    assert recipe_to_dict(resolved)["optimizer"]["betas"] == [0.9, 0.95], "defaults are written out"
+    saved = load_recipe(run_dir / "recipe.yaml")
+    assert saved == resolved(load_recipe(recipe, ["run.steps=2"]), "cpu")
+    assert saved.student.precision.dtype == "float32", "what null was on this machine"
+    assert recipe_to_dict(saved)["optimizer"]["betas"] == [0.9, 0.95], "defaults are written out"
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2]
 
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]

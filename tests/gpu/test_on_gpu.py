@@ -79,7 +79,7 @@ def test_divergences_equal_the_cpu(inputs, loss):
 
 @pytest.mark.parametrize("kind", dense.KINDS)
 def test_the_fused_loss_in_bfloat16(kind):
-    """Products in bfloat16, as on no CPU, against float64 on the same rounded inputs."""
+    """Products of bfloat16 into float32, as on no CPU, against float64 on the same rounded inputs."""
     import torch
 
     from fire_megatron.losses.divergences import build_divergence
@@ -102,7 +102,7 @@ def test_the_fused_loss_in_bfloat16(kind):
     logits = exact[0] @ exact[1].t(), theirs.double().cpu() @ their_weight.double().cpu().t()
     expected = dense.divergence(kind, *map(dense.log_softmax, logits), **dense.KINDS[kind]).sum()
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for ours, reference in zip((hidden, weight), exact, strict=True):
         error = (ours.grad.double().cpu() - reference.grad).abs().max()
-        assert error <= 2e-2 * reference.grad.abs().max()
+        assert error <= 8e-3 * reference.grad.abs().max()  # bfloat16's, of the gradient of logits and of the result

@@ -126,7 +126,18 @@ def _pure(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield line, f"{_layer(path)}/ imports {module}"
 
 
-RULES = (_layering, _torch_cuda, _launcher, _argv, _pure)
+def _removed(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """What Transformer Engine 2.20 marks for removal."""
+    engine = "transformer_engine.pytorch"
+    homes = (engine, f"{engine}.quantization")
+    old = (f"{engine}.fp8", *(f"{home}.fp8_{name}" for home in homes for name in ("autocast", "model_init")))
+    chains = ((node.lineno, _dotted(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    for line, name in (*_imports(path, tree), *chains):
+        if any(_within(name, gone) for gone in old):
+            yield line, f"{name} is going to be removed; use {engine}.quantization, autocast, quantized_model_init"
+
+
+RULES = (_layering, _torch_cuda, _launcher, _argv, _pure, _removed)
 
 
 def violations(path: str, source: str) -> list[str]:
@@ -139,6 +150,8 @@ def test_the_package_keeps_the_rules() -> None:
     files = [path for folder in (PACKAGE, "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 10
     found = [text for path in files for text in violations(str(path.relative_to(ROOT)), path.read_text("utf-8"))]
+    for path in [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]:
+        found += [f"{path}:{line}: {text}" for line, text in _removed(str(path), ast.parse(path.read_text("utf-8")))]
     assert not found, "\n" + "\n".join(found)
 
 
@@ -170,6 +183,9 @@ def test_the_package_keeps_the_rules() -> None:
         ("fire_megatron/train/a.py", "import sys\nname = sys.argv[1]"),
         ("fire_megatron/train/a.py", "from sys import argv"),
         ("fire_megatron/config/a.py", "import argparse"),
+        ("fire_megatron/models/a.py", "from transformer_engine.pytorch import fp8_autocast"),
+        ("fire_megatron/models/a.py", "from transformer_engine.pytorch.fp8 import FP8GlobalStateManager"),
+        ("fire_megatron/models/a.py", "import transformer_engine\ntransformer_engine.pytorch.fp8_model_init()"),
     ],
 )
 def test_a_file_against_the_rules_is_found(path: str, source: str) -> None:
@@ -187,6 +203,7 @@ def test_a_file_against_the_rules_is_found(path: str, source: str) -> None:
         ("fire_megatron/losses/a.py", "import fire_megatron.parallel.collectives\nimport torch"),
         ("fire_megatron/cli/a.py", "import argparse, sys\nsys.argv"),
         ("tools/a.py", "import argparse"),
+        ("fire_megatron/models/a.py", "from transformer_engine.pytorch import autocast, is_fp8_available"),
     ],
 )
 def test_a_file_within_the_rules_passes(path: str, source: str) -> None:

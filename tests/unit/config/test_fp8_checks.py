@@ -13,7 +13,7 @@ from fire_megatron.config.load import recipe_from_dict
 Values = dict[str, Any]
 
 
-def with_fp8(values: Values, role: str = "student", *, dtype: str = "bfloat16", **fp8: Any) -> Values:
+def with_fp8(values: Values, role: str = "student", *, dtype: str | None = "bfloat16", **fp8: Any) -> Values:
     """The recipe for a GPU, with FP8 in a role."""
     values["run"]["device"] = "cuda"
     section = values["student"] if role == "student" else values["teachers"][role]
@@ -36,8 +36,9 @@ def complaint(values: Values) -> str:
         {"recipe": "mxfp8", "format": "e4m3"},
     ],
 )
-def test_what_works_passes(values: Values, fp8: Values) -> None:
-    check_recipe(recipe_from_dict(with_fp8(values, **fp8)), world_size=None)
+@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", None])
+def test_what_works_passes(values: Values, fp8: Values, dtype: str | None) -> None:
+    check_recipe(recipe_from_dict(with_fp8(values, dtype=dtype, **fp8)), world_size=None)
     if fp8.get("recipe") != "delayed":
         check_recipe(recipe_from_dict(with_fp8(values, "math", **fp8)), world_size=None)
 

@@ -24,7 +24,7 @@ from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig, RoleConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
-from fire_megatron.models.fp8 import token_multiple
+from fire_megatron.models.fp8 import token_multiple, unsupported
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
@@ -116,7 +116,7 @@ def loads(folder: Path) -> list[str]:
 
 def contexts(model, folder: Path) -> dict:
     """The FP8 state in which each layer of a first stage runs a pack in training, and in generation."""
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as State
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager as State
 
     seen: list[list] = []
 
@@ -131,11 +131,15 @@ def contexts(model, folder: Path) -> dict:
     rows = [torch.arange(6, 13)]
     pack = pack_rows(rows, rows, [0], multiple=token_multiple(model.config), device=torch.device("cpu"))
     run = {"packed": packed_seq_params(pack)}
-    model(pack.token_ids, pack.position_ids, **run)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        unsupported("mxfp8")
+        model(pack.token_ids, pack.position_ids, **run)
+    old = [str(w.message) for w in caught if w.category is DeprecationWarning and "fire_megatron" in w.filename]
     trained, seen = list(seen), seen[:0]
     with model.cached(KVCache(2, 99)):
         model(pack.token_ids, pack.position_ids, **run)
-    return {"trained": trained, "sampled": list(seen), "tokens": pack.token_ids.shape[1]}
+    return {"trained": trained, "sampled": list(seen), "tokens": pack.token_ids.shape[1], "old": old}
 
 
 def amax_groups(folder: Path) -> dict:

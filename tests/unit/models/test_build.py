@@ -239,6 +239,13 @@ def test_transformer_config(family, save_config, grids, tmp_path):
     assert config.recompute_granularity == "selective" and not config.sequence_parallel
 
 
+@pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.float32), (CUDA, torch.bfloat16)])
+def test_format_of_a_device(device, dtype, save_config, tmp_path):
+    save_config("llama")
+    config = transformer_config(read_hf_config(tmp_path), student(layer_spec="local"), Layout(), device=device)
+    assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (dtype, dtype, dtype is torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("layout", "says"),
     [

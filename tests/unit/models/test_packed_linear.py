@@ -77,3 +77,15 @@ def test_other_formats_are_left_alone(model):
     layer = model.output_layer
     with packed_linears([(layer, torch.zeros(8, 8, dtype=torch.bfloat16))], 4):
         assert not layers_in_use(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_models_are_float32(model, dtype):
+    model.to(dtype)
+    hidden = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).mul(20).to(dtype)
+    logits = model.logits(hidden)
+    exact = hidden.double() @ model.output_weight.double().t()
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    used = model.used_columns
+    assert logits[:, :used].abs().max() > 16 and (logits[:, used:] == -torch.inf).all()
+    torch.testing.assert_close(logits[:, :used].double(), exact[:, :used], rtol=0, atol=1e-4)

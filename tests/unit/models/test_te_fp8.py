@@ -66,6 +66,10 @@ def test_amax_is_reduced_over_the_models_own_stage(report, recipe):
     assert found["tokens"] == 2 * (32 if recipe == "mxfp8" else 16), "a pack of 14 tokens, on two tensor ranks"
 
 
+def test_nothing_is_called_that_is_going_to_be_removed(report):
+    assert {name: case["old"] for name, case in report["amax"].items()} == {name: [] for name in report["amax"]}
+
+
 def test_the_teachers_group_is_its_own(report):
     assert report["amax"]["teacher tensorwise"]["trained"] == [["Float8CurrentScaling", [8, 9]]] * 2
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fire_megatron.config.load import load_recipe
+from fire_megatron.config.roles import roles
 from fire_megatron.plan.gpus import GPUS
 from fire_megatron.plan.plan import like_ranks, prepare, span_text
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_shipped_recipes(name, ranks, kinds):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     job = prepare(recipe, world_size=ranks, gpu=GPUS["h100"], models=ROOT / "recipes" / "models")
+    assert {role.precision.dtype for role in roles(job.recipe).values()} == {"bfloat16"}, "the default of a GPU"
     alike = like_ranks(job)
     assert len(alike) == kinds
     assert sorted(rank for group in alike for rank in group) == list(range(ranks))

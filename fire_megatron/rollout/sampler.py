@@ -78,7 +78,7 @@ def _nucleus(mass: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero everything outside the smallest set of likeliest tokens that holds ``top_p`` of the mass. [B, V]
 
     Of equals at the edge the first are kept. Keeping all would add their mass where two differ by less than rounding,
-    which depends on the layout, and many where logits are bfloat16.
+    which depends on the layout.
     """
     ranked, order = mass.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1, dtype=torch.float64) - ranked

@@ -15,6 +15,7 @@ from fire_megatron.platform.device import (
     synchronize,
 )
 from fire_megatron.platform.graphs import Graphs, storage_address
+from fire_megatron.platform.host import HostMemory, upload
 from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
@@ -25,6 +26,7 @@ __all__ = [
     "Device",
     "GpuIdentity",
     "Graphs",
+    "HostMemory",
     "Offload",
     "Watch",
     "World",
@@ -47,4 +49,5 @@ __all__ = [
     "storage_address",
     "synchronize",
     "tick",
+    "upload",
 ]

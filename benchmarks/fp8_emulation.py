@@ -163,7 +163,8 @@ def _compare(ours: dict[str, Any], baseline: dict[str, Any]) -> str:
 def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
     """Every way on the same answers of a model; prints the table."""
     from fire_megatron.config.load import load_recipe
-    from fire_megatron.train.select import mini_batches, rebalance, select
+    from fire_megatron.train.rebalance import rebalance
+    from fire_megatron.train.select import select
     from fire_megatron.train.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as name:
@@ -174,7 +175,8 @@ def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
         run = trainer.run
         rollouts, scores, _ = trainer._sample_and_score(0)
         rows, *_ = select(rollouts, scores, run.router.names, run.hooks, micro_batch_size=4, grid=run.grid)
-        rows, _ = run.router.attach(rebalance(mini_batches(rows, 1)[0], grid=run.grid), scores.kept)
+        rows = rebalance(rows, run.prompts(0), run.router.target, grid=run.grid)
+        rows, _ = run.router.attach(rows, scores.kept)
         tokens = float(sum(len(r) for r in rows.rollouts.responses))
         ways = {"bfloat16": ("bfloat16", None), "float32": ("float32", None)}
         ways |= {way: ("bfloat16", fp8) for way, fp8 in FP8.items()}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.parallel.collectives import all_gather_stacked
+from fire_megatron.platform import upload
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Pack:
         """[1, T] bool, which tokens are padding, on the pack's device."""
         sizes = self.cu_seqlens.diff() // (self.context.ranks if self.context else 1)
         ends = torch.tensor([*self.real_lengths, 0])[: len(sizes)]  # the last extra row is padding from its start
-        return self.position_ids >= torch.repeat_interleave(ends, sizes).to(self.position_ids.device)
+        ends = torch.repeat_interleave(ends, sizes)
+        return self.position_ids >= upload([ends], dtype=ends.dtype, device=self.position_ids.device)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def whole_tokens(values: torch.Tensor, pack: Pack, *, group: dist.ProcessGroup) 
     padded[: len(values)] = values
     gathered = all_gather_stacked(padded, group=group)
     parts = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-    return parts[torch.cat(pack.context.shares).argsort().to(values.device)]
+    return parts[upload([torch.cat(pack.context.shares).argsort()], dtype=torch.int64, device=values.device)]
 
 
 def balance(lengths: Sequence[int], bins: int, loads: list[int] | None = None) -> list[list[int]]:
@@ -241,7 +243,8 @@ def pack_rows(
     ]
     if context > 1:
         columns, part = _take_context(columns, starts, sizes, context, context_rank, device)
-    token_ids, position_ids, selected, targets = (column.to(device) for column in columns)
+    on_device = upload(columns, dtype=torch.int64, device=device)
+    token_ids, position_ids, selected, targets = on_device.split([len(column) for column in columns])
     return Pack(
         token_ids=token_ids[None],
         position_ids=position_ids[None],
@@ -277,7 +280,7 @@ def _take_context(
         rank=rank,
         shares=shares,
         lengths=tuple(torch.bincount(row_of[shares[rank]], minlength=len(sizes)).tolist()),
-        order=torch.cat(indices).argsort().to(device),
+        order=upload([torch.cat(indices).argsort()], dtype=torch.int64, device=device),
     )
     mine = indices[rank]
     local = (places[rank] >= 0).nonzero().flatten()

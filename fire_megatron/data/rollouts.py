@@ -91,8 +91,8 @@ class KeptStates:
     holder: Mapping[int, int]
     """Row id -> the teacher's replica that scored the row; the same on every rank."""
     slices: Mapping[int, Mapping[int, torch.Tensor]]
-    """Row id -> the student's tensor rank -> [R_i, c] on CPU: the columns of the row's states that this rank sends to
-    it."""
+    """Row id -> the student's tensor rank -> [R_i, c] on CPU, in memory that the teacher lends for the step: the
+    columns of the row's states that this rank sends to it."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class TrainingRows:
     """[R_i] float32, token weights; their mean over the global batch's kept tokens is 1 with FiRe's defaults."""
     states: tuple[Mapping[str, torch.Tensor], ...] | None = None
     """[B] what each of the row's teachers sent for its response tokens, [R_i, W] by teacher: this tensor-parallel
-    rank's share of the columns, on the ranks that need them; None where the loss needs none."""
+    rank's share of the columns on the host, on the ranks that need them, until the next update's are brought; None
+    where the loss needs none."""
 
     def __post_init__(self) -> None:
         assert len(self.rollouts) == len(self.targets) == len(self.teacher_log_probs) == len(self.weights)

@@ -185,7 +185,10 @@ class _Divergence(torch.autograd.Function):
         tokens, group, cut = len(student_TV), options.group, options.block_tokens
         peak_RT, log_total_RT = student_TV.new_zeros(2, models.distributions, tokens, dtype=models.dtype).unbind()
         sums_2T = student_TV.new_zeros(2, tokens, dtype=models.dtype)
-        temperature_R1 = torch.tensor(models.temperatures(), dtype=models.dtype, device=student_TV.device)[:, None]
+        # Filled on the device: a copy from the host would wait for all that it still has to do.
+        shape = (models.distributions, 1)
+        temperature_R1 = student_TV.new_full(shape, options.teacher_temperature, dtype=models.dtype)
+        temperature_R1[0].fill_(options.temperature)
         # Before each collective: all blocks, so that there are few; or one, while it is in cache.
         one_by_one = options.reuse_logits or not is_sharded(group)
         for span in blocks(student_TV, cut) if one_by_one else [slice(0, tokens)]:

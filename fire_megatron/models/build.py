@@ -61,7 +61,10 @@ _SET_ELSEWHERE = {
 }  # fmt: skip
 _COMMUNICATIONS = ("p2p", "all_gather", "a2a")
 """How Transformer Engine may share keys and values; its fourth way reads groups from the global parallel_state."""
-_RELIED_ON = ("variable_seq_lengths", "calculate_per_token_loss", "perform_initialization")
+_RELIED_ON = (
+    "variable_seq_lengths", "calculate_per_token_loss", "perform_initialization", "batch_p2p_comm", "batch_p2p_sync",
+    "overlap_p2p_comm", "use_ring_exchange_p2p",
+)  # fmt: skip
 """Fields without which the trainer computes something else."""
 _NOT_READ = {
     "apply_rope_fusion": "its kernel takes positions from the start of each pack, and rows have positions of their own",
@@ -262,6 +265,9 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "bf16": dtype is torch.bfloat16,
         # Rows are packed, so micro-batches differ in length, and losses are sums that train/ has already divided.
         "variable_seq_lengths": True,
+        # Messages between stages take their group's communicator, not one for each pair, and no wait of the host.
+        "batch_p2p_comm": True,
+        "batch_p2p_sync": False,
         "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, experts or not
         "calculate_per_token_loss": True,
         "perform_initialization": False,  # every weight comes from a checkpoint

@@ -12,6 +12,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from fire_megatron.data.packing import Pack
+from fire_megatron.platform import upload
 
 
 @dataclass
@@ -49,7 +50,7 @@ def packed_seq_params(pack: Pack) -> PackParams:
         max_seqlen_q=pack.max_seqlen // ranks,
         max_seqlen_kv=pack.max_seqlen // ranks,
         whole=pack.cu_seqlens,
-        whole_on_device=pack.cu_seqlens.to(pack.token_ids.device),
+        whole_on_device=upload([pack.cu_seqlens], dtype=torch.int32, device=pack.token_ids.device),
         longest=pack.max_seqlen,
         context_ranks=ranks,
         context_rank=pack.context.rank if pack.context else 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -60,6 +61,31 @@ def _in_lockstep(
     return [*packs, *(padding_pack(model, grid) for _ in range(most - len(packs)))]
 
 
+class _KnownShapes(P2PCommunicator):
+    """megatron-core's messages between stages, with the shapes that the packs have. Micro-batches differ in length, so
+    megatron-core would have the stages tell each other every shape in a message of its own and wait for the device
+    twice; but every rank of a replica has the same packs, and they pass a stage in order, in both directions."""
+
+    def __init__(self, grid: ModelGrid, config: Any, packs: Sequence[Pack]) -> None:
+        super().__init__(grid.pg.pp, config)
+        split = grid.layout.tensor if config.sequence_parallel else 1
+        shapes = [[pack.token_ids.shape[1] // split, 1, config.hidden_size] for pack in packs]
+        self._sent_next, self._sent_prev, self._from_prev, self._from_next = map(iter, itertools.repeat(shapes, 4))
+
+    def _communicate_shapes(
+        self,
+        tensor_send_next: torch.Tensor | None,
+        tensor_send_prev: torch.Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+    ) -> tuple[list[int], list[int]]:
+        """Shapes to receive from the stage before and the one after."""
+        for tensor, shapes in ((tensor_send_next, self._sent_next), (tensor_send_prev, self._sent_prev)):
+            assert tensor is None or list(tensor.shape) == next(shapes), "the next stage expects another shape"
+        nothing = [0, 0, 0]
+        return next(self._from_prev) if recv_prev else nothing, next(self._from_next) if recv_next else nothing
+
+
 def run_pipeline(
     model: torch.nn.Module, packs: Sequence[Pack], last_stage: LastStage, *, grid: ModelGrid, forward_only: bool
 ) -> list[Any]:
@@ -92,7 +118,7 @@ def run_pipeline(
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
-        p2p_communicator=P2PCommunicator(grid.pg.pp, config) if pipeline > 1 else None,
+        p2p_communicator=_KnownShapes(grid, config, batches) if pipeline > 1 else None,
         pg_collection=grid.pg,
     )
     release_quantized_weights(model)

@@ -6,7 +6,6 @@ many equal pieces (decode steps, micro-batches) is run with one and with two of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,27 +16,27 @@ from megatron.core.utils import get_model_config
 
 from fire_megatron.config.roles import keeps_cache, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
+from fire_megatron.data.rollouts import Target
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import build_model, model_dtype
 from fire_megatron.models.experts import ENGINE_ONLY
-from fire_megatron.models.fp8 import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.kv_cache import length_bucket
-from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
 from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
-from fire_megatron.plan.world import SimulatedGrids, simulated_rank, stages_send
+from fire_megatron.plan.world import SimulatedGrids, simulated_rank
 from fire_megatron.platform import Device, compute_device
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.states import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.train.inputs import role_layout, used_vocabulary
 from fire_megatron.train.objective import MicroBatch
+from fire_megatron.train.rebalance import Header, all_headers, share_out
 from fire_megatron.train.student import Student
 
 
@@ -62,16 +61,6 @@ def plan_rank(
     """
     with simulated_rank(rank, world_size, kind):
         return _Rank(recipe, shapes, workload, rank, world_size, kind).plan()
-
-
-def local_tokens(rows: int, row_tokens: int, model: FireGPT, grid: ModelGrid) -> int:
-    """Tokens of a pack of equal rows that this rank's stages hand on, padded as :func:`pack_rows` pads."""
-    context, multiple = grid.layout.context, token_multiple(model.config)
-    if context > 1:
-        row_tokens += -row_tokens % (2 * context)
-        multiple = context * math.lcm(2, multiple)
-    split = grid.layout.tensor if model.config.sequence_parallel else 1
-    return ceil(rows * row_tokens, multiple) * multiple // context // split
 
 
 class _Rank:
@@ -186,8 +175,9 @@ class _Rank:
             return 0, ways * size
         return size * (model.config.params_dtype.itemsize - 1), (ways - 1) * size
 
-    def _traced(self, action: Callable[[], object], model: FireGPT, tokens: list[int]) -> Trace:
-        with Tracing() as tracing, stages_send(tokens, model.config.hidden_size):
+    @staticmethod
+    def _traced(action: Callable[[], object]) -> Trace:
+        with Tracing() as tracing:
             action()
         return tracing.trace
 
@@ -248,7 +238,7 @@ class _Rank:
         config = replace(self.recipe.rollout, max_new_tokens=steps, batch_size=0)
         engine = MegatronEngine(self.models["student"], self.grids["student"], config, stop_ids=(), seed=0)
         prompts = self.load.prompts(rows)
-        return self._traced(lambda: engine.generate(prompts, range(rows), step=0), self.models["student"], [])
+        return self._traced(lambda: engine.generate(prompts, range(rows), step=0))
 
     def _layers(self) -> int:
         """Of the student's stage, or of the part of it that is being run; a stage has at least one."""
@@ -280,26 +270,31 @@ class _Rank:
             prompts = [torch.zeros(self.load.prompt_tokens, dtype=torch.int64)] * count
             responses = [torch.zeros(self.load.response_tokens, dtype=torch.int64)] * count
             keep = Keep(range(count), tensor) if self.state_kind.name != "none" else None
-            sent = [local_tokens(size, tokens, teacher.model, grid) for size in sizes]
-            return self._traced(lambda: teacher.score(prompts, responses, keep=keep), teacher.model, sent)
+            return self._traced(lambda: teacher.score(prompts, responses, keep=keep))
 
         size = max(1, teacher.micro_batch_tokens // tokens)
         pieces = Pieces(score, rows, size)
         return Phase(self._of_all_layers(teacher.model, pieces.first, pieces), pieces=pieces.count, rows=rows)
 
     def _exchange(self) -> Phase:
-        """The kept rows on their way to the replicas that train on them."""
-        grid = self.grids["student"]
-        count = ceil(self.load.kept, grid.row_replicas)
-        responses = [torch.zeros(self.load.response_tokens, dtype=torch.int64)] * count
-        floats = [torch.zeros(4 * self.load.response_tokens)] * count
-        device = compute_device()
+        """The kept rows on their way to the replicas that train on them. Rows of one length might stay where they are;
+        those of a real step differ, so each of them is taken to come from the replica after the one that gets it."""
+        grid, load = self.grids["student"], self.load
+        data, context = grid.layout.data, grid.layout.context
+        headers: list[list[Header]] = [[] for _ in range(grid.row_replicas)]
+        for row in range(load.kept):  # of which each replica in turn gets one, as balance() does it
+            holder = context * ((row + 1) % data) + row // data % context
+            headers[holder].append(Header(row, load.response_tokens, False))
+        own = headers[grid.row_replica]
+        rows = load.training_rows(len(own))
+        rows = replace(rows, rollouts=replace(rows.rollouts, row_ids=tuple(header.row_id for header in own)))
+        prompts, target = load.prompts(1) * load.kept, Target(tuple(load.shares)[:1])
 
-        def gather() -> None:
-            all_gather_rows(responses, dtype=torch.int64, device=device, group=grid.row_group)
-            all_gather_rows(floats, dtype=torch.float32, device=device, group=grid.row_group)
+        def run() -> None:
+            all_headers(rows, grid=grid)
+            share_out(rows, headers, prompts, lambda prompt: target, grid=grid)
 
-        return Phase(self._traced(gather, self.models["student"], []), 1)
+        return Phase(self._traced(run) if grid.row_replicas > 1 else Trace(), 1)
 
     def _update(self) -> Phase:
         recipe, grid, student = self.recipe, self.grids["student"], self.student
@@ -311,8 +306,7 @@ class _Rank:
 
         def accumulate(sizes: list[int]) -> Trace:
             rows = self.load.training_rows(sum(sizes), self._states())
-            sent = [local_tokens(n, self.load.row_tokens, student.model, grid) for n in sizes]
-            return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0), student.model, sent)
+            return self._traced(lambda: student.accumulate_gradients(rows, tokens=1.0))
 
         pieces = Pieces(accumulate, rows, size)
         trace = self._of_all_layers(student.model, pieces.first, pieces)
@@ -322,7 +316,7 @@ class _Rank:
             traces.append((parts, self._log_probs(student, rows, size)))
         with Tracing():
             student.update()  # the first makes Adam's state
-        applied = self._traced(student.update, student.model, [])
+        applied = self._traced(student.update)
         whole = Trace.total(*traces, (parts, applied))
         return Phase(
             whole,
@@ -343,8 +337,7 @@ class _Rank:
     def _log_probs(self, student: Student, rows: int, size: int) -> Trace:
         def score(sizes: list[int]) -> Trace:
             rows = self.load.training_rows(sum(sizes))
-            sent = [local_tokens(n, self.load.row_tokens, student.model, student.grid) for n in sizes]
-            return self._traced(lambda: student.log_probs(rows), student.model, sent)
+            return self._traced(lambda: student.log_probs(rows))
 
         pieces = Pieces(score, rows, size)
         return self._of_all_layers(student.model, pieces.first, pieces)
@@ -358,9 +351,8 @@ class _Rank:
         width = get_model_config(student.model).hidden_size
         dtype = student.model.config.params_dtype
         hidden = torch.empty(len(pack.select), width, dtype=dtype, device=compute_device(), requires_grad=True)
-        return self._traced(
-            lambda: student.objective(hidden, MicroBatch(pack, batch, None, 1.0)), student.model, []
-        ).peak
+        (micro_batch,) = MicroBatch.of([pack], batch, None, 1.0)
+        return self._traced(lambda: student.objective(hidden, micro_batch)).peak
 
     def _states(self) -> dict[str, torch.Tensor] | None:
         """What each teacher sends of a row to this rank."""

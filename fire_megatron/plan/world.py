@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.optimizer import clip_grads
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.optim import adam
@@ -170,22 +169,3 @@ def _meta_kernels(kind: str) -> Iterator[None]:
     finally:
         for (module, name, _), kernel in zip(replaced, kept, strict=True):
             setattr(module, name, kernel)
-
-
-@contextlib.contextmanager
-def stages_send(tokens: list[int], width: int) -> Iterator[None]:
-    """Within the context, pipeline stages receive micro-batches of so many tokens (this rank's part), one after the
-    other in both directions, which they are told in a message of the neighbour's that is not there."""
-    real = P2PCommunicator._communicate_shapes
-    shapes = [iter([[n, 1, width] for n in tokens]) for _ in range(2)]
-
-    def communicate_shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
-        real(self, send_next, send_prev, recv_prev, recv_next)
-        nothing = [0, 0, 0]
-        return tuple(next(s) if wanted else nothing for s, wanted in zip(shapes, (recv_prev, recv_next), strict=True))
-
-    P2PCommunicator._communicate_shapes = communicate_shapes
-    try:
-        yield
-    finally:
-        P2PCommunicator._communicate_shapes = real

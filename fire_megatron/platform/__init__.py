@@ -18,6 +18,7 @@ from fire_megatron.platform.device import (
     synchronize,
 )
 from fire_megatron.platform.graphs import Graphs, storage_address
+from fire_megatron.platform.host import HostMemory, upload
 from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceMemory",
     "GpuIdentity",
     "Graphs",
+    "HostMemory",
     "Offload",
     "Watch",
     "World",
@@ -53,4 +55,5 @@ __all__ = [
     "storage_address",
     "synchronize",
     "tick",
+    "upload",
 ]

@@ -88,6 +88,8 @@ class TeacherPool:
         """
         self.mail.flush(timeout)
         self.kept = {}
+        for teacher in self.teachers.values():
+            teacher.forget()
         self._loads = {name: [0] * info.layout.data for name, info in self.infos.items()}
 
     def serve(self, name: str, *, keep: bool) -> None:

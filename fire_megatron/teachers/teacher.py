@@ -23,7 +23,7 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import all_gather_flat, broadcast_flat
 from fire_megatron.parallel.grid import Layout, ModelGrid
-from fire_megatron.platform import Offload, compute_device
+from fire_megatron.platform import HostMemory, Offload, compute_device
 from fire_megatron.teachers.states import StateKind, pack_topk, split_columns
 
 
@@ -104,6 +104,7 @@ class Teacher:
         self.grid, self.offload = grid, offload
         self.model = model.eval().requires_grad_(False)
         self.micro_batch_tokens = micro_batch_tokens
+        self._memory = HostMemory()
         self.info = TeacherInfo(
             name,
             grid.layout,
@@ -117,6 +118,10 @@ class Teacher:
     @cached_property
     def _output_layer(self) -> OutputLayer:
         return OutputLayer(self.model.output_weight, self.model.used_columns)
+
+    def forget(self) -> None:
+        """Take back the memory of all states kept so far, to keep others in it."""
+        self._memory.reset()
 
     def score(
         self,
@@ -133,7 +138,7 @@ class Teacher:
         Args:
             prompts: [P_i] int64 token ids of each row.
             responses: [R_i] int64 token ids of each row.
-            keep: None keeps nothing.
+            keep: None keeps nothing. What is kept stays until :meth:`forget`.
             loads: tokens that each replica has had before, of rows that count with these; these are added to them.
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
@@ -218,10 +223,11 @@ class Teacher:
         return whole_tokens(scores.t(), pack, group=context).t()
 
     def _keep(self, states: torch.Tensor, pack: Pack, keep: Keep, slices: dict[int, dict[int, torch.Tensor]]) -> None:
-        """Add a pack's states [whole N, W] to what is kept, on CPU by row."""
+        """Add a pack's states [whole N, W] to what is kept, on CPU by row. They are there when :meth:`score` returns,
+        which waits for the scores; the pipeline does not wait for them."""
         columns = split_columns(states, keep.slices)
         # Every tensor rank has all of them; each sends its share.
         for slice_ in range(self.grid.tp_rank, keep.slices, self.grid.layout.tensor):
-            rows = columns[slice_].cpu().contiguous().split(list(pack.response_lengths))
+            rows = self._memory.copy(columns[slice_], wait=False).split(list(pack.response_lengths))
             for row, state in zip(pack.rows, rows, strict=True):
                 slices.setdefault(keep.row_ids[row], {})[slice_] = state

@@ -23,7 +23,7 @@ from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.exchange import exchange
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import HostMemory, compute_device
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.states import SCORE_BYTES, slice_width
 
@@ -46,6 +46,7 @@ class Transfer:
     def __init__(self, pool: TeacherPool, student_grid: ModelGrid, control: Control | None = None) -> None:
         """Args: pool: where teachers are and what this rank keeps for them; control: to ranks without the student."""
         self.pool, self.student_grid, self.control = pool, student_grid, control
+        self._memory = HostMemory()
 
     def attach(self, rows: TrainingRows, kept: Mapping[str, KeptStates]) -> tuple[TrainingRows, dict[str, Value]]:
         """Bring what the teachers kept of these rows; every rank of the student calls it. One small ragged gather, and
@@ -56,9 +57,11 @@ class Transfer:
             kept: of all rows, by teacher; empty when the loss needs none.
 
         Returns:
-            The rows with their states on the last stage (without, elsewhere), and ``teacher/<name>/bytes_per_token``:
-            what is sent of a response token, scores included; on the last stage, to be reduced.
+            The rows with their states on the last stage until the next call (without, elsewhere), and
+            ``teacher/<name>/bytes_per_token``: what is sent of a response token, scores included; on the last stage, to
+            be reduced.
         """
+        self._memory.reset()
         last_stage, assigned = self.student_grid.is_last_stage, self._assigned(rows)
         places = {row: place for place, row in enumerate(rows.rollouts.row_ids)}
         states: list[dict[str, torch.Tensor]] = [{} for _ in places]
@@ -117,23 +120,25 @@ class Transfer:
         me, columns = dist.get_rank(group), slice_width(info.state_width, student.tensor)
         outgoing: dict[int, list[torch.Tensor]] = defaultdict(list)
         incoming: dict[int, list[Assigned]] = defaultdict(list)
+        states: dict[int, torch.Tensor] = {}
         places = [(tensor, context) for tensor in range(student.tensor) for context in range(student.context)]
         for row in assigned:
             for tensor, context in places:
                 source = info.layout.last_stage_of(kept.holder[row.row_id], tensor % info.layout.tensor)
                 destination = student.last_stage_of(row.replica, tensor, context)
-                if source == me:
-                    outgoing[destination].append(kept.slices[row.row_id][tensor].flatten())
-                if destination == me:
+                if source == destination == me:
+                    states[row.row_id] = kept.slices[row.row_id][tensor]
+                elif source == me:
+                    outgoing[destination].append(kept.slices[row.row_id][tensor])
+                elif destination == me:
                     incoming[source].append(row)
         received = exchange(
-            {rank: torch.cat(parts) for rank, parts in outgoing.items()},
+            outgoing,
             {rank: columns * sum(row.tokens for row in rows) for rank, rows in incoming.items()},
             dtype=info.state_dtype,
-            device=compute_device(),
             group=group,
+            memory=self._memory,
         )
-        states = {}
         for rank, rows in incoming.items():
             pieces = received[rank].view(-1, columns).split([row.tokens for row in rows])
             states |= {row.row_id: piece for row, piece in zip(rows, pieces, strict=True)}

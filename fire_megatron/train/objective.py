@@ -32,7 +32,7 @@ from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
 from fire_megatron.metrics.values import Mean, Value, merge
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import all_gather_stacked
-from fire_megatron.platform import compute_device
+from fire_megatron.platform import compute_device, upload
 from fire_megatron.teachers.states import unpack_topk
 
 
@@ -53,10 +53,6 @@ class _Run:
         """This context rank's response tokens."""
         return sum(self.lengths)
 
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """[all of the rows' response tokens, ...] -> [N of the run, ...]."""
-        return values if self.places is None else values[self.places]
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -65,17 +61,35 @@ class MicroBatch:
     pack: Pack
     rows: TrainingRows
     """All rows of the update on this replica; ``pack.rows`` points into them."""
-    old: Sequence[torch.Tensor] | None
-    """[R_i] the student's log-probabilities at the time of the rollouts; None when the weights have not moved since."""
+    teacher: torch.Tensor
+    """[N] float32 in the pack's order, as the next ones: the teachers' log-probabilities."""
+    rollout: torch.Tensor
+    """Those with which the engine sampled."""
+    weight: torch.Tensor
+    old: torch.Tensor | None
+    """The student's at the time of the rollouts; None when the weights have not moved since."""
     tokens: float
     """Response tokens of the whole update over all replicas: the loss's denominator."""
 
-    def column(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[N] float32 in the pack's order, of [R_i] for every row."""
-        column = torch.cat([torch.zeros(0), *(values[row] for row in self.pack.rows)])
-        if self.pack.context is not None:
-            column = column[self.pack.context.places]
-        return column.to(compute_device())
+    @classmethod
+    def of(
+        cls, packs: Sequence[Pack], rows: TrainingRows, old: Sequence[torch.Tensor] | None, tokens: float
+    ) -> list[MicroBatch]:
+        """The micro-batches of an update, whose numbers cross to the device together, before any of them runs.
+
+        Args:
+            packs: of these rows.
+            rows: of this replica.
+            old: [R_i] the student's log-probabilities at the time of the rollouts; None when the weights have not moved
+                since.
+            tokens: see above.
+        """
+        columns = [rows.teacher_log_probs, rows.rollouts.log_probs, rows.weights, *([] if old is None else [old])]
+        parts = [_of_pack(column, pack) for column in columns for pack in packs]
+        on_device = upload(parts, dtype=torch.float32, device=compute_device()).split([len(part) for part in parts])
+        by_column = [on_device[i * len(packs) : (i + 1) * len(packs)] for i in range(len(columns))]
+        by_column += [(None,) * len(packs)] if old is None else []
+        return [cls(pack, rows, *values, tokens) for pack, *values in zip(packs, *by_column, strict=True)]
 
     def runs(self) -> list[_Run]:
         """The pack's rows by teacher, in order."""
@@ -90,6 +104,24 @@ class MicroBatch:
             whole += sum(self.pack.response_lengths[i] for i in mine)
             part += sum(lengths)
         return runs
+
+
+def _of_pack(values: Sequence[torch.Tensor], pack: Pack) -> torch.Tensor:
+    """[R_i] for every row -> [N] in the pack's order, on the host."""
+    column = torch.cat([torch.zeros(0), *(values[row] for row in pack.rows)])
+    return column if pack.context is None else column[pack.context.places]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the loss of a micro-batch reports, still on the device."""
+
+    sums_SR: torch.Tensor
+    """[S, R] float64: R reported numbers, each summed over the tokens of S runs of rows."""
+    tokens: int
+    """N."""
+    runs: tuple[tuple[str, int], ...]
+    """Name of the target and tokens of each run."""
 
 
 class Objective:
@@ -122,8 +154,8 @@ class Objective:
         layer = OutputLayer(self.model.output_weight, self.model.used_columns)
         return map_chunks(hidden, layer, score, chunk_tokens=self.loss.chunk_tokens)
 
-    def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, Value]]:
-        """[N, H] final hidden states -> this micro-batch's share of the loss, and metrics."""
+    def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Report]:
+        """[N, H] final hidden states -> this micro-batch's share of the loss, and what :meth:`metrics` reads."""
         runs = batch.runs()
         lengths = [run.tokens for run in runs]
         try:
@@ -138,25 +170,28 @@ class Objective:
         finally:
             for head in self.heads.values():
                 head.release()
-        # One transfer for all of them: each would wait for the device by itself.
-        report_RN = report_RN.double()
-        nothing = report_RN.new_zeros(len(report_RN))  # stack() wants something where there is no run
-        _, *sums = torch.stack([nothing, *(part.sum(-1) for part in report_RN.split(lengths, -1))]).tolist()
-        # Means over tokens in the file, whatever the micro-batches, mini-batches and ranks that they are spread over.
-        report: dict[str, Value] = {
-            name: Mean(sum(s[i] for s in sums), len(hidden)) for i, name in enumerate(self._names)
-        }
-        for run, values in zip(runs, sums, strict=True) if self._names is DIVERGENCE_REPORT else ():
-            merge(report, {f"teacher/{Target.join(run.teachers)}/divergence": Mean(values[1], run.tokens)})
-        return loss, report
+        sums = [part.sum(-1) for part in report_RN.double().split(lengths, -1)] if runs else []
+        sums_SR = torch.stack(sums) if sums else report_RN.new_zeros(0, len(report_RN), dtype=torch.float64)
+        return loss, Report(sums_SR, len(hidden), tuple((Target.join(run.teachers), run.tokens) for run in runs))
+
+    def metrics(self, reports: Sequence[Report]) -> dict[str, Value]:
+        """Means over tokens in the file, whatever the micro-batches, mini-batches and ranks that they are spread over.
+        The host waits for the device once for all of the reports."""
+        totals: dict[str, Value] = {}
+        numbers = iter(torch.cat([report.sums_SR for report in reports]).tolist() if reports else [])
+        for report in reports:
+            sums = [next(numbers) for _ in report.runs]
+            merge(totals, {name: Mean(sum(s[i] for s in sums), report.tokens) for i, name in enumerate(self._names)})
+            for (target, tokens), values in zip(report.runs, sums, strict=True):
+                if self._names is DIVERGENCE_REPORT:
+                    merge(totals, {f"teacher/{target}/divergence": Mean(values[1], tokens)})
+        return totals
 
     def _shard(self) -> Shard:
         return Shard(self.group, self.model.vocab_start, len(self.model.output_weight))
 
     def _sampled(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
-        teacher, weight = batch.column(batch.rows.teacher_log_probs), batch.column(batch.rows.weights)
-        rollout = batch.column(batch.rows.rollouts.log_probs)
-        old = None if batch.old is None else batch.column(batch.old)
+        teacher, rollout, weight, old = batch.teacher, batch.rollout, batch.weight, batch.old
         importance = self.loss.importance
 
         def estimate(log_prob: torch.Tensor, part: slice) -> SampledLoss:
@@ -176,8 +211,7 @@ class Objective:
 
     def _full(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
         segments = [self._segment(run, batch.rows) for run in runs]
-        weight = batch.column(batch.rows.weights)
-        return full_loss(segments, weight, self._settings, shard=self._shard(), tokens=batch.tokens)
+        return full_loss(segments, batch.weight, self._settings, shard=self._shard(), tokens=batch.tokens)
 
     def _segment(self, run: _Run, rows: TrainingRows) -> Segment:
         heads = [self.heads[name] for name in run.teachers]
@@ -191,7 +225,7 @@ class Objective:
                 self._states(name, run, rows, head.weight_VH.shape[1])
                 for name, head in zip(run.teachers, heads, strict=True)
             ],
-            weight_NK=torch.cat(weights).to(compute_device()),
+            weight_NK=upload(weights, dtype=torch.float32, device=compute_device()).view(-1, len(heads)),
         )
 
     def _topk(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
@@ -199,13 +233,14 @@ class Objective:
         empty = torch.zeros(0, width, dtype=torch.int32, device=compute_device())
         # One teacher a row: train/inputs.py refuses mixtures.
         states = [self._states(*run.teachers, run, batch.rows, width) for run in runs]
-        weight = batch.column(batch.rows.weights)
-        return topk_loss(
-            unpack_topk(torch.cat([empty, *states])), weight, self._settings, shard=self._shard(), tokens=batch.tokens
-        )
+        teacher = unpack_topk(torch.cat([empty, *states]))
+        return topk_loss(teacher, batch.weight, self._settings, shard=self._shard(), tokens=batch.tokens)
 
     def _states(self, name: str, run: _Run, rows: TrainingRows, width: int) -> torch.Tensor:
         """[N of the run, W] what a teacher sent of these rows, put together from the tensor ranks' slices."""
         assert rows.states is not None
-        own = run.take(torch.cat([rows.states[row][name] for row in run.rows])).to(compute_device())
+        parts = [rows.states[row][name] for row in run.rows]
+        if run.places is not None:  # of a part of each row, the rest need not cross
+            parts = [torch.cat(parts)[run.places]]
+        own = upload(parts, dtype=parts[0].dtype, device=compute_device()).view(-1, parts[0].shape[1])
         return all_gather_stacked(own, group=self.group).movedim(0, 1).flatten(1)[:, :width]

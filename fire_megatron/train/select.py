@@ -1,4 +1,4 @@
-"""From scored rollouts to the rows that train: FiRe over the global batch, then an even share for each replica.
+"""From scored rollouts to the rows that train: FiRe over the global batch.
 
 Shapes: B rows of this replica, R longest response, R_i response tokens of row i.
 """
@@ -9,14 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fire_megatron.data.packing import balance
-from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts, Scores, Target, TrainingRows
+from fire_megatron.data.rollouts import Rollouts, Scores, TrainingRows
 from fire_megatron.fire.apply import apply_hooks
 from fire_megatron.fire.batch import FireBatch, Selection
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.metrics.values import Mean, Sum, Value
-from fire_megatron.parallel.collectives import all_gather_objects, all_gather_rows
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import compute_device
@@ -100,52 +97,6 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, Value]:
         "rollout/truncated": Mean(sum(rollouts.truncated), rows),
         "rollout/entropy": Mean(sum(float(e.sum()) for e in rollouts.entropies), tokens),
     }
-
-
-def rebalance(rows: TrainingRows, *, grid: ModelGrid) -> TrainingRows:
-    """Share the kept rows of all replicas evenly by tokens, so that dropped rows cost no replica anything.
-
-    Each row's tensors travel in a few ragged gathers over the ranks that hold different rows. The share depends only on
-    the set of kept rows, not on where they were sampled. The context-parallel ranks of a replica get the same rows,
-    which they compute together. What the teachers keep of the rows is brought afterwards
-    (:meth:`fire_megatron.teachers.router.TeacherRouter.attach`), straight to where it is needed.
-    """
-    group, device = grid.row_group, compute_device()
-    if group.size() == 1:
-        return rows
-    assert rows.states is None
-    rollouts = rows.rollouts
-    floats = [
-        torch.cat(columns)
-        for columns in zip(rollouts.log_probs, rollouts.entropies, rows.teacher_log_probs, rows.weights, strict=True)
-    ]
-    headers: list[tuple[int, Prompt, Target, bool]] = [
-        item
-        for part in all_gather_objects(
-            list(zip(rollouts.row_ids, rollouts.prompts, rows.targets, rollouts.truncated, strict=True)), group=group
-        )
-        for item in part
-    ]
-    responses = all_gather_rows(rollouts.responses, dtype=torch.int64, device=device, group=group)
-    values = all_gather_rows(floats, dtype=torch.float32, device=device, group=group)
-    order = sorted(range(len(headers)), key=lambda i: headers[i][0])
-    lengths = [len(headers[i][1].token_ids) + len(responses[i]) for i in order]
-    mine = [order[i] for i in balance(lengths, grid.layout.data)[grid.dp_rank]]
-    columns = [values[i].split(len(responses[i])) for i in mine]
-    return TrainingRows(
-        rollouts=Rollouts(
-            row_ids=tuple(headers[i][0] for i in mine),
-            prompts=tuple(headers[i][1] for i in mine),
-            responses=tuple(responses[i] for i in mine),
-            log_probs=tuple(c[0] for c in columns),
-            entropies=tuple(c[1] for c in columns),
-            truncated=tuple(headers[i][3] for i in mine),
-            weight_version=rollouts.weight_version,
-        ),
-        targets=tuple(headers[i][2] for i in mine),
-        teacher_log_probs=tuple(c[2] for c in columns),
-        weights=tuple(c[3] for c in columns),
-    )
 
 
 def mini_batches(rows: TrainingRows, count: int) -> list[TrainingRows]:

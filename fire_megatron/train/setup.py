@@ -19,6 +19,7 @@ from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
+from fire_megatron.data.records import Prompt
 from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook
@@ -60,6 +61,11 @@ class StudentRun:
     saver: Saver
     waiting: dist.ProcessGroup | None
     """Of the student's ranks, on the host, for what may take as long as a replica samples; None for a single one."""
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """Of every row of a step's global batch, by row id."""
+        repeats = self.recipe.rollout.samples_per_prompt
+        return [self.inputs.prompts[i] for i in self.order.batch(step) for _ in range(repeats)]
 
 
 @dataclass(frozen=True)

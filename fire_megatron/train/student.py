@@ -26,9 +26,10 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import broadcast_flat, world_narrowed_to
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.parallel.lone import lone_groups_silent
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import compute_device
-from fire_megatron.train.objective import MicroBatch, Objective
+from fire_megatron.train.objective import MicroBatch, Objective, Report
 
 
 def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig, *, grid: ModelGrid) -> ChainedOptimizer:
@@ -48,7 +49,7 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig, *, 
         use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
         fp8_recipe=get_model_config(model).fp8_recipe if get_model_config(model).fp8 else None,
     )
-    with world_narrowed_to(grid.span):
+    with lone_groups_silent(), world_narrowed_to(grid.span):
         optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=grid.pg)
     for group in optimizer.param_groups:
         if "fused" in group:  # torch's Adam, where there is neither Transformer Engine nor apex
@@ -97,7 +98,8 @@ class Student:
     def _finalize_gradients(self, model: list, num_tokens: object, *args: object, **kwargs: object) -> None:
         # The token count is dropped on purpose: dividing is the loss's business (losses/reduction.py).
         kwargs.pop("pg_collection", None)
-        finalize_model_grads(model, None, pg_collection=self.grid.pg, **kwargs)
+        with lone_groups_silent():
+            finalize_model_grads(model, None, pg_collection=self.grid.pg, **kwargs)
         if self.model.emulated_fp8 is not None:
             self.model.emulated_fp8.end_update(group=self.grid.pg.tp_dp_cp)
 
@@ -188,15 +190,16 @@ class Student:
         self.optimizer.zero_grad()
         packs = self.packs(rows)
         begin_update(self.model, packs, group=self.grid.pg.dp)
+        ready = MicroBatch.of(packs, rows, old, tokens) if self.grid.is_last_stage else []
+        batches = {id(batch.pack): batch for batch in ready}
 
-        def last_stage(hidden: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, dict[str, Value]]:
-            loss, report = self.objective(hidden, MicroBatch(pack, rows, old, tokens))
-            return loss, torch.tensor(len(hidden), dtype=torch.int, device=loss.device), report
+        def last_stage(hidden: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, int, Report]:
+            batch = batches.get(id(pack)) or MicroBatch.of([pack], rows, old, tokens)[0]  # one of padding
+            loss, report = self.objective(hidden, batch)
+            return loss, len(hidden), report
 
         reports = run_pipeline(self.ddp, packs, last_stage, grid=self.grid, forward_only=False)
-        totals: dict[str, Value] = {}
-        for report in reports if self.grid.tp_rank == 0 else ():
-            merge(totals, report)
+        totals = self.objective.metrics(reports) if self.grid.tp_rank == 0 else {}
         return merge(totals, router_metrics(self.model, group=self.grid.pg.tp_dp_cp))
 
     def count_tokens(self, rows: TrainingRows, reducer: Reducer) -> float:
@@ -223,7 +226,8 @@ class Student:
         optimizer.get_grad_norm = measured
         optimizer.step_with_ready_grads = lambda: not skip(norm) and apply()
         try:
-            optimizer.step()
+            with lone_groups_silent():
+                optimizer.step()
         finally:
             del optimizer.get_grad_norm, optimizer.step_with_ready_grads
         return {"grad_norm": Last(norm)}

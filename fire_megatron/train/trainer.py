@@ -28,10 +28,11 @@ from fire_megatron.train.gpus import RunGpus
 from fire_megatron.train.guard import NONFINITE, UpdateGuard, agreed
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
+from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.run_folder import RunFolder
 from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.schedule import learning_rate
-from fire_megatron.train.select import mini_batches, rebalance, rollout_metrics, select
+from fire_megatron.train.select import mini_batches, rollout_metrics, select
 from fire_megatron.train.setup import Run, StudentRun, checkpoint_folder, prepare
 
 
@@ -276,8 +277,7 @@ class Trainer:
     def _sample_and_score(self, step: int) -> tuple[Rollouts, Scores, dict[str, Value]]:
         """Rollouts of this replica and what the teachers say of them, some of whom score while it samples; and what
         that took."""
-        run, repeats = self.run, self.recipe.rollout.samples_per_prompt
-        prompts = [run.inputs.prompts[i] for i in run.order.batch(step) for _ in range(repeats)]
+        run, prompts = self.run, self.run.prompts(step)
         mine = replica_rows(len(prompts), run.grid)
         progress = self._progress("rollout", len(mine) * self.recipe.rollout.max_new_tokens)
         own = [prompts[i] for i in mine]
@@ -316,10 +316,11 @@ class Trainer:
 
     def _update(self, rows: TrainingRows, kept: Mapping[str, KeptStates], step: int) -> dict[str, Value]:
         """One optimizer update a mini-batch, each on an even share of the rows that the filter left."""
-        student, reducer = self.run.student, Reducer(self.run.grid.pg.dp)
+        run, student, reducer = self.run, self.run.student, Reducer(self.run.grid.pg.dp)
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.run.steps)
         student.set_learning_rate(rate)
-        parts = [rebalance(part, grid=self.run.grid) for part in mini_batches(rows, self.recipe.optimizer.mini_batches)]
+        share = partial(rebalance, prompts=run.prompts(step), target=run.router.target, grid=run.grid)
+        parts = [share(part) for part in mini_batches(rows, self.recipe.optimizer.mini_batches)]
         # With a single update the weights are those that the first forward pass uses, so it gives the old log-probs.
         moving = len(parts) > 1 and student.objective.reads_old
         old = [student.log_probs(part) if moving else None for part in parts]
@@ -328,7 +329,7 @@ class Trainer:
             tokens = student.count_tokens(part, reducer)
             if tokens == 0:  # everything was dropped: nothing to learn from, on any rank
                 continue
-            part, traffic = self.run.router.attach(part, kept)
+            part, traffic = run.router.attach(part, kept)
             merge(metrics, traffic)
             report = student.accumulate_gradients(part, tokens=tokens, old=old_log_probs)
             metrics |= student.update(partial(self._skips, report))

@@ -11,27 +11,32 @@ from fire_megatron.parallel.collectives import wait_for_all
 from fire_megatron.parallel.exchange import exchange
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.mail import Mail
-from fire_megatron.platform import launch
+from fire_megatron.platform import HostMemory, launch
 from fire_megatron.teachers.states import slice_width, split_columns
 
 
+def sent(outgoing, incoming, dtype):
+    return exchange(outgoing, incoming, dtype=dtype, group=dist.group.WORLD, memory=HostMemory())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int32])
-def test_every_pair_and_oneself(rank, world_size, dtype):
-    # To each rank, as many elements as its number, one more a round: the first rank gets an empty message at first.
+def test_every_pair(rank, world_size, dtype):
+    # To each rank, twice as many elements as its number, one more a round: the first rank gets nothing at first.
+    others = [other for other in range(world_size) if other != rank]
     for extra in range(3):
-        outgoing = {to: torch.full((to + extra,), rank * 10 + to, dtype=dtype) for to in range(world_size)}
-        incoming = dict.fromkeys(range(world_size), rank + extra)
-        received = exchange(outgoing, incoming, dtype=dtype, device=torch.device("cpu"), group=dist.group.WORLD)
-        assert received.keys() == incoming.keys()
+        outgoing = {to: [torch.full((to, 2), rank * 10 + to), torch.full((extra,), 5)] for to in others}
+        outgoing = {to: [part.to(dtype) for part in parts] for to, parts in outgoing.items()}
+        received = sent(outgoing, dict.fromkeys(others, 2 * rank + extra), dtype)
+        assert list(received) == others
         for source, values in received.items():
-            assert torch.equal(values, torch.full((rank + extra,), source * 10 + rank, dtype=dtype))
+            assert values.tolist() == [source * 10 + rank] * 2 * rank + [5] * extra and values.dtype == dtype
 
 
 def test_only_some_send(rank, world_size):
     last = world_size - 1
-    outgoing = {0: torch.arange(5)} if rank == last else {}
+    outgoing = {0: [torch.arange(5)]} if rank == last else {}
     incoming = {last: 5} if rank == 0 else {}
-    received = exchange(outgoing, incoming, dtype=torch.int64, device=torch.device("cpu"), group=dist.group.WORLD)
+    received = sent(outgoing, incoming, torch.int64)
     assert received.keys() == incoming.keys()
     assert rank or torch.equal(received[last], torch.arange(5))
 

@@ -23,7 +23,7 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.platform import launch
 from fire_megatron.teachers.states import split_columns
-from fire_megatron.train.select import rebalance
+from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.setup import prepare
 
 pytestmark = pytest.mark.world_size(4)
@@ -97,10 +97,18 @@ def measured(recipe, world):
             lambda t=teacher, r=responses, n=rows: t.score([torch.arange(PROMPT) + 3] * n, r)
         )
     count = len(rollouts)
+    target = Target(("math",))
     rows = TrainingRows(
-        rollouts, (Target(("math",)),) * count, rollouts.log_probs, tuple(torch.ones(RESPONSE) for _ in range(count))
+        rollouts, (target,) * count, rollouts.log_probs, tuple(torch.ones(RESPONSE) for _ in range(count))
     )
-    shared = with_states(rebalance(rows, grid=grid), run)
+    # Rows of one length would stay where they are, so each replica is given those that the one before is to train on.
+    data, context = grid.layout.data, grid.layout.context
+    holder = [context * ((row + 1) % data) + row // data % context for row in range(total)]
+    ids = tuple(row for row in range(total) if holder[row] == grid.row_replica)
+    rows = replace(rows, rollouts=replace(rows.rollouts, row_ids=ids))
+    batch = [Prompt(i, "math", prompts[0].token_ids, "") for i in range(total)]
+    phases["exchange"], shared = traced(lambda: rebalance(rows, batch, lambda prompt: target, grid=grid))
+    shared = with_states(shared, run)
     count = recipe.optimizer.mini_batches
     parts = [shared.take(range(i, len(shared), count)) for i in range(count)]
 
@@ -109,10 +117,11 @@ def measured(recipe, world):
         student.accumulate_gradients(part, tokens=100.0, old=old)
 
     # The first update makes what lasts, Adam's state, and megatron-core 0.19 asks the ranks something once.
-    gradients(parts[0])
-    student.update()
+    first = [traced(action)[0] for action in (lambda: gradients(parts[0]), student.update)]
     traces = [traced(action)[0] for part in parts for action in (lambda part=part: gradients(part), student.update)]
     phases["update"] = Trace.total(*((1, trace) for trace in traces))
+    for trace in (*first, *phases.values()):
+        assert all(len(collective.ranks) > 1 for collective in trace.calls), "a communicator for nobody else"
     weights = storage_bytes(student.weights())
     memory = {
         "weights": weights,

@@ -41,7 +41,8 @@ from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.teachers.transfer import Transfer
-from fire_megatron.train.select import rebalance, select
+from fire_megatron.train.rebalance import rebalance
+from fire_megatron.train.select import select
 from fire_megatron.train.student import Student
 
 pytestmark = pytest.mark.world_size(4)
@@ -165,7 +166,8 @@ class Cast:
         kept, *_ = select(
             rollouts, scores, self.router.names, build_hooks(self.loss.hooks), micro_batch_size=2, grid=self.grid
         )
-        part, traffic = self.router.attach(rebalance(kept, grid=self.grid), scores.kept)
+        kept = rebalance(kept, rows(self.mixed)[0], self.router.target, grid=self.grid)
+        part, traffic = self.router.attach(kept, scores.kept)
         tokens = self.student.count_tokens(part, Reducer(self.grid.pg.dp))
         metrics = self.student.accumulate_gradients(part, tokens=tokens)
         metrics = reduce_metrics(traffic | metrics, group=self.grid.span)

@@ -136,6 +136,7 @@ def test_rotary_frequencies_are_those_of_transformers(name, head_dim, save_confi
         ({"bf16": True}, "set by student.precision.dtype"),
         ({"num_layers": 3}, "set by student.checkpoint (the model's own config.json)"),
         ({"calculate_per_token_loss": False}, "the trainer relies on its own value"),
+        ({"batch_p2p_comm": False}, "the trainer relies on its own value"),
         ({"init_method_std": "0.1"}, "'0.1' does not fit megatron-core's type of it, float"),
         ({"init_method_std": True}, "True does not fit"),
         ({"recompute_num_layers": 1.5}, "1.5 does not fit"),

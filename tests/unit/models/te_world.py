@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fire_megatron.models import build, experts, layers
+from fire_megatron.models import build, experts, kv_cache, layers
 from fire_megatron.parallel import collectives
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import cpu_seam
@@ -23,7 +23,8 @@ HOPPER, BLACKWELL = (9, 0), (10, 0)
 def pretend_gpu(capability: tuple[int, int] = HOPPER) -> None:
     """Answer as a GPU of this compute capability would, with the CPU as the device."""
     cpu_seam.install()
-    build.compute_device = experts.compute_device = layers.compute_device = lambda: torch.device("cpu")
+    for module in (build, experts, kv_cache, layers):
+        module.compute_device = lambda: torch.device("cpu")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.Stream = type("Stream", (), {"__init__": lambda *_, **__: None})

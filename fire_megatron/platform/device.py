@@ -5,6 +5,7 @@ This package is the only one that touches ``torch.cuda``.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import socket
@@ -78,6 +79,26 @@ def select_device(setting: str, *, local_rank: int = 0) -> Device:
         )
     torch.cuda.set_device(index)
     return Device("cuda", index)
+
+
+def same_kind(device: Device, rank: int, store: dist.Store) -> str | None:
+    """What is wrong where another rank computes on a device of another kind, as on a node whose driver does not answer;
+    None otherwise.
+
+    Args:
+        device: of this process.
+        rank: of the world.
+        store: where all ranks register their devices.
+    """
+    host = socket.gethostname()
+    first = json.loads(store.compare_set("fire/kind", "", json.dumps([device.kind, rank, host])))
+    if first[0] == device.kind:
+        return None
+    (_, cpu_rank, cpu_host), (_, gpu_rank, _) = sorted([first, [device.kind, rank, host]])
+    return (
+        f"run.device: rank {gpu_rank} computes on a GPU, and rank {cpu_rank} on {cpu_host} on a CPU, since torch sees no "
+        "GPU there; fix the driver of that node or leave it out, or set run.device=cpu"
+    )
 
 
 def own_gpu(device: Device, rank: int, store: dist.Store) -> str | None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 PREFIX_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-"""Where torch reads the names of its own dumps from, the present name first."""
+"""Where torch reads the names of its own dumps from, the present name first; older versions know the second only."""
 _LOOK = "The last collectives of each rank: "
 
 
@@ -30,8 +30,12 @@ def failed_collective() -> str | None:
         if dist.Backend.NCCL not in backend:
             continue
         with contextlib.suppress(RuntimeError):  # of a group that is being taken apart
-            error = group._get_backend(torch.device("cuda")).get_error()
-            if error.name != "SUCCESS":
+            own = group._get_backend(torch.device("cuda"))
+            while hasattr(own, "wrapped_pg"):  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+                own = own.wrapped_pg
+            ask = getattr(own, "get_error", None)  # which not every version and backend has
+            error = ask() if ask is not None else None
+            if error is not None and error.name != "SUCCESS":
                 return f"NCCL reports {error.name} in a group of {group.size()} ranks"
     return None
 

@@ -7,10 +7,13 @@ import ctypes
 import datetime
 import enum
 import itertools
+import json
 import logging
 import math
 import os
 import resource
+import socket
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ import torch.distributed as dist
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import cpu_seam
 from fire_megatron.platform.apex import hide_unusable_apex
-from fire_megatron.platform.device import Device, choose_attention_kernels, own_gpu, select_device
+from fire_megatron.platform.device import Device, choose_attention_kernels, own_gpu, same_kind, select_device
 from fire_megatron.platform.flight_recorder import PREFIX_VARIABLES
 from fire_megatron.platform.watch import Watch
 
@@ -30,8 +33,9 @@ _store: dist.Store | None = None
 """Where the ranks meet; made once, since each making counts as another arrival."""
 _questions = itertools.count()
 """Numbers what the ranks have asked one another over the store alone."""
-_preferred: dict[str, str] = {}
-"""Environment variables that this process has set itself, which another run in it may set anew."""
+_OURS = "FIRE_MEGATRON_DEFAULTS"
+"""Environment variable that lists others and the values that this program has given them. Another run in this process,
+or in one that it starts, tells by it what the user has not set."""
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _TORCH_HEARTBEAT = 480
 """Seconds after which torch ends a process whose NCCL watchdog stands still, unless told otherwise."""
@@ -118,6 +122,11 @@ def _meeting_point(timeout: float) -> dist.Store:
     return _store
 
 
+def _meeting(timeout: float) -> dist.Store:
+    """The meeting point, for one question that all ranks ask at the same place."""
+    return dist.PrefixStore(f"fire/{next(_questions)}", _meeting_point(timeout))
+
+
 def collective_patience(timeout: float) -> datetime.timedelta:
     """How long a collective itself waits where ``run.collective_timeout`` is so many seconds. Longer, since the watch,
     which can tell where everybody is, shall be the first to speak."""
@@ -140,8 +149,7 @@ def raise_on_any_rank(problem: str | None, *, timeout: float = 600.0) -> None:
         if problem is not None:
             raise UserError(problem)
         return
-    store = dist.PrefixStore(f"fire/{next(_questions)}", _meeting_point(timeout))
-    patience = datetime.timedelta(seconds=timeout)
+    store, patience = _meeting(timeout), datetime.timedelta(seconds=timeout)
     if problem is not None and store.add("problems", 1) == 1:
         store.set("problem", problem)
     if store.add("arrived", 1) == size:
@@ -190,19 +198,23 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def _prefer(value: str, *names: str) -> None:
-    """Set the first of these environment variables, unless the user has set any of them."""
-    if not any(name in os.environ and os.environ[name] != _preferred.get(name) for name in names):
-        os.environ[names[0]] = _preferred[names[0]] = value
+def _prefer(value: str | None, *names: str) -> None:
+    """Set these environment variables, names of one thing in several versions of torch, unless the user has set any of
+    them. None takes back what another run has set."""
+    ours: dict[str, str] = json.loads(os.environ.get(_OURS, "{}"))
+    if any(name in os.environ and os.environ[name] != ours.get(name) for name in names):
+        return
+    for name in names:
+        os.environ.pop(name, None)
+        ours.pop(name, None)
+        if value is not None:
+            os.environ[name] = ours[name] = value
+    os.environ[_OURS] = json.dumps(ours)
 
 
-def _prepare_torch(timeout: float, records: Path | None) -> None:
-    """Settings that torch reads from the environment, each when it first needs it; the user's own stay.
-
-    Args:
-        timeout: see :func:`start`.
-        records: see :func:`start`.
-    """
+def _prepare_torch(timeout: float) -> None:
+    """Settings that torch reads from the environment, each when it first needs it; the user's own stay. Args: timeout:
+    see :func:`start`."""
     # Segments that grow leave no gaps when sizes change from step to step, or models come and go. torch reads the first
     # of these names that is set, in an order that has changed between versions.
     settings = "".join(os.environ.get(name, "") for name in _ALLOCATOR)
@@ -211,12 +223,46 @@ def _prepare_torch(timeout: float, records: Path | None) -> None:
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "expandable_segments:True")))
     # Otherwise a group of n ranks opens n - 1 connections in each of them, whether it is used or not.
     _prefer("1", "TORCH_GLOO_LAZY_INIT")
-    if records is not None:
-        _prefer(str(records / "rank_"), *PREFIX_VARIABLES)
     # The watch, which can tell where everybody is, shall be the first to speak.
     patience = math.ceil(collective_patience(timeout).total_seconds())
-    if patience > _TORCH_HEARTBEAT:
-        _prefer(str(patience), "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+    _prefer(str(patience) if patience > _TORCH_HEARTBEAT else None, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+
+
+def _prepare_records(records: Path | None, *, make: bool, timeout: float) -> None:
+    """Say where the records of this start go: a folder within ``records`` that the first rank names, so that those of
+    an earlier failure, of more ranks perhaps, are not taken for its own. Args: make: whether to make the folder, as
+    torch, which writes there too, does not."""
+    if records is None:
+        _prefer(None, *PREFIX_VARIABLES)
+        return
+    meeting = _meeting(timeout)
+    if launched_rank() == 0:
+        for unused in records.glob("*"):
+            with contextlib.suppress(OSError):  # it is not empty
+                unused.rmdir()
+        meeting.set("records", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = records / meeting.get("records").decode()
+    _prefer(str(folder / "rank_"), *PREFIX_VARIABLES)
+    if make:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def _own_device(setting: str, local_rank: int, timeout: float) -> Device:
+    """This rank's device. Every rank asks, whatever it has found, so that none waits for one that has left.
+
+    Raises:
+        UserError: on every rank: one has none that can be used, or two of them none that go together.
+    """
+    rank, chosen, meeting = launched_rank(), None, _meeting(timeout)
+    try:
+        chosen = select_device(setting, local_rank=local_rank)
+        problem = same_kind(chosen, rank, meeting) or own_gpu(chosen, rank, meeting)
+    except (LayoutError, RuntimeError) as error:  # RuntimeError: of a GPU that cannot be used
+        problem = f"rank {rank} on {socket.gethostname()}: {error}" if launched_world_size() > 1 else str(error)
+    raise_on_any_rank(problem, timeout=timeout)
+    assert chosen is not None
+    return chosen
 
 
 def _allow_open_files() -> None:
@@ -236,27 +282,25 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0, rec
         device: ``auto``, ``cpu`` or ``cuda`` (``run.device``).
         timeout: seconds after which a stalled collective ends the run (``run.collective_timeout``).
         threads: CPU threads a rank; 0 shares the node's cores among its ranks.
-        records: folder for what is known of each rank's last collectives when the run fails, ``rank_<n>``.
+        records: folder for what is known of each rank's last collectives when the run fails: in it, a folder named
+            by the time of this start, with ``rank_<n>``.
 
     Raises:
-        LayoutError: the launcher's variables or the device setting make no sense.
-        UserError: on every rank: two of them are on one GPU.
+        LayoutError: the launcher's variables make no sense.
+        UserError: on every rank: the device setting makes no sense on one of them, two are on one GPU, or some on GPUs
+            and others not.
     """
     _quiet_third_parties()
-    _prepare_torch(timeout, records)
+    _prepare_torch(timeout)
     _allow_open_files()
     rank, size = launched_rank(), launched_world_size()
     local_rank = _variable("LOCAL_RANK", "SLURM_LOCALID", default=0)
     local_size = _variable("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1)
-    chosen = select_device(device, local_rank=local_rank)
+    chosen = _own_device(device, local_rank, timeout)
     choose_attention_kernels(chosen)
     hide_unusable_apex(on_gpu=chosen.is_cuda)
-    if chosen.is_cuda:
-        if records is not None:
-            with contextlib.suppress(OSError):  # torch, which writes there too, does not make folders
-                records.mkdir(parents=True, exist_ok=True)
-        raise_on_any_rank(own_gpu(chosen, rank, _meeting_point(timeout)), timeout=timeout)
-    else:
+    _prepare_records(records, make=chosen.is_cuda, timeout=timeout)
+    if not chosen.is_cuda:
         _set_threads(threads, local_size)
         _keep_freed_memory()
         cpu_seam.install()

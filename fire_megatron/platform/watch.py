@@ -65,6 +65,7 @@ class Watch:
         self.recorder = FlightRecorder(rank)
         self._failed: str | None = None
         self._failed_since: float | None = None
+        self._troubled = False
         self.on_leave: Callable[[str], object] = lambda reason: None
         """Is told why this process leaves on account of another, before it does."""
         self._saving = False
@@ -137,8 +138,10 @@ class Watch:
         with what it was at."""
         before, patient = self._doing, self._patient
         self.doing(what, patient=True)
-        yield
-        self.doing(before, patient=patient)
+        try:
+            yield
+        finally:
+            self.doing(before, patient=patient)
 
     def ticked(self) -> None:
         """See :func:`tick`."""
@@ -194,15 +197,30 @@ class Watch:
 
     def _run(self) -> None:
         while not self._end.wait(self._interval):
-            try:
+            verdict = None
+            with self._surviving():
                 self._failed = self._failed or failed_collective()
-                self._beat()
-                self._hear_signals()
-                verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else self._judge()
-            except RuntimeError:
-                verdict, self._told = "the store where the ranks meet does not answer: its process has died", True
+            with self._surviving():
+                try:
+                    self._beat()
+                    self._hear_signals()
+                    verdict = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else self._judge()
+                except RuntimeError:
+                    verdict, self._told = "the store where the ranks meet does not answer: its process has died", True
             if verdict and not self._end.is_set():
                 self._leave(verdict)
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """A fault in here, told once, must not end the thread: a process without signs of life counts as dead, and one
+        that does not look at the others waits for them for ever."""
+        try:
+            yield
+        except Exception:
+            if not self._troubled:
+                traceback.print_exc()
+                print(f"note: rank {self._rank}: the signs of life go on without this", file=sys.stderr, flush=True)
+            self._troubled = True
 
     def _hear_signals(self) -> None:
         """A launcher that stops the processes may do so because one died: find out which before it kills all."""
@@ -299,18 +317,21 @@ class Watch:
         )
 
     def _leave(self, verdict: str) -> None:
-        with contextlib.suppress(Exception):
-            self.on_leave(verdict)
-        stack = sys._current_frames().get(self._main)
-        if verdict.startswith(_STALL) and stack is not None:
-            print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(stack))}", file=sys.stderr, flush=True)
-        self.recorder.dump(verdict)
-        self._busy.acquire(timeout=self._timeout / 2)
-        if self._rank == 0 or self._told:  # one that knows is enough, and rank 0's is the log that people read
-            print(f"error: {verdict}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        self._take_leave(FAREWELL_IN_FAILURE)
-        os._exit(EXIT_CODE)
+        try:
+            with contextlib.suppress(Exception):
+                self.on_leave(verdict)
+            stack = sys._current_frames().get(self._main)
+            if verdict.startswith(_STALL) and stack is not None:
+                here = "".join(traceback.format_stack(stack))
+                print(f"rank {self._rank} is here:\n{here}", file=sys.stderr, flush=True)
+            self.recorder.dump(verdict)
+            self._busy.acquire(timeout=self._timeout / 2)
+            if self._rank == 0 or self._told:  # one that knows is enough, and rank 0's is the log that people read
+                print(f"error: {verdict}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            self._take_leave(FAREWELL_IN_FAILURE)
+        finally:  # whatever of this fails: nobody reads the output any more, for instance
+            os._exit(EXIT_CODE)
 
 
 def _place(frame: FrameType | None) -> str:

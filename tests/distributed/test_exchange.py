@@ -64,7 +64,10 @@ def test_a_group_takes_connections_when_it_is_used(world_size):
 def test_a_first_letter_waits_for_nobody(rank, world_size):
     """The receiver looks at what it has got only when it knows that the sender has gone on."""
     group = GridFactory(timeout=60.0).cpu_group(range(world_size), purpose="letters")
-    mail, store = Mail(group, [(0, 1), (1, 0), (0, 0)]), launch.store()
+    said = []
+    mail, store = Mail(group, [(0, 1), (1, 0), (0, 0)], doing=said.append), launch.store()
+    expected = [f"connecting to rank {1 - rank} over the network that GLOO_SOCKET_IFNAME names"]
+    assert said == (expected if rank < 2 else [])
     for sender in (0, 1):
         if rank == sender:
             mail.send(torch.arange(3) + sender, to=1 - sender, tag=5)

@@ -113,42 +113,106 @@ def test_a_problem_of_the_only_rank(launcher):
         launch.raise_on_any_rank("a problem")
 
 
-PREFERRED = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_GLOO_LAZY_INIT", "TORCH_FR_DUMP_TEMP_FILE")
-OTHERS = ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+RECORDS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+NAMES = (*ALLOCATOR, "TORCH_GLOO_LAZY_INIT", *RECORDS, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "FIRE_MEGATRON_DEFAULTS")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """``environment(**own)``: these of the variables that torch reads, and no others."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # to be put back after the test
+        monkeypatch.delenv(name)
+
+    def set_variables(**own):
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def told(*names):
+    return tuple(os.environ.get(name) for name in names)
 
 
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, ("expandable_segments:True", None, "1", "/run/rank_", None, None)),
+        ({}, ("expandable_segments:True", None, "1")),
         (
-            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/own"},
-            (None, "max_split_size_mb:64,expandable_segments:True", "1", None, "/own", None),
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            (None, "max_split_size_mb:64,expandable_segments:True", "1"),
         ),
         (
             {"PYTORCH_ALLOC_CONF": "expandable_segments:False", "TORCH_GLOO_LAZY_INIT": "0"},
-            ("expandable_segments:False", None, "0", "/run/rank_", None, None),
+            ("expandable_segments:False", None, "0"),
         ),
         (
             {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
-            ("", "backend:cudaMallocAsync", "1", "/run/rank_", None, None),
+            ("", "backend:cudaMallocAsync", "1"),
         ),
     ],
 )
-def test_what_torch_is_told(own, expected, monkeypatch):
+def test_what_torch_is_told(own, expected, environment):
     """In every version that reads one name of the allocator's settings or the other; the user's own stay."""
-    names = (*PREFERRED, *OTHERS)
-    for name in names:
-        monkeypatch.setenv(name, "")  # to be put back after the test
-        monkeypatch.delenv(name)
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-    launch._prepare_torch(300.0, Path("/run"))
-    assert tuple(os.environ.get(name) for name in names) == expected
-    launch._prepare_torch(600.0, Path("/next"))
-    if expected[3]:
-        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/next/rank_", "what an earlier run in this process has set"
-    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "750", "longer than the watch waits"
+    environment(**own)
+    launch._prepare_torch(300.0)
+    assert told(*ALLOCATOR, "TORCH_GLOO_LAZY_INIT") == expected
+    assert told("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC") == (None,)
+    launch._prepare_torch(600.0)
+    assert told("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC") == ("750",), "longer than the watch waits"
+    launch._prepare_torch(300.0)
+    assert told("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC") == (None,), "what an earlier run in this process has set"
+
+
+@pytest.fixture
+def records(environment, launcher, leave, tmp_path):
+    """``records(**own)``: the prefix of this start's records, of which it makes the folder."""
+
+    def prepare(**own):
+        environment(**own)
+        launcher()
+        launch._prepare_records(tmp_path / "records", make=True, timeout=10.0)
+        return told(*RECORDS)
+
+    return prepare
+
+
+def test_records_of_each_start_have_a_folder_of_their_own(records, tmp_path, monkeypatch):
+    """Named to every version of torch; one that nothing was written to goes, those of a failure stay."""
+    folder, prefixes = tmp_path / "records", []
+    for hour in ("01", "02", "03"):
+        monkeypatch.setattr(launch.time, "strftime", lambda form, hour=hour: f"day_{hour}")
+        present, older = records()
+        assert present == older == f"{folder}/day_{hour}/rank_", "what an earlier run in this process has set"
+        prefixes.append(present)
+        if hour == "01":
+            Path(f"{present}5").write_text("of a failure")
+    assert sorted(path.name for path in folder.iterdir()) == ["day_01", "day_03"]
+    launch._prepare_records(None, make=True, timeout=10.0)
+    assert told(*RECORDS) == (None, None), "a run that keeps no records writes to nobody else's folder"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_the_user_has_named(name, records):
+    assert records(**{name: "/own"}) == tuple("/own" if name == each else None for each in RECORDS)
+
+
+def test_a_process_started_by_a_run_tells_its_defaults_from_the_users_settings(environment, records, tmp_path):
+    """It has the whole environment, and another timeout and folder."""
+    environment(TORCH_GLOO_LAZY_INIT="0")
+    launch._prepare_torch(600.0)
+    records()
+    code = (
+        "import os; from pathlib import Path; from fire_megatron.platform import launch\n"
+        "launch._prepare_torch(900.0); launch._prepare_records(Path('/other'), make=False, timeout=10.0)\n"
+        f"print(*(os.environ[name] for name in {(*RECORDS, 'TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC')}))\n"
+        "assert os.environ['TORCH_GLOO_LAZY_INIT'] == '0'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    present, older, patience = done.stdout.split()
+    assert present == older and present.startswith("/other/") and patience == "1125"
 
 
 def test_as_many_open_files_as_there_may_be(launcher, leave):
@@ -170,20 +234,32 @@ from fire_megatron import platform
 from fire_megatron.config.errors import UserError
 from fire_megatron.platform import launch
 launch.raise_on_any_rank(None, timeout=60)
-pretended = {"is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda index: None}
-with mock.patch.multiple(torch.cuda, get_device_properties=lambda index: SimpleNamespace(uuid="5f1c"), **pretended):
-    try:
-        platform.start("cuda", timeout=60)
-    except UserError as error:
-        assert error.everywhere and "ranks 0 and 1 are both on GPU-5f1c" in str(error), error
-        print("refused")
+rank = launch.launched_rank()
+
+def refused(said, *, setting="auto", gpus=1, driver=True):
+    pretended = {
+        "is_available": lambda: driver, "device_count": lambda: gpus, "set_device": lambda index: None,
+        "get_device_properties": lambda index: SimpleNamespace(uuid="5f1c"),
+    }
+    with mock.patch.multiple(torch.cuda, **pretended):
+        try:
+            platform.start(setting, timeout=60)
+        except UserError as error:
+            assert error.everywhere and said in str(error), error
+            print("refused")
+
+refused("ranks 0 and 1 are both on GPU-5f1c", setting="cuda")
+refused("rank 0 computes on a GPU, and rank 1 on", driver=rank == 0)
+refused("run.device is 'cuda' but torch sees no GPU", setting="cuda", driver=rank == 0)
+refused("local rank 1 has no GPU of its own", gpus=0 if rank else 2)
 world = platform.start("auto", timeout=60, threads=1)
 total = torch.tensor([float(world.rank + 1)])
 torch.distributed.all_reduce(total)
 print(world.rank, world.size, world.local_rank, world.local_size, world.device.kind, int(total))
 platform.stop()
 """
-"""One rank: meet, be refused a GPU that both see, add up ranks on a CPU, leave."""
+"""One rank: meet; be refused a GPU that both see, one beside a CPU, one that the other does not have; add up ranks on a
+CPU, leave."""
 
 
 def free_port():
@@ -218,7 +294,7 @@ def test_two_tasks_of_srun():
         for rank, task in enumerate(tasks):
             output, errors = task.communicate(timeout=90)
             assert task.returncode == 0, errors
-            assert output.split() == ["refused", str(rank), "2", str(rank), "2", "cpu", "3"]
+            assert output.split() == ["refused"] * 4 + [str(rank), "2", str(rank), "2", "cpu", "3"]
     finally:
         for task in tasks:
             task.kill()

@@ -7,17 +7,19 @@
 Checks come in order of worth. Each is a process of its own with a time limit, its line is printed as soon as it ends,
 and whatever becomes of it, the next one follows while the budget lasts. OUT/results.json and OUT/results.md are
 written after each; OUT/log.txt has what they printed. Random weights, no download.
-Exit codes: 0 nothing has failed, 1 something has, 2 a mistake in the arguments.
+Exit codes: 0 nothing has failed, 1 something has, 2 a mistake in the arguments, 130 interrupted.
 """
 
 import argparse
 import shlex
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,8 +62,11 @@ def _run(args: argparse.Namespace, work: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.list:
+        spent = 0.0
         for check in checks:
-            print(f"{check.name:28} about {check.seconds:3g} s{', on a GPU only' if check.gpu else ''}")
+            spent += check.seconds
+            where = ", on a GPU only" if check.gpu else ""
+            print(f"{check.name:28} about {check.seconds:3g} s, with those before {spent:4g} s{where}")
         return 0
     out, results = args.out.resolve(), work / "results"
     for folder in (out, results):
@@ -84,6 +89,13 @@ def _run(args: argparse.Namespace, work: Path) -> int:
     return 0 if passed else 1
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """So that what has been started is ended, whatever ends this process."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)  # once is enough
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """See the top."""
     args = _parser().parse_args()
@@ -97,10 +109,17 @@ def main() -> int:
 
         serve(sys.stdin)
         return 0
-    if args.work:
-        return _run(args, args.work.resolve())
-    with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
-        return _run(args, Path(folder))
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
+    try:
+        if args.work:
+            return _run(args, args.work.resolve())
+        with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
+            return _run(args, Path(folder))
+    except KeyboardInterrupt:
+        print("interrupted; what was found so far is written", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

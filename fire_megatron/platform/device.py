@@ -96,8 +96,8 @@ def same_kind(device: Device, rank: int, store: dist.Store) -> str | None:
         return None
     (_, cpu_rank, cpu_host), (_, gpu_rank, _) = sorted([first, [device.kind, rank, host]])
     return (
-        f"run.device: rank {gpu_rank} computes on a GPU, and rank {cpu_rank} on {cpu_host} on a CPU, since torch sees no "
-        "GPU there; fix the driver of that node or leave it out, or set run.device=cpu"
+        f"run.device: rank {gpu_rank} computes on a GPU, and rank {cpu_rank} on {cpu_host} on a CPU, since torch sees "
+        "no GPU there; fix the driver of that node or leave it out, or set run.device=cpu"
     )
 
 

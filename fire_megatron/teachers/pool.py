@@ -56,7 +56,9 @@ class TeacherPool:
         self.reaching = tuple(name for name, layout in layouts.items() if not students.issuperset(layout.ranks))
         """Teachers with ranks that hold none of the student and have to be told what to do."""
         doors = [layout.first_rank for layout in layouts.values()]
-        self.mail = Mail(factory.cpu_group([*self.leaders, *doors]), itertools.product(self.leaders, doors), doing=doing)
+        self.mail = Mail(
+            factory.cpu_group([*self.leaders, *doors]), itertools.product(self.leaders, doors), doing=doing
+        )
         self._spans = {name: factory.cpu_group(layout.ranks) for name, layout in layouts.items()}
         self._tags = {name: tag for tag, name in enumerate(self.infos)}
         self.doing = doing

@@ -1,6 +1,8 @@
 """tools/gpu_check.py on a CPU: all of it once, its budget, and what one check's end does to the others."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gpu_checks.check import FAILED, LEFT_OUT, NEEDS_GPU, OK, Check, Context, Findings, Result
@@ -18,6 +21,8 @@ from gpu_checks.runner import Runner, chosen
 from gpu_checks.table import CHECKS
 from gpu_checks.worker import work
 from gpu_checks.workers import TIMED_OUT, Workers
+
+from fire_megatron.platform import Device
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 
@@ -89,6 +94,80 @@ def test_a_chosen_check_brings_what_it_needs(only, expected):
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="--only cart: no check has that name"):
         chosen(CHECKS, ["cart"])
+
+
+def test_the_default_budget_reaches_what_a_plan_is_held_against():
+    """Going by the guesses, after a minute for imports."""
+    names = [check.name for check in CHECKS]
+    spent = [sum(check.seconds for check in CHECKS[: place + 1]) for place in range(len(CHECKS))]
+    assert all(60 + spent[names.index(name)] < 480 for name in ("gpu_tests_products_on_gpu", "planned"))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("gpu_tests_on_gpu", "pytest"),
+        ("models", "transformers"),
+        ("step_against_trl", "trl"),
+        ("export", "transformers"),
+    ],
+)
+def test_what_is_not_installed_is_named_and_nothing_has_failed(monkeypatch, tmp_path, name, module):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each == module else real(each))
+    check = next(check for check in CHECKS if check.name == name)
+    result = work(check, Context("cpu", str(tmp_path), str(tmp_path)))
+    assert result.state == LEFT_OUT and f"not installed: {module}" in result.told
+
+
+def test_without_transformer_engine_one_line_says_so_and_runs_go_on(monkeypatch, tmp_path):
+    """It works on a GPU only, so here it is as if it were absent; float8 then has nothing to run on."""
+    from gpu_checks import commands
+
+    monkeypatch.setattr("fire_megatron.platform.select_device", lambda setting: Device("cpu"))
+    context = Context("cuda", str(tmp_path), str(tmp_path))
+    check = next(check for check in CHECKS if check.name == "transformer_engine")
+    result = work(check, context)
+    assert result.state == LEFT_OUT and "layer spec 'local'" in result.told
+    assert work(next(check for check in CHECKS if check.name == "fp8"), context).state == LEFT_OUT
+    recipe = commands.recipe(context, "any")
+    assert "layer_spec" not in recipe["student"], "auto, which is Transformer Engine only where it works"
+
+
+def test_sides_are_judged_by_one_another_and_by_what_bfloat16_rounds():
+    from gpu_checks.agreement import PAIRS, SIDES, _problems
+
+    figures = {"output_layer_max": 1e-5}
+    figures |= {f"{side}_from_float32_mean": 0.2 for side in SIDES} | {f"{pair}_mean": 0.28 for pair in PAIRS}
+    assert _problems(figures) == [], "layers that round a lot are no mistake of ours"
+    figures |= {"engine_from_float32_mean": 1.5, "engine_from_trainer_mean": 1.4, "engine_from_teacher_mean": 1.4}
+    problems = _problems(figures)
+    assert (
+        len(problems) == 2 and "engine_from_trainer: 1.4 nats apart on average, where bfloat16 explains 0.2" in problems
+    )
+    assert "output layer" in _problems(figures | {"output_layer_max": 0.1})[0]
+
+
+def test_generations_that_are_timed_keep_what_a_run_keeps(monkeypatch):
+    """Memory and graphs, and those of one number of tokens at a time."""
+    from gpu_checks import decode
+
+    made = []
+
+    class Engine:
+        def __init__(self, model, grid, config, *, keep_cache, **_):
+            assert keep_cache
+            self.config = config
+            made.append(config.max_new_tokens)
+
+        def generate(self, prompts, rows, *, step):
+            assert len(prompts) == 4
+
+    monkeypatch.setattr(decode, "MegatronEngine", Engine)
+    generate = decode._Generation(SimpleNamespace(context=Context("cpu", "", ""), grid=None), None, 4)
+    for tokens in (8, 8, 8, 1, 1):
+        generate(tokens)
+    assert made == [8, 1]
 
 
 def test_the_table_is_sound():
@@ -188,6 +267,16 @@ def test_what_a_check_returns_decides_its_state(monkeypatch, tmp_path, found, st
     assert (result.state, words in result.told) == (state, True), result
 
 
+def marked(mark):
+    """Processes with something like this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
 def workers(tmp_path, code, warm=True):
     """Workers of a tool that does what ``code`` says, instead of importing torch."""
     tool = tmp_path / "tool.py"
@@ -223,14 +312,57 @@ for line in sys.stdin:
         ),
         pytest.param(FORKS.format(child="time.sleep(60)"), [TIMED_OUT, 3], id="the first fork hangs"),
         pytest.param("sys.exit(3 if sys.argv[1] == '--worker' else 1)", [3, 3], id="nothing to fork"),
-        pytest.param(FORKS.format(child="os.kill(os.getppid(), 9)"), [3, 3], id="what is forked has died"),
+        pytest.param(
+            FORKS.format(child="os.kill(os.getppid(), 9); time.sleep(60)"), [3, 3], id="what is forked has died"
+        ),
     ],
 )
 def test_processes_are_forked_where_that_works_and_else_start_from_nothing(tmp_path, code, expected):
     pool = workers(tmp_path, code)
     pool.start(20.0)
-    assert [pool.run(name, 3.0) for name in ("one", "two")] == expected
+    for code in expected:
+        assert pool.run("one", 3.0) == code
+        server = [] if pool._server is None else [pool._server.pid]
+        assert marked(pool._mark) == server, "a check goes on beside the next one"
     pool.close()
+    assert marked(pool._mark) == []
+
+
+STARTS = """
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "time.sleep(60)"], ids=["ends", "hangs"])
+@pytest.mark.parametrize("warm", [True, False], ids=["forked", "from nothing"])
+def test_what_a_check_has_started_does_not_outlive_it(tmp_path, warm, then):
+    """torchrun's workers, for instance, which lead sessions of their own."""
+    starts = "import subprocess\n" + STARTS.format(then=then)
+    pool = workers(
+        tmp_path, FORKS.format(child=textwrap.indent(starts, " " * 8).strip()) if warm else starts, warm=warm
+    )
+    assert pool.start(20.0) == warm
+    expected = TIMED_OUT if then != "pass" else 5 if warm else 0
+    assert pool.run("one", 2.0) == expected
+    assert marked(pool._mark) == ([pool._server.pid] if pool._server else [])
+    pool.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_command_that_is_told_to_end_leaves_no_process_behind(tmp_path, number):
+    arguments = ["--device", "cpu", "--fresh", "--only", "card", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(TOOL), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    mark = f"FIRE_GPU_CHECK={process.pid}-"
+    for _ in range(200):
+        if marked(mark):
+            break
+        time.sleep(0.05)
+    assert marked(mark)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"interrupted" in said
+    assert marked(mark) == []
 
 
 @pytest.mark.parametrize("warm", [True, False])

@@ -7,14 +7,19 @@ import time
 
 import torch
 
-from fire_megatron.platform import Device, device_memory, select_device, synchronize
+from fire_megatron.platform import Device, device_memory, synchronize
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, rounded
+from gpu_checks.models import alone
 
 
 def card(context: Context) -> Findings:
     """Products, memory, host copies, launches."""
-    device = select_device(context.device)
+    with alone(context) as here:
+        return _measured(here.world.device, context)
+
+
+def _measured(device: Device, context: Context) -> Findings:
     name = device.describe().partition(" (")[0]
     figures = {
         "card": name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,13 @@ Figure = float | int | str | bool | None
 
 class NotHere(Exception):
     """A check cannot be made on this machine; the message says what is missing."""
+
+
+def need(*packages: str) -> None:
+    """Raise :class:`NotHere` unless all of these can be imported."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotHere(f"not installed: {', '.join(missing)}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from gpu_checks.check import PROJECT, Context, Findings, rounded
+from gpu_checks.check import PROJECT, Context, Findings, NotHere, need, rounded
 
 ROLES = ("student", "math", "code")
 STEPS = 2
@@ -53,6 +53,7 @@ def command(name: str, *arguments: str) -> None:
 
 def models(context: Context) -> Findings:
     """Tiny models, made and converted."""
+    need("transformers")
     started = time.monotonic()
     hf = context.folder / "tiny_hf"
     command("tools/make_tiny.py", "--out", str(hf))
@@ -71,7 +72,7 @@ def convert(hf: Path, out: Path) -> None:
 def recipe(context: Context, name: str) -> dict[str, Any]:
     """Of a run of a student and two teachers, FiRe's hooks on. Args: name: of the run's folder."""
     tiny, data = context.folder / "tiny", PROJECT / "recipes" / "data"
-    precision = {"precision": {"dtype": "bfloat16"}, "layer_spec": "te" if context.gpu else "local"}
+    precision = {"precision": {"dtype": "bfloat16"}}  # layer_spec is auto: Transformer Engine where it works
     rows, tokens = (16, 32) if context.gpu else (4, 6)
     return {
         "run": {
@@ -159,9 +160,13 @@ def resume(context: Context) -> Findings:
     return Findings(_told(figures), figures, problems)
 
 
-def variant(context: Context, name: str, overrides: Sequence[str], on_cpu: Sequence[str], same: bool) -> Findings:
+def variant(
+    context: Context, name: str, overrides: Sequence[str], on_cpu: Sequence[str], same: bool, fp8: str | None
+) -> Findings:
     """The first run with other settings. Args: on_cpu: what a CPU needs besides; same: whether its numbers must be the
-    same."""
+    same; fp8: recipe, which a GPU may not have."""
+    if fp8 and context.gpu:
+        need_fp8(context, fp8)
     lines = train(context, name, [*overrides, *([] if context.gpu else on_cpu)])
     problems = _problems(lines, STEPS)
     first = context.earlier("whole_run")["first_loss"]
@@ -172,8 +177,29 @@ def variant(context: Context, name: str, overrides: Sequence[str], on_cpu: Seque
     return Findings(_told(figures), figures, problems)
 
 
+def transformer_engine(context: Context) -> Findings:
+    """Whether it works here; without it all models have megatron-core's layers, and this line says so."""
+    from fire_megatron.platform import detect_capabilities, select_device
+
+    found = detect_capabilities(select_device(context.device))[0]
+    if found.version is None:
+        raise NotHere(found.detail)
+    return Findings(f"{found.version}: {found.detail}", {"version": found.version})
+
+
+def need_fp8(context: Context, recipe: str) -> None:
+    """Raise NotHere where FP8 by this recipe cannot be used."""
+    from fire_megatron.models.fp8 import unsupported
+
+    transformer_engine(context)
+    reason = unsupported(recipe)
+    if reason:
+        raise NotHere(f"{recipe}: {reason}")
+
+
 def export(context: Context) -> Findings:
     """The last step, to Hugging Face, and read by transformers."""
+    need("transformers")
     import torch
     from transformers import AutoModelForCausalLM
 

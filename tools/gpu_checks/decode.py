@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable
 
@@ -14,11 +13,10 @@ from fire_megatron.platform import (
     peak_memory_mb,
     release_cached_memory,
     reset_peak_memory,
-    select_device,
 )
 from fire_megatron.rollout.engine import MegatronEngine
 from gpu_checks import measure
-from gpu_checks.check import Context, Findings, NotHere, rounded, said
+from gpu_checks.check import Context, Findings, need, rounded, said
 from gpu_checks.models import CONFIGS, Here, alone, parameter_bytes, prompts_of, ragged
 
 
@@ -97,18 +95,20 @@ def _ms_a_token(whole: float, prefill: float, tokens: int) -> float | None:
 
 
 class _Generation:
-    """Samples answers of so many tokens from the same prompts."""
+    """Samples answers of so many tokens from the same prompts, as steps of a run do: with memory for keys and values,
+    and graphs, that stay from one to the next of as many tokens."""
 
     def __init__(self, here: Here, model: torch.nn.Module, rows: int) -> None:
         self._here, self._model = here, model
         self._prompts = prompts_of(lengths(here.context, rows), CONFIGS[model_name(here.context)]["vocab_size"])
-        self._engines: dict[int, MegatronEngine] = {}
+        self._engine: MegatronEngine | None = None
 
     def __call__(self, tokens: int) -> None:
-        if tokens not in self._engines:
+        if self._engine is None or self._engine.config.max_new_tokens != tokens:
+            self._engine = None  # its memory, before more is asked for
             config = RolloutConfig(prompts_per_step=len(self._prompts), max_new_tokens=tokens)
-            self._engines[tokens] = MegatronEngine(self._model, self._here.grid, config, stop_ids=(), seed=1)
-        self._engines[tokens].generate(self._prompts, range(len(self._prompts)), step=0)
+            self._engine = MegatronEngine(self._model, self._here.grid, config, stop_ids=(), seed=1, keep_cache=True)
+        self._engine.generate(self._prompts, range(len(self._prompts)), step=0)
 
 
 def _cache_bytes(context: Context, rows: int) -> float:
@@ -124,11 +124,12 @@ def _growth(memory: list, name: str) -> int | None:
 
 
 def _host_work_a_token(generate: Callable[[int], None], here: Here) -> dict[str, float | None]:
-    """What the host does for a step of all rows: of many less that of one."""
-    many, few = (17, 1) if here.context.gpu else (3, 1)
+    """What the host does for a step of all rows: of many less that of few, of both once all their graphs are there: a
+    function that a generation runs once is captured in the second."""
+    many, few = (33, 17) if here.context.gpu else (3, 2)
     counted: list[Counter[str]] = []
     for tokens in (many, few):
-        generate(tokens)
+        generate(tokens), generate(tokens)
         counted.append(measure.events(lambda tokens=tokens: generate(tokens), here.world.device))
     more, less = (measure.host_work(counts) for counts in counted)
     figures = {name: (more[name] - less[name]) / (many - few) for name in more}
@@ -143,10 +144,14 @@ def decode_peer(context: Context, rows: int, compiled: bool) -> Findings:
         rows: prompts.
         compiled: whether its decode step goes through torch.compile, as it does by default.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise NotHere("transformers is not installed")
-    rows, tokens, device = rows_of(context, rows), new_tokens(context), select_device(context.device)
-    model = _peer_model(context)
+    need("transformers")
+    with alone(context) as here:
+        return _measured_peer(here, rows_of(context, rows), compiled)
+
+
+def _measured_peer(here: Here, rows: int, compiled: bool) -> Findings:
+    context, tokens, device = here.context, new_tokens(here.context), here.world.device
+    model = _peer_model(here)
     ids, mask = _left_padded(context, rows)
     ids, mask = ids.to(device.torch_device), mask.to(device.torch_device)
 
@@ -176,14 +181,14 @@ def decode_peer(context: Context, rows: int, compiled: bool) -> Findings:
     return Findings(told, figures)
 
 
-def _peer_model(context: Context) -> torch.nn.Module:
+def _peer_model(here: Here) -> torch.nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with select_device(context.device).torch_device:
-            values = {key: value for key, value in CONFIGS[model_name(context)].items() if key != "model_type"}
+        with here.world.device.torch_device:
+            values = {key: value for key, value in CONFIGS[model_name(here.context)].items() if key != "model_type"}
             return Qwen3ForCausalLM(Qwen3Config(**values, eos_token_id=None, bos_token_id=None)).eval()
     finally:
         torch.set_default_dtype(before)

@@ -17,11 +17,11 @@ from fire_megatron.platform import (
     peak_memory_mb,
     release_cached_memory,
     reset_peak_memory,
-    select_device,
     synchronize,
 )
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, rounded, said
+from gpu_checks.models import alone
 
 VALUE, GRADIENT = 1e-3, 2e-2
 """Most that a loss, and a gradient in bfloat16, may be off, as a part of the largest."""
@@ -97,8 +97,12 @@ _LOSSES: dict[str, Callable[[Problem], TokenLoss]] = {"sampled": _sampled, "full
 
 def fused_loss(context: Context, estimator: str) -> Findings:
     """Args: estimator: ``sampled`` or ``full``."""
+    with alone(context) as here:
+        return _measured(here.world.device, context, estimator)
+
+
+def _measured(device: Device, context: Context, estimator: str) -> Findings:
     tokens, hidden, vocabulary = (8192, 2560, 151936) if context.gpu else (256, 64, 1024)
-    device = select_device(context.device)
     problem = Problem.draw(tokens, hidden, vocabulary, device.torch_device)
     release_cached_memory(device)
     ours = measure.seconds(lambda: _ours(problem, estimator), device)

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
-from gpu_checks.check import PROJECT, Context, Findings, NotHere
+from gpu_checks.check import PROJECT, Context, Findings, NotHere, need
 
 
 def gpu_tests(context: Context, file: str) -> Findings:
     """Args: file: in tests/gpu."""
+    need("pytest")
     if not (PROJECT / "tests" / "gpu" / file).is_file():
         raise NotHere(f"this checkout has no tests/gpu/{file}")
     report = context.folder / f"{file}.xml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import sys
@@ -11,20 +10,19 @@ from pathlib import Path
 
 import torch
 
-from fire_megatron.platform import select_device
-from gpu_checks.check import PROJECT, Context, Findings, NotHere, rounded
+from gpu_checks.check import PROJECT, Context, Findings, need, rounded
 from gpu_checks.commands import command
-from gpu_checks.models import CONFIGS
+from gpu_checks.models import CONFIGS, Here, alone
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def step_against_trl(context: Context) -> Findings:
     """``benchmarks/step.py``: seconds and memory of a step, ours and TRL's, same models, prompts and tokens."""
-    if importlib.util.find_spec("trl") is None:
-        raise NotHere("TRL is not installed")
-    for name in ("student", "teacher"):
-        _hf_model(context, context.folder / "peer_hf" / name)
+    need("trl", "transformers")
+    with alone(context) as here:  # what is set at a start, of the allocator above all, is set before a GPU is used
+        for name in ("student", "teacher"):
+            _hf_model(here, context.folder / "peer_hf" / name)
     rows, tokens = (16, 128) if context.gpu else (2, 4)
     flags = {
         "--student": context.folder / "peer_hf" / "student",
@@ -60,16 +58,17 @@ def step_against_trl(context: Context) -> Findings:
     return Findings(told, figures)
 
 
-def _hf_model(context: Context, folder: Path) -> None:
+def _hf_model(here: Here, folder: Path) -> None:
     """A Hugging Face folder with random weights and the tiny models' tokenizer, whose template is the bare text."""
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+    context = here.context
     tokenizer = AutoTokenizer.from_pretrained(context.folder / "tiny_hf" / "student")
     tokenizer.chat_template = _TEMPLATE
     values = {k: v for k, v in CONFIGS["Qwen3-0.6B" if context.gpu else "toy"].items() if k != "model_type"}
     config = Qwen3Config(**values, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     torch.manual_seed(0 if folder.name == "student" else 1)
-    with select_device(context.device).torch_device:
+    with here.world.device.torch_device:
         model = Qwen3ForCausalLM(config)
     model.to(torch.bfloat16 if context.gpu else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

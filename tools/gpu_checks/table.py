@@ -9,7 +9,7 @@ _STEP = ("steps", "loss", "grad_norm", "step_s", "peak_mb")
 _AGREEMENT = (
     "engine_from_float32_mean", "engine_from_float32_max", "trainer_from_float32_mean", "trainer_from_float32_max",
     "teacher_from_float32_mean", "teacher_from_float32_max", "engine_from_trainer_mean", "engine_from_trainer_max",
-    "output_layer_max",
+    "engine_from_teacher_mean", "teacher_from_trainer_mean", "output_layer_max",
 )  # fmt: skip
 _DECODE = (
     "ms_a_token", "floor_ms", "times_floor", "tokens_per_second", "peak_mb", "allocated_growth_mb",
@@ -34,9 +34,16 @@ _TRL = ("step_s", "trl_step_s", "ratio", "peak_mb", "trl_peak_mb", "memory_ratio
 _TESTS = ("passed", "failed", "skipped")
 
 
-def _variant(name: str, *overrides: str, on_cpu: Sequence[str] = (), same: bool = False, gpu: bool = False) -> Check:
+def _variant(
+    name: str,
+    *overrides: str,
+    on_cpu: Sequence[str] = (),
+    same: bool = False,
+    gpu: bool = False,
+    fp8: str | None = None,
+) -> Check:
     """``whole_run`` with other settings."""
-    options = {"name": name, "overrides": overrides, "on_cpu": on_cpu, "same": same}
+    options = {"name": name, "overrides": overrides, "on_cpu": on_cpu, "same": same, "fp8": fp8}
     figures = (*_STEP, "first_loss", "first_loss_of_whole_run")
     return Check(name, "commands:variant", figures, 15, options, needs=("whole_run",), gpu=gpu)
 
@@ -62,6 +69,7 @@ _FP8 = "student.precision.fp8={recipe: tensorwise}"
 
 CHECKS = [
     Check("card", "card:card", _CARD, 15),
+    Check("transformer_engine", "commands:transformer_engine", ("version",), 10, gpu=True),
     Check("models", "commands:models", ("make_s", "convert_s"), 15),
     Check("whole_run", "commands:whole_run", (*_STEP, "first_loss"), 20, needs=("models",)),
     Check("resume", "commands:resume", _STEP, 15, needs=("whole_run",)),
@@ -69,23 +77,23 @@ CHECKS = [
     Check("decode_32", "decode:decode", _DECODE, 30, {"rows": 32}),
     Check("training_step", "training:training_step", _TRAINING, 30),
     Check("decode_256", "decode:decode", _DECODE, 40, {"rows": 256}),
+    Check("fused_loss_sampled", "fused_loss:fused_loss", _FUSED, 15, {"estimator": "sampled"}),
+    _tests("products_on_gpu", 20),
+    Check("planned", "planned:planned", _PLANNED, 25, needs=("models",)),
     _peer(32),
     _peer(256),
-    Check("fused_loss_sampled", "fused_loss:fused_loss", _FUSED, 15, {"estimator": "sampled"}),
     Check("fused_loss_full", "fused_loss:fused_loss", _FUSED, 15, {"estimator": "full"}),
     Check("offload", "memory:offload", _OFFLOAD, 20),
     Check("communicators", "memory:communicators", _COMMUNICATORS, 12, gpu=True),
     _variant("full", "loss.estimator=full"),
-    _variant("fp8", _FP8, on_cpu=("student.precision.fp8.emulate=true",)),
+    _variant("fp8", _FP8, on_cpu=("student.precision.fp8.emulate=true",), fp8="tensorwise"),
     _variant("offloaded_run", *_OFFLOADS, same=True),
     _variant("local_spec", "student.layer_spec=local", gpu=True),
     _fp8_step("tensorwise"),
     _fp8_step("blockwise"),
     _fp8_step("delayed"),
     Check("export", "commands:export", ("export_s", "step", "logits_moved_by"), 10, needs=("resume",)),
-    Check("planned", "planned:planned", _PLANNED, 25, needs=("models",)),
     _tests("gpu_monitor", 20),
-    _tests("products_on_gpu", 20),
     _tests("on_gpu", 90),
     Check("step_against_trl", "peers:step_against_trl", _TRL, 120, needs=("models",)),
     _peer(32, compiled=True),

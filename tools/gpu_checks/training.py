@@ -15,7 +15,8 @@ from fire_megatron.platform import peak_memory_mb, release_cached_memory, reset_
 from fire_megatron.train.student import Student
 from gpu_checks import measure
 from gpu_checks.agreement import as_training_rows
-from gpu_checks.check import Context, Findings, NotHere, rounded, said
+from gpu_checks.check import Context, Findings, rounded, said
+from gpu_checks.commands import need_fp8
 from gpu_checks.models import alone, prompts_of
 
 
@@ -45,12 +46,12 @@ def training_step(context: Context, fp8: str | None = None) -> Findings:
     size, precision = sizes(context), PrecisionConfig("bfloat16", fp8 and FP8Config(recipe=fp8))
     with alone(context) as here:
         if fp8:
-            _need(fp8)
+            need_fp8(context, fp8)
         device = here.world.device
         peak = measure.peak_tflops(device)
         release_cached_memory(device)
         reset_peak_memory(device)
-        model = here.model(size.model, dtype="bfloat16", spec="te" if context.gpu else "local", fp8=precision.fp8)
+        model = here.model(size.model, dtype="bfloat16", fp8=precision.fp8)
         optimizer = OptimizerConfig(micro_batch_tokens=size.micro_batch_tokens)
         student = Student(model, here.grid, loss=LossConfig(), optimizer=optimizer, precision=precision)
         rows = as_training_rows(_rollouts(size, model.used_vocab_size))
@@ -92,14 +93,6 @@ def _judged(figures: dict[str, float | None], bf16: dict[str, float | None]) -> 
     if bf16:
         told += f"; {figures['seconds_to_bf16']} of bfloat16's seconds, whose norm is {bf16['grad_norm']}"
     return Findings(told, figures, problems)
-
-
-def _need(recipe: str) -> None:
-    from fire_megatron.models.fp8 import unsupported
-
-    reason = unsupported(recipe)
-    if reason:
-        raise NotHere(f"{recipe}: {reason}")
 
 
 def _rollouts(size: Sizes, vocabulary: int) -> Rollouts:

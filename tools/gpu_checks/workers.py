@@ -41,9 +41,13 @@ class Workers:
         """Process of the check that is running."""
         self._server: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
+        self._mark = f"FIRE_GPU_CHECK={os.getpid()}-{time.monotonic_ns()}"
+        """In the environment of all that a check starts, whatever session or parent it has now."""
+        name, _, value = self._mark.partition("=")
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if p)
         self._environment = {
             **os.environ,
+            name: value,
             "PYTHONPATH": path,
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
@@ -61,7 +65,14 @@ class Workers:
         return self._warm
 
     def run(self, check: str, limit: float) -> int:
-        """Exit code of a check's process, :data:`TIMED_OUT` when it was ended. Its result is in its file."""
+        """Exit code of a check's process, :data:`TIMED_OUT` when it was ended. Its result is in its file. Nothing that
+        it has started outlives it."""
+        try:
+            return self._run(check, limit)
+        finally:
+            self._sweep()
+
+    def _run(self, check: str, limit: float) -> int:
         request = json.dumps({"check": check, "context": asdict(self._context), "log": str(self.log)})
         end = time.monotonic() + limit
         if self._warm:
@@ -83,12 +94,26 @@ class Workers:
 
     def close(self) -> None:
         """End the process that is forked, and the check that is running where an interrupt has come between."""
+        server, self._server = self._server, None
+        if server is not None:
+            _end(server.pid)
+            server.wait()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End all that bears the mark, but for the process that is forked: the check itself, where it is not known to
+        have ended, and what it has started, such as torchrun's workers, which lead sessions of their own."""
         if self._busy is not None:
             _end(self._busy)
-        if self._server is not None:
-            _end(self._server.pid)
-            self._server.wait()
-            self._server = None
+            self._busy = None
+        kept = None if self._server is None else self._server.pid
+        for _ in range(20):  # one may be starting another meanwhile
+            found = [pid for pid in _marked(self._mark) if pid != kept]
+            if not found:
+                return
+            for pid in found:
+                _end(pid)
+            time.sleep(0.05)
 
     def _poisoned(self, since: int) -> bool:
         with self.log.open(errors="replace") as log:
@@ -112,10 +137,17 @@ class Workers:
 
     def _answer(self, limit: float) -> str | None:
         """The next line; "" when there will be none, None when it takes too long."""
-        try:
-            return self._answers.get(timeout=max(limit, 0.0))
-        except queue.Empty:
-            return None
+        end = time.monotonic() + limit
+        while True:
+            # A check that has lost its parent holds the other end of the pipe, so that this alone does not tell.
+            dead = self._server is None or self._server.poll() is not None
+            try:
+                return self._answers.get(timeout=min(max(end - time.monotonic(), 0.0), 0.2))
+            except queue.Empty:
+                if dead:
+                    return ""
+                if time.monotonic() >= end:
+                    return None
 
     def _forked(self, request: str, end: float) -> int | None:
         """None when the process that is forked has died."""
@@ -129,9 +161,10 @@ class Workers:
             return None
         self._busy = int(pid)
         code = self._answer(end - time.monotonic())
+        if not code:  # it takes too long, or nobody is there to say what becomes of it
+            self._sweep()
         self._busy = None
         if code is None:
-            _end(int(pid))
             return TIMED_OUT if self._answer(30.0) else None
         return int(code) if code else None
 
@@ -146,11 +179,21 @@ class Workers:
         try:
             code = process.wait(max(end - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
-            _end(process.pid)
+            self._sweep()
             process.wait()
             code = TIMED_OUT
         self._busy = None
         return code
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes with this in their environment. Linux only; elsewhere those of a check's own session have to do."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def _end(pid: int) -> None:

@@ -104,6 +104,25 @@ def test_the_default_budget_reaches_what_a_plan_is_held_against():
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "card", "agreement", "decode_32", "training_step", "fused_loss_sampled", "offload", "transformers_32",
+        "step_against_trl",
+    ],
+)  # fmt: skip
+def test_what_measures_starts_as_a_run_does(monkeypatch, tmp_path, name):
+    """With its settings of the allocator and of attention, and before a GPU is used."""
+
+    def start(device, **_):
+        raise RuntimeError("started first")
+
+    monkeypatch.setattr("gpu_checks.models.start", start)
+    monkeypatch.setattr("gpu_checks.peers.need", lambda *packages: None)
+    result = work(next(check for check in CHECKS if check.name == name), Context("cpu", str(tmp_path), str(tmp_path)))
+    assert result.told == "RuntimeError: started first"
+
+
+@pytest.mark.parametrize(
     ("name", "module"),
     [
         ("gpu_tests_on_gpu", "pytest"),

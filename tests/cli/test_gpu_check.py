@@ -340,7 +340,7 @@ def test_processes_are_forked_where_that_works_and_else_start_from_nothing(tmp_p
     pool = workers(tmp_path, code)
     pool.start(20.0)
     for code in expected:
-        assert pool.run("one", 3.0) == code
+        assert pool.run("one", 2.0) == code
         server = [] if pool._server is None else [pool._server.pid]
         assert marked(pool._mark) == server, "a check goes on beside the next one"
     pool.close()
@@ -363,7 +363,7 @@ def test_what_a_check_has_started_does_not_outlive_it(tmp_path, warm, then):
     )
     assert pool.start(20.0) == warm
     expected = TIMED_OUT if then != "pass" else 5 if warm else 0
-    assert pool.run("one", 2.0) == expected
+    assert pool.run("one", 1.5) == expected
     assert marked(pool._mark) == ([pool._server.pid] if pool._server else [])
     pool.close()
 

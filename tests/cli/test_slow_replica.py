@@ -7,12 +7,14 @@ replica samples for longer than that; in step 2 it hangs.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
+from fire_megatron.platform.watch import EXIT_CODE
 from fire_megatron.train.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,16 +58,27 @@ def test_a_slow_replica_is_waited_for_and_one_that_hangs_is_named(tmp_path):
     (inputs / "slow_replica.py").write_text(PLUGIN)
     changes = {"run__plugins": ["slow_replica"], "evaluation__at_start": False}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(inputs, tmp_path / "run", **changes))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = [str(inputs), os.environ.get("PYTHONPATH", "")]
-    ended = subprocess.run(
-        [*launcher, "-m", "fire_megatron.train", "--recipe", str(recipe)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
-    assert ended.returncode != 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(inputs), os.environ.get("PYTHONPATH", "")))}
+    ranks = [
+        subprocess.Popen(  # without torchrun, which imports torch a third time
+            [sys.executable, "-m", "fire_megatron.train", "--recipe", str(recipe)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in ranks] == [EXIT_CODE] * 2, outputs
     lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1], ended.stdout
+    assert [line["step"] for line in lines] == [1], outputs
     assert lines[0]["time/rollout_wait"] > SLOW - TIMEOUT > lines[0]["time/teacher_exposed"]
     status = read_status(tmp_path / "run")
     assert status.state == "failed" and "no progress for" in status.error

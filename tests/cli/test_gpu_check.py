@@ -54,7 +54,7 @@ def test_every_check_runs_and_says_what_it_promises(tmp_path):
         elif check.name == late:
             assert result["state"] == FAILED and "time limit" in result["told"]
         elif check.name == "step_against_trl" and result["state"] == LEFT_OUT:
-            assert "TRL is not installed" in result["told"]
+            assert result["told"] == "not installed: trl"
         else:
             assert result["state"] == OK, (tmp_path / "log.txt").read_text()[-6000:]
             assert set(check.figures) <= set(result["figures"])

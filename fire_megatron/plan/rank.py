@@ -30,7 +30,7 @@ from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
-from fire_megatron.platform import Device, compute_device
+from fire_megatron.platform import Device, HostMemory, compute_device
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.states import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
@@ -292,7 +292,7 @@ class _Rank:
 
         def run() -> None:
             all_headers(rows, grid=grid)
-            share_out(rows, headers, prompts, lambda prompt: target, grid=grid)
+            share_out(rows, headers, prompts, lambda prompt: target, grid=grid, memory=HostMemory())
 
         return Phase(self._traced(run) if grid.row_replicas > 1 else Trace(), 1)
 

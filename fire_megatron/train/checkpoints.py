@@ -98,8 +98,8 @@ class Checkpoints:
         if saved not in (None, now):
             self.say(
                 f"WARNING: student.precision.dtype: {folder} was trained in {saved} and the run goes on in {now}; to "
-                f"go on as before, stop it and set student.precision.dtype={saved} (left out, it is bfloat16 on a GPU and "
-                "float32 on a CPU), and teachers.NAME.precision.dtype of those that were in it too"
+                f"go on as before, stop it and set student.precision.dtype={saved} (left out, it is bfloat16 on a GPU "
+                "and float32 on a CPU), and teachers.NAME.precision.dtype of those that were in it too"
             )
 
     def _leave_out(self, damaged: list[tuple[Path, str]]) -> None:

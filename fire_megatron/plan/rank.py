@@ -26,12 +26,13 @@ from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
-from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
+from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
-from fire_megatron.platform import Device, HostMemory, compute_device
-from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.platform import Device, Graphs, HostMemory, compute_device
+from fire_megatron.rollout.decoder import Decoder
+from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.teachers.states import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.train.inputs import role_layout, used_vocabulary
@@ -200,22 +201,51 @@ class _Rank:
         trace = Trace.total(
             *((times, self._of_all_layers(model, first, partial(self._batch, n, steps))) for n, times in batches)
         )
-        begun, second = (self._of_all_layers(model, first, partial(self._batch, size, n)) for n in (1, min(2, steps)))
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
         # Rows that move to other slots leave one layer's keys or values at a time, by a copy of at most half of them.
         trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
-        kept = keeps_cache(self.recipe, on_gpu=self.kind == "cuda")
+        prompts = self._of_all_layers(model, first, partial(self._batch, size, 1)) if size else Trace()
+        step = self._decode_step(size) if size else Trace()
+        graphs = uses_graphs(self.recipe.rollout, model, on_gpu=self.kind == "cuda")
+        kept = cache + (step.peak if graphs else 0) if keeps_cache(self.recipe, on_gpu=self.kind == "cuda") else 0
         return Phase(
             trace,
             pieces=steps * (whole + bool(rest)),
             rows=rows,
             kv_cache=cache,
-            kept=cache if kept else 0,
-            step_operators=second.operators - begun.operators,
-            step_flops=second.flops - begun.flops,
-            graphs=self.kind == "cuda" and self.recipe.rollout.cuda_graphs and not model.config.num_moe_experts,
+            kept=kept,
+            decode=Decode(
+                operators=step.operators,
+                flops=step.flops,
+                graphs=graphs,
+                prompt_operators=prompts.operators * (whole + bool(rest)),
+                prompt_flops=prompts.flops * rows // max(size, 1),
+            ),
         )
+
+    def _decode_step(self, rows: int) -> Trace:
+        """One token for each of so many rows; its peak is what it takes besides the cache."""
+        model, few = self.models["student"], min(rows, _FEW_ROWS)
+        config = replace(self.recipe.rollout, max_new_tokens=2)
+        longest = self.load.prompt_tokens + self.load.response_tokens
+
+        def take(slots: int) -> Trace:
+            decoder = Decoder(model, self.grids["student"], config, slots=slots, max_length=longest, columns=2)
+            with torch.no_grad(), model.cached(decoder.cache):
+                step = partial(decoder.step, slots, decoder.cache.max_length, Graphs(False))
+                step()  # takes the cache
+                return self._traced(step)
+
+        was_training = model.training
+        model.eval()
+        trace = take(few)
+        less = take(few - 1) if rows > few else trace
+        model.train(was_training)
+        more = rows - few
+        total = Trace.total((1 + more, trace), (-more, less))
+        total.operators, total.peak = trace.operators, trace.peak + more * (trace.peak - less.peak)
+        return total
 
     def _batch(self, rows: int, steps: int) -> Trace:
         """Sampling of rows together, so many tokens of each; its peak is above the key/value cache. Everything is

@@ -348,6 +348,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.watch.doing("evaluation")
+        self.run.engine.release()  # engines of the evaluation take memory of their own
         measured: dict[str, Value] = {}
         if self.run.held_out is not None:
             most = (

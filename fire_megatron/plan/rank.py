@@ -30,7 +30,7 @@ from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
-from fire_megatron.platform import Device, Graphs, compute_device
+from fire_megatron.platform import Device, Graphs, HostMemory, compute_device
 from fire_megatron.rollout.decoder import Decoder
 from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.teachers.states import StateKind, split_columns
@@ -322,7 +322,7 @@ class _Rank:
 
         def run() -> None:
             all_headers(rows, grid=grid)
-            share_out(rows, headers, prompts, lambda prompt: target, grid=grid)
+            share_out(rows, headers, prompts, lambda prompt: target, grid=grid, memory=HostMemory())
 
         return Phase(self._traced(run) if grid.row_replicas > 1 else Trace(), 1)
 

@@ -1,7 +1,7 @@
 """Seconds of the matrix products that a distillation step cannot do without, at this machine's own speed in float32.
 
-What benchmarks/step.py holds each phase against: the products of all weights, at the shapes that the phase has them in, one
-after the other and nothing else. Attention's own products, norms and sampling are not among them.
+What benchmarks/step.py holds each phase against: the products of all weights, at the shapes that the phase has them in,
+one after the other and nothing else. Attention's own products, norms and sampling are not among them.
 
 Shapes: M rows of an activation, [N, K] a weight.
 """

@@ -31,7 +31,7 @@ import torch
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.products import phase_seconds  # noqa: E402
+from benchmarks.products import phase_seconds
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent

@@ -25,13 +25,14 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.plan import pieces as few
+from fire_megatron.plan.decoding import decode_step
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
 from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
-from fire_megatron.platform import Device, Graphs, HostMemory, compute_device
-from fire_megatron.rollout.decoder import Decoder
+from fire_megatron.platform import Device, HostMemory, compute_device
 from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.teachers.states import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
@@ -197,7 +198,7 @@ class _Rank:
         steps = self.load.response_tokens
         batches = [(count, times) for count, times in ((size, whole), (rest, 1)) if count and times]
         model = self.models["student"]
-        first = partial(self._generate, min(size, _FEW_ROWS), 1)
+        first = partial(self._generate, min(size, few.FEW_ROWS), 1)
         trace = Trace.total(
             *((times, self._of_all_layers(model, first, partial(self._batch, n, steps))) for n, times in batches)
         )
@@ -206,7 +207,7 @@ class _Rank:
         trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
         prompts = self._of_all_layers(model, first, partial(self._batch, size, 1)) if size else Trace()
-        step = self._decode_step(size) if size else Trace()
+        step = decode_step(model, self.grids["student"], self.recipe.rollout, self.load, size) if size else Trace()
         graphs = uses_graphs(self.recipe.rollout, model, on_gpu=self.kind == "cuda")
         kept = cache + (step.peak if graphs else 0) if keeps_cache(self.recipe, on_gpu=self.kind == "cuda") else 0
         return Phase(
@@ -224,33 +225,10 @@ class _Rank:
             ),
         )
 
-    def _decode_step(self, rows: int) -> Trace:
-        """One token for each of so many rows; its peak is what it takes besides the cache."""
-        model, few = self.models["student"], min(rows, _FEW_ROWS)
-        config = replace(self.recipe.rollout, max_new_tokens=2)
-        longest = self.load.prompt_tokens + self.load.response_tokens
-
-        def take(slots: int) -> Trace:
-            decoder = Decoder(model, self.grids["student"], config, slots=slots, max_length=longest, columns=2)
-            with torch.no_grad(), model.cached(decoder.cache):
-                step = partial(decoder.step, slots, decoder.cache.max_length, Graphs(False))
-                step()  # takes the cache
-                return self._traced(step)
-
-        was_training = model.training
-        model.eval()
-        trace = take(few)
-        less = take(few - 1) if rows > few else trace
-        model.train(was_training)
-        more = rows - few
-        total = Trace.total((1 + more, trace), (-more, less))
-        total.operators, total.peak = trace.operators, trace.peak + more * (trace.peak - less.peak)
-        return total
-
     def _batch(self, rows: int, steps: int) -> Trace:
         """Sampling of rows together, so many tokens of each; its peak is above the key/value cache. Everything is
         linear in the number of rows and in that of steps."""
-        few = min(rows, _FEW_ROWS)
+        few = min(rows, few.FEW_ROWS)
         one = self._generate(few, 1)
         two = self._generate(few, 2) if steps > 1 else one
         trace = Trace.total((1, one), (steps - 1, two), (1 - steps, one))
@@ -398,9 +376,6 @@ class _Rank:
             states[name] = split_columns(whole, grid.layout.tensor)[grid.tp_rank]
         return states
 
-
-_FEW_ROWS = 2
-"""Rows of a batch that are really sampled; more of them are more of the same."""
 
 _DIMENSIONS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "dp": "data"}
 _OTHER_GROUPS = {

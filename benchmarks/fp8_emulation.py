@@ -175,7 +175,7 @@ def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
         run = trainer.run
         rollouts, scores, _ = trainer._sample_and_score(0)
         rows, *_ = select(rollouts, scores, run.router.names, run.hooks, micro_batch_size=4, grid=run.grid)
-        rows = rebalance(rows, run.prompts(0), run.router.target, grid=run.grid)
+        rows = rebalance(rows, run.prompts(0), run.router.target, grid=run.grid, memory=run.memory)
         rows, _ = run.router.attach(rows, scores.kept)
         tokens = float(sum(len(r) for r in rows.rollouts.responses))
         ways = {"bfloat16": ("bfloat16", None), "float32": ("float32", None)}

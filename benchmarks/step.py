@@ -27,6 +27,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.products import phase_seconds
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 FIRE_HOOKS = "[{name: filter, percentile: 20}, {name: reweight}]"
@@ -119,8 +125,8 @@ def _summary(seconds: list[float], memory: float, tokens: list[float]) -> dict[s
     }
 
 
-def _prepare(args: argparse.Namespace, work: Path) -> None:
-    """Convert both models and write the prompts that the peer will take."""
+def _prepare(args: argparse.Namespace, work: Path) -> int:
+    """Convert both models and write the prompts that the peer will take; returns tokens of a prompt, on average."""
     for role in ("student", "teacher"):
         convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py"), "hf-to-megatron"]
         _run([*convert, "--hf", str(getattr(args, role)), "--out", str(work / role)], args.threads)
@@ -129,6 +135,31 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
     if len(chosen) < args.rollouts * args.steps:
         sys.exit(f"{args.prompts}: {len(chosen)} prompts are short enough; {args.rollouts * args.steps} are needed")
     (work / "prompts.jsonl").write_text("".join(json.dumps({"problem": p}) + "\n" for p in chosen), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    chats = [[{"role": "user", "content": problem}] for problem in chosen]
+    render = tokenizer.apply_chat_template if tokenizer.chat_template else None
+    ids = [
+        render(c, add_generation_prompt=True, return_dict=False) if render else tokenizer(c[0]["content"]).input_ids
+        for c in chats
+    ]
+    return round(statistics.mean(map(len, ids)))
+
+
+def _print_products(args: argparse.Namespace, ours: dict[str, float], prompt_tokens: int) -> dict[str, float]:
+    """Each phase's seconds over those of its products."""
+    torch.set_num_threads(args.threads)
+    floor = phase_seconds(
+        args.student,
+        args.teacher,
+        rollouts=args.rollouts,
+        prompt_tokens=prompt_tokens,
+        new_tokens=round(ours["tokens"] / args.rollouts),
+        micro_batch_size=args.micro_batch_size,
+    )
+    print(f"{'':12}{'seconds':>9}{'products':>10}{'ratio':>8}")
+    for phase, seconds in floor.items():
+        print(f"{phase:12}{ours[f'{phase}_s']:9.2f}{seconds:10.2f}{ours[f'{phase}_s'] / seconds:8.2f}")
+    return floor
 
 
 def main() -> None:
@@ -143,7 +174,7 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        _prepare(args, work)
+        prompt_tokens = _prepare(args, work)
         for number in range(args.rounds):
             for name, measure in sides.items():
                 print(f"round {number + 1} of {args.rounds}: {name} ...", file=sys.stderr, flush=True)
@@ -161,6 +192,8 @@ def main() -> None:
             f"{name:12}{side['step_s']:9.2f}{side['step_s'] / peer['step_s']:8.2f}{side['peak_mb']:10.0f}"
             f"{side['peak_mb'] / peer['peak_mb']:8.2f}{side['tokens']:9.0f}   {phases}"
         )
+    if args.device == "cpu":
+        best["products"] = _print_products(args, best["ours"], prompt_tokens)
     print(json.dumps(best))
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 
 from fire_megatron.cli.main import main
-from fire_megatron.plan import pieces, rank
+from fire_megatron.plan import pieces
 
 
 def call(arguments: list[str]) -> dict:
@@ -16,15 +16,15 @@ def call(arguments: list[str]) -> dict:
     if arguments[0] == "--advised":
         advice = json.loads(call(arguments[1:])["out"])["advice"]
         return call([*arguments[1:], *(part for item in advice for part in item["change"].split(" "))])
-    whole, kept = arguments[0] == "--whole", (pieces.MANY_LAYERS, rank._FEW_ROWS)
+    whole, kept = arguments[0] == "--whole", (pieces.MANY_LAYERS, pieces.FEW_ROWS)
     if whole:
-        pieces.MANY_LAYERS, rank._FEW_ROWS = 1000, 1000
+        pieces.MANY_LAYERS, pieces.FEW_ROWS = 1000, 1000
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["plan", *arguments[whole:]])
     finally:
-        pieces.MANY_LAYERS, rank._FEW_ROWS = kept
+        pieces.MANY_LAYERS, pieces.FEW_ROWS = kept
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

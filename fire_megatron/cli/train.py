@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from fire_megatron.cli.guard import guarded, run_command
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import load_recipe
-from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ def _train(recipe: Recipe, world: World) -> None:
         stop = StopRequest().install()  # loading takes its time, and what asks to stop may not ask again
         Trainer(recipe, world, watch, stop).train()
 
-    recipe = resolved(recipe, world.device.kind)
     held = rank_roles(recipe, world)
     guarded(world, train, held=held, timeout=recipe.run.collective_timeout, note=note)
 

@@ -225,10 +225,11 @@ class RolloutConfig(Section):
     """Tokens that end an answer besides those of the tokenizer and the generation config."""
     batch_size: Count = 0
     """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once. Where there are more, each
-    row that ends makes room for the next. It bounds the memory for keys and values, and changes no sample."""
+    row that ends makes room for the next. It bounds the memory for keys and values, and changes a sample by rounding
+    alone: the same in float32, while in bfloat16 a near tie may fall otherwise."""
     sync_every: Count = 0
-    """Tokens that are sampled before the host looks at them; until then, rows that have ended go on. Changes no sample.
-    0 picks: 16 on a GPU, which then need not wait for the host, 1 on a CPU."""
+    """Tokens that are sampled before the host looks at them; until then, rows that have ended go on. It changes samples
+    no more than `batch_size` does. 0 picks: 16 on a GPU, which then need not wait for the host, 1 on a CPU."""
     cuda_graphs: bool = True
     """Whether a decode step on a GPU is a CUDA graph; models with experts have none."""
     keep_cache: bool | None = None

@@ -200,11 +200,10 @@ class _ChunkedLinearLoss(torch.autograd.Function):
 
 
 def _scaled(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values times a scalar, rounded to a dtype once; in their own memory if that is theirs, so only once."""
+    """Values times a scalar, rounded to a dtype once. The values stay as they are, for another backward."""
     # A training step's scale is 1. To ask for it costs nothing on a CPU; on a GPU the host would wait for the device,
     # where the multiplication is part of the conversion to half precision.
     if device_kind(scale.device) == "cpu" and scale.item() == 1:
         return values.to(dtype)
-    out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
     # Of one dimension, since a scalar tensor would be rounded to the values' dtype before it is multiplied by.
-    return torch.mul(values, scale.view(1), out=out)
+    return torch.mul(values, scale.view(1), out=torch.empty_like(values, dtype=dtype))

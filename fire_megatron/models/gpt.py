@@ -38,6 +38,9 @@ _OFF_IN_GENERATION = (
     "reduce_scatter_embeddings",
     "bias_activation_fusion",  # compiled anew for other shapes
     "bias_dropout_fusion",
+    "recompute_mlp",  # there is no backward pass, and megatron-core would still keep the state of random numbers
+    "recompute_input_layernorm",
+    "recompute_pre_mlp_layernorm",
 )
 
 
@@ -231,7 +234,7 @@ class FireGPT(GPTModel):
     def cached(self, cache: KVCache) -> Iterator[None]:
         """Decode with a cache: packs passed meanwhile are prompts to remember. Sequence parallelism and FP8 are off
         inside, since a decode step has one token a row: nothing to split, and no blocks to multiply in; so are
-        megatron-core's compiled functions."""
+        megatron-core's compiled functions and its recomputation."""
         attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         self._cache = cache
         for attention in attentions:

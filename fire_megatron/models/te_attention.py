@@ -21,8 +21,8 @@ scores of a pack at once and knows no context parallelism."""
 
 
 class TEAttention(CoreAttention):
-    """Packs go through Transformer Engine's attention, all rows in one kernel; decode steps and float32 through
-    :class:`CoreAttention`."""
+    """Packs go through Transformer Engine's attention, all rows in one kernel; decode steps, float32, and under context
+    parallelism prompts to be remembered, through :class:`CoreAttention`."""
 
     def __init__(
         self,
@@ -51,8 +51,9 @@ class TEAttention(CoreAttention):
     def _attend_pack(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackParams
     ) -> torch.Tensor:
-        """As :meth:`CoreAttention._attend_pack`; the fused attention returns [T, Q * D]."""
-        if query.dtype not in _FUSED_DTYPES:
+        """As :meth:`CoreAttention._attend_pack`; the fused attention returns [T, Q * D]. It is built for packs that all
+        context ranks share; in generation each of them has prompts of its own."""
+        if query.dtype not in _FUSED_DTYPES or params.context_ranks != self.context_group.size():
             return super()._attend_pack(query, key, value, params)
         return self.fused(
             query,

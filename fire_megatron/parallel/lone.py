@@ -7,6 +7,8 @@ seconds at start-up. Our own functions ask a group for its size first; megatron-
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,51 +17,54 @@ import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 
 
-def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective whose input is its result in a group of one."""
+class _Done(dist.Work):
+    """For who waits for a collective later."""
 
-    def collective(*args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any) -> Any:
-        return None if _alone(group, kwargs) else function(*args, group=group, **kwargs)
+    def wait(self, timeout: object = None) -> bool:
+        """Nothing to wait for."""
+        return True
 
-    return collective
-
-
-def _into(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective from one tensor into another, which may be the same memory."""
-
-    def collective(
-        output: torch.Tensor, values: torch.Tensor, *, group: dist.ProcessGroup | None = None, **kwargs: Any
-    ) -> Any:
-        if not _alone(group, kwargs):
-            return function(output, values, group=group, **kwargs)
-        if output.data_ptr() != values.data_ptr():
-            output.copy_(values.view_as(output))
-        return None
-
-    return collective
+    def is_completed(self) -> bool:
+        """It has been since it was asked for."""
+        return True
 
 
-def _objects(function: Callable[..., Any]) -> Callable[..., Any]:
-    def collective(gathered: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
-        if _alone(group, {}):
-            gathered[0] = value
-        else:
-            function(gathered, value, group=group)
+def _silenced(function: Callable[..., Any], alone: Callable[..., None]) -> Callable[..., Any]:
+    """A collective that does ``alone`` with its first two arguments in a group of one."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        group = given.get("group")
+        if group is None or group.size() > 1:
+            return function(*args, **kwargs)
+        alone(*list(given.values())[:2])
+        return _Done() if given.get("async_op") else None
 
     return collective
 
 
-def _alone(group: dist.ProcessGroup | None, options: dict[str, Any]) -> bool:
-    alone = group is not None and group.size() == 1
-    assert not (alone and options.get("async_op")), "nobody waits for this"
-    return alone
+def _stays(*_: Any) -> None:
+    """The input is the result."""
+
+
+def _moves(output: torch.Tensor, values: torch.Tensor) -> None:
+    """From one tensor into another, which may be the same memory."""
+    if output.data_ptr() != values.data_ptr():
+        output.copy_(values.view_as(output))
+
+
+def _enters(gathered: list[Any], value: Any) -> None:
+    """An object into a list."""
+    gathered[0] = value
 
 
 _CALLED = [
-    (dist, "all_reduce", _in_place),  # gradients without the distributed optimizer, their norm, FP8's amaxes
-    (dist, "all_gather_object", _objects),  # the optimizer's groups of parameters
-    (param_and_grad_buffer, "dist_reduce_scatter_func", _into),  # gradients and weights of the distributed optimizer,
-    (param_and_grad_buffer, "dist_all_gather_func", _into),  # also of experts, whose replicas are fewer
+    (dist, "all_reduce", _stays),  # gradients without the distributed optimizer, their norm, FP8's amaxes
+    (dist, "all_gather_object", _enters),  # the optimizer's groups of parameters
+    (param_and_grad_buffer, "dist_reduce_scatter_func", _moves),  # gradients and weights of the distributed optimizer,
+    (param_and_grad_buffer, "dist_all_gather_func", _moves),  # also of experts, whose replicas are fewer
 ]
 """Where megatron-core 0.16.1 and 0.19.2 find what they call without asking for the group's size, while an optimizer is
 built, gradients are reduced and applied. In layers and pipeline they ask."""
@@ -69,8 +74,8 @@ built, gradients are reduced and applied. In layers and pipeline they ask."""
 def lone_groups_silent() -> Iterator[None]:
     """Within the context, megatron-core's collectives on groups of one rank do without communication."""
     real = [getattr(module, name) for module, name, _ in _CALLED]
-    for (module, name, silenced), function in zip(_CALLED, real, strict=True):
-        setattr(module, name, silenced(function))
+    for (module, name, alone), function in zip(_CALLED, real, strict=True):
+        setattr(module, name, _silenced(function, alone))
     try:
         yield
     finally:

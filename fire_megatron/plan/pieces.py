@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.plan.trace import Trace
 
+FEW_ROWS = 2
+"""Rows of a batch that are really sampled; more of them are more of the same."""
 MANY_LAYERS = 8
 """Layers of a stage above which a few stand for all."""
 

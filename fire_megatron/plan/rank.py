@@ -25,13 +25,15 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.plan import pieces as few
+from fire_megatron.plan.decoding import decode_step
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
-from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
+from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
-from fire_megatron.platform import Device, compute_device
-from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.platform import Device, HostMemory, compute_device
+from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.teachers.states import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.train.inputs import role_layout, used_vocabulary
@@ -196,31 +198,37 @@ class _Rank:
         steps = self.load.response_tokens
         batches = [(count, times) for count, times in ((size, whole), (rest, 1)) if count and times]
         model = self.models["student"]
-        first = partial(self._generate, min(size, _FEW_ROWS), 1)
+        first = partial(self._generate, min(size, few.FEW_ROWS), 1)
         trace = Trace.total(
             *((times, self._of_all_layers(model, first, partial(self._batch, n, steps))) for n, times in batches)
         )
-        begun, second = (self._of_all_layers(model, first, partial(self._batch, size, n)) for n in (1, min(2, steps)))
         cache = self._kv_cache(size, self.load.prompt_tokens + self.recipe.rollout.max_new_tokens)
         # Rows that move to other slots leave one layer's keys or values at a time, by a copy of at most half of them.
         trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
-        kept = keeps_cache(self.recipe, on_gpu=self.kind == "cuda")
+        prompts = self._of_all_layers(model, first, partial(self._batch, size, 1)) if size else Trace()
+        step = decode_step(model, self.grids["student"], self.recipe.rollout, self.load, size) if size else Trace()
+        graphs = uses_graphs(self.recipe.rollout, model, on_gpu=self.kind == "cuda")
+        kept = cache + (step.peak if graphs else 0) if keeps_cache(self.recipe, on_gpu=self.kind == "cuda") else 0
         return Phase(
             trace,
             pieces=steps * (whole + bool(rest)),
             rows=rows,
             kv_cache=cache,
-            kept=cache if kept else 0,
-            step_operators=second.operators - begun.operators,
-            step_flops=second.flops - begun.flops,
-            graphs=self.kind == "cuda" and self.recipe.rollout.cuda_graphs and not model.config.num_moe_experts,
+            kept=kept,
+            decode=Decode(
+                operators=step.operators,
+                flops=step.flops,
+                graphs=graphs,
+                prompt_operators=prompts.operators * (whole + bool(rest)),
+                prompt_flops=prompts.flops * rows // max(size, 1),
+            ),
         )
 
     def _batch(self, rows: int, steps: int) -> Trace:
         """Sampling of rows together, so many tokens of each; its peak is above the key/value cache. Everything is
         linear in the number of rows and in that of steps."""
-        few = min(rows, _FEW_ROWS)
+        few = min(rows, few.FEW_ROWS)
         one = self._generate(few, 1)
         two = self._generate(few, 2) if steps > 1 else one
         trace = Trace.total((1, one), (steps - 1, two), (1 - steps, one))
@@ -292,7 +300,7 @@ class _Rank:
 
         def run() -> None:
             all_headers(rows, grid=grid)
-            share_out(rows, headers, prompts, lambda prompt: target, grid=grid)
+            share_out(rows, headers, prompts, lambda prompt: target, grid=grid, memory=HostMemory())
 
         return Phase(self._traced(run) if grid.row_replicas > 1 else Trace(), 1)
 
@@ -368,9 +376,6 @@ class _Rank:
             states[name] = split_columns(whole, grid.layout.tensor)[grid.tp_rank]
         return states
 
-
-_FEW_ROWS = 2
-"""Rows of a batch that are really sampled; more of them are more of the same."""
 
 _DIMENSIONS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "dp": "data"}
 _OTHER_GROUPS = {

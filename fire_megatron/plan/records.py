@@ -31,6 +31,21 @@ class RoleMemory:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """What bounds sampling."""
+
+    operators: int
+    """Of a decode step of all slots, each a kernel or so."""
+    flops: int
+    """Of a decode step."""
+    graphs: bool
+    """Whether a decode step is a CUDA graph."""
+    prompt_operators: int = 0
+    """Of all passes of prompts."""
+    prompt_flops: int = 0
+
+
+@dataclass(frozen=True)
 class Phase:
     """A phase of a step on a rank."""
 
@@ -43,13 +58,9 @@ class Phase:
     kv_cache: int = 0
     """Bytes of keys and values."""
     kept: int = 0
-    """Of these, what stays from step to step."""
-    step_operators: int = 0
-    """Operators of a decode step, each a kernel or so."""
-    step_flops: int = 0
-    """Floating-point operations of a decode step."""
-    graphs: bool = False
-    """Whether a decode step is a CUDA graph."""
+    """What of sampling's memory stays from step to step: keys and values, and what CUDA graphs work in."""
+    decode: Decode | None = None
+    """Of sampling alone."""
     loss: int = 0
     """Bytes of the loss on the last stage: a chunk's logits and the gradients of hidden states and output weight."""
 
@@ -72,9 +83,10 @@ class RankPlan:
     def communicators(self) -> int:
         """Groups of several ranks that this rank sends or receives in, each of them with buffers of its own."""
         used = {c.ranks for phase in self.phases.values() for c, _, _ in phase.trace.messages()}
-        # Metrics and votes of a step go over all ranks of the student.
-        spans = {max(names, key=len) for path, names in self.groups.items() if path == "student"}
-        return len({ranks for ranks in used | spans if len(ranks) > 1})
+        # Each role is loaded, and the student's metrics are put together, over all of its ranks.
+        spans = {max(names, key=len) for names in self.groups.values() if names}
+        groups = {ranks for ranks in used | spans if len(ranks) > 1}
+        return len(groups) + bool(groups)  # and all ranks of the run
 
     @staticmethod
     def worker(phase: str) -> str:

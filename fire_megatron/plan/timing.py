@@ -89,12 +89,13 @@ def _work(trace: Trace, role: RoleConfig, gpu: Gpu, *, fp8: bool = True) -> floa
 def _decoding(plan: RankPlan, phase: Phase, recipe: Recipe, load: Workload, gpu: Gpu) -> float:
     """Seconds of all decode steps, without collectives: each takes the longest of its arithmetic, of reading the
     weights and the keys and values that are there on average, and of its launches; then there are the host's looks."""
+    assert phase.decode is not None
     filled = (load.prompt_tokens + load.response_tokens / 2) / (load.prompt_tokens + recipe.rollout.max_new_tokens)
     read = (plan.roles["student"].weights + phase.kv_cache * filled) / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
-    launches = phase.step_operators * (GRAPH_LAUNCH_S if phase.graphs else LAUNCH_S)
+    launches = phase.decode.operators * (GRAPH_LAUNCH_S if phase.decode.graphs else LAUNCH_S)
     looks = phase.pieces / (recipe.rollout.sync_every or SYNC_EVERY["cuda"])
     peak = gpu.fp32_tflops if recipe.student.precision.dtype == "float32" else gpu.bf16_tflops
-    arithmetic = phase.step_flops / (peak * 1e12 * PRODUCTS)
+    arithmetic = phase.decode.flops / (peak * 1e12 * PRODUCTS)
     return phase.pieces * max(arithmetic, read, launches) + looks * LOOK_S
 
 
@@ -137,11 +138,8 @@ def step_time(
 def _sampling(recipe: Recipe, load: Workload, plan: RankPlan, phase: Phase, gpu: Gpu, gpus_per_node: int) -> float:
     """A token goes through all stages before the next one; what one stage takes, all of them take."""
     stages = recipe.student.parallel.pipeline
-    # Of prompts: what is left when decode steps are taken away.
-    prompts = Trace(
-        flops=max(phase.trace.flops - phase.pieces * phase.step_flops, 0),
-        operators=max(phase.trace.operators - phase.pieces * phase.step_operators, 0),
-    )
+    assert phase.decode is not None
+    prompts = Trace(flops=phase.decode.prompt_flops, operators=phase.decode.prompt_operators)
     work = _work(prompts, recipe.student, gpu, fp8=False) + _decoding(plan, phase, recipe, load, gpu)
     return stages * (work + communication(phase.trace, gpu, gpus_per_node))
 

@@ -17,7 +17,7 @@ from fire_megatron.platform.device import (
     select_device,
     synchronize,
 )
-from fire_megatron.platform.graphs import Graphs, storage_address
+from fire_megatron.platform.graphs import Graphs
 from fire_megatron.platform.host import HostMemory, upload
 from fire_megatron.platform.launch import World, simulate, start, stop
 from fire_megatron.platform.offload import Offload
@@ -52,7 +52,6 @@ __all__ = [
     "simulate",
     "start",
     "stop",
-    "storage_address",
     "synchronize",
     "tick",
     "upload",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import gc
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+from fire_megatron.config.errors import TrainingError
+
+MOST = 64
+"""Graphs that are kept, the last ones used: each holds some megabytes of the driver's memory."""
 
 
 class Graphs:
@@ -23,7 +29,8 @@ class Graphs:
         self.captured = 0
         """Graphs captured so far."""
         self._seen: set[Hashable] = set()
-        self._graphs: dict[Hashable, Any] = {}
+        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self._stream: Any = None
         self._pool: Any = None
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
@@ -32,16 +39,20 @@ class Graphs:
         Args:
             key: what the function depends on besides the memory that it works on.
             function: the same one for the same key.
+
+        Raises:
+            TrainingError: it cannot be captured.
         """
         if not self.enabled or key not in self._seen:
             self._seen.add(key)
             function()
             return
-        graph = self._graphs.get(key) or self._capture(key, function)
-        if graph is None:
-            function()
-        else:
-            graph.replay()
+        if key not in self._graphs:
+            if len(self._graphs) == MOST:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = self._capture(function)
+        self._graphs.move_to_end(key)
+        self._graphs[key].replay()
 
     def forget(self) -> None:
         """Drop all graphs, since the memory that they work on is not what it was."""
@@ -49,27 +60,30 @@ class Graphs:
         self._seen.clear()
         self._pool = None
 
-    def _capture(self, key: Hashable, function: Callable[[], None]) -> Any:
-        """A graph of the function; None where it cannot be captured, which turns graphs off for good."""
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, function: Callable[[], None]) -> Any:
+        """A graph of the function. Not by ``torch.cuda.graph``, which empties the allocator's cache each time."""
+        graph, self._stream = torch.cuda.CUDAGraph(), self._stream or torch.cuda.Stream()
+        collecting = gc.isenabled()
+        gc.disable()  # what is collected may free device memory, which a capture forbids
+        self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            # Other threads (NCCL's watchdog) may query the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                function()
+            with torch.cuda.stream(self._stream):
+                # Other threads (NCCL's watchdog) may query the device meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:
-            print(f"note: decoding goes on without CUDA graphs: {error}", file=sys.stderr, flush=True)
-            self.forget()
-            self.enabled = False
-            return None
+            # Not to be gone on from: torch's allocator may take the capture for still under way.
+            raise TrainingError(
+                f"rollout.cuda_graphs: a decode step of this model cannot be captured ({error}); set "
+                "rollout.cuda_graphs: false"
+            ) from error
+        finally:
+            if collecting:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._pool = self._pool or graph.pool()
-        self._graphs[key] = graph
         self.captured += 1
         return graph
-
-
-def storage_address(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory is; of one without memory of its own, such as an FP8 weight in parts, which one it is."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return id(tensor)

@@ -221,6 +221,8 @@ def _prepare_torch(timeout: float) -> None:
     if "expandable_segments" not in settings and "cudaMallocAsync" not in settings:
         for name in [name for name in _ALLOCATOR if name in os.environ] or _ALLOCATOR[:1]:
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "expandable_segments:True")))
+    # Collectives in CUDA graphs would otherwise register buffers, which fails with segments that grow.
+    _prefer("0", "NCCL_GRAPH_REGISTER")
     # Otherwise a group of n ranks opens n - 1 connections in each of them, whether it is used or not.
     _prefer("1", "TORCH_GLOO_LAZY_INIT")
     # The watch, which can tell where everybody is, shall be the first to speak.

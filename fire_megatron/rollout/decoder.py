@@ -21,7 +21,7 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import Graphs, compute_device, storage_address, tick
+from fire_megatron.platform import Graphs, compute_device, tick
 from fire_megatron.rollout.sampler import Sampled, sample
 
 
@@ -67,7 +67,7 @@ class Decoder:
 
     def weight_addresses(self) -> tuple[int, ...]:
         """Where the weights are."""
-        return tuple(storage_address(tensor) for tensor in (*self.model.parameters(), *self.model.buffers()))
+        return tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
 
     # ---- between looks ------------------------------------------------------------------------------------------
 

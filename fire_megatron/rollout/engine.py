@@ -66,6 +66,11 @@ def row_bucket(rows: int, kind: str) -> int:
     return power if rows <= 8 else -(-rows // step) * step
 
 
+def uses_graphs(config: RolloutConfig, model: FireGPT, *, on_gpu: bool) -> bool:
+    """Whether decode steps are CUDA graphs. With experts they are not: their dispatcher counts tokens on the host."""
+    return on_gpu and config.cuda_graphs and not model.config.num_moe_experts
+
+
 class MegatronEngine:
     """Generates with a megatron model on its own grid; every rank of the grid calls it alike. Replicas that share
     experts decode together, whatever rows each of them has, also none."""
@@ -91,8 +96,7 @@ class MegatronEngine:
         self.keep_cache = keep_cache
         self._kind = device_kind(compute_device())
         # Experts' tokens are counted on the host.
-        on_gpu = compute_device().type == "cuda"
-        self.graphs = Graphs(on_gpu and config.cuda_graphs and not model.config.num_moe_experts)
+        self.graphs = Graphs(uses_graphs(config, model, on_gpu=compute_device().type == "cuda"))
         self._decoder: Decoder | None = None
         self._addresses: tuple[int, ...] = ()
 
@@ -137,8 +141,7 @@ class MegatronEngine:
         finally:
             self.model.train(was_training)
             if not self.keep_cache:
-                self._decoder = None
-                self.graphs.forget()
+                self.release()
         done.close()
         answers.sort(key=lambda answer: answer.row)
         responses = tuple(answer.tokens for answer in answers)
@@ -152,6 +155,11 @@ class MegatronEngine:
             truncated=tuple(not len(r) or int(r[-1]) not in self.stop_ids for r in responses),
             weight_version=step,
         )
+
+    def release(self) -> None:
+        """Give back the memory for keys and values, and the graphs that work on it; the next call takes them anew."""
+        self._decoder = None
+        self.graphs.forget()
 
     def _decode_all(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.checkpoint.files import read_marker
 from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
 from fire_megatron.checkpoint.training import TrainingState, load_training_state
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
@@ -78,6 +79,7 @@ class Checkpoints:
             self._leave_out(damaged)
             self.saved = state.step
             self.say(f"resumed from {folder} after step {state.step}")
+            self._tell_format(folder)
             return state
         if damaged:
             told = "\n".join(text for _, text in damaged)
@@ -88,6 +90,17 @@ class Checkpoints:
             error.everywhere = True
             raise error
         return None
+
+    def _tell_format(self, folder: Path) -> None:
+        """A step fits any format, so a run goes on in another; which nobody may have asked for, where a recipe leaves
+        it to the device, or to the defaults of a version."""
+        saved, now = (read_marker(folder) or {}).get("dtype"), self.recipe.student.precision.dtype
+        if saved not in (None, now):
+            self.say(
+                f"WARNING: student.precision.dtype: {folder} was trained in {saved} and the run goes on in {now}; to "
+                f"go on as before, stop it and set student.precision.dtype={saved} (left out, it is bfloat16 on a GPU "
+                "and float32 on a CPU), and teachers.NAME.precision.dtype of those that were in it too"
+            )
 
     def _leave_out(self, damaged: list[tuple[Path, str]]) -> None:
         """Damaged steps are neither counted among those to keep nor in the way of the step that will be saved again."""

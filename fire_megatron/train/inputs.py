@@ -11,7 +11,7 @@ from pathlib import Path
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.evaluation import NAME
-from fire_megatron.config.roles import resolved, roles, routes
+from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
@@ -234,7 +234,7 @@ def _engine_notes(recipe: Recipe, device: Device) -> list[str]:
     """What Transformer Engine does to a format without being asked."""
     wide = [
         path
-        for path, role in roles(resolved(recipe, device.kind)).items()
+        for path, role in roles(recipe).items()
         if role.precision.dtype == "float32" and resolve_layer_spec(role.layer_spec, device, role=path) == "te"
     ]
     if not wide:

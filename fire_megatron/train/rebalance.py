@@ -38,7 +38,12 @@ class Header(NamedTuple):
 
 
 def rebalance(
-    rows: TrainingRows, prompts: Sequence[Prompt], target: Callable[[Prompt], Target], *, grid: ModelGrid
+    rows: TrainingRows,
+    prompts: Sequence[Prompt],
+    target: Callable[[Prompt], Target],
+    *,
+    grid: ModelGrid,
+    memory: HostMemory,
 ) -> TrainingRows:
     """Share the kept rows of all replicas evenly by tokens, so that dropped rows cost no replica anything.
 
@@ -52,13 +57,14 @@ def rebalance(
         prompts: of the whole global batch by row id, which every rank has.
         target: whom the answers to a prompt learn from.
         grid: the student's.
+        memory: lends the memory for rows that come from elsewhere.
 
     Returns:
-        This replica's share, by row id.
+        This replica's share, by row id; there until the memory is taken back.
     """
     if grid.row_group.size() == 1:
         return rows
-    return share_out(rows, all_headers(rows, grid=grid), prompts, target, grid=grid)
+    return share_out(rows, all_headers(rows, grid=grid), prompts, target, grid=grid, memory=memory)
 
 
 def all_headers(rows: TrainingRows, *, grid: ModelGrid) -> list[list[Header]]:
@@ -81,6 +87,7 @@ def share_out(
     target: Callable[[Prompt], Target],
     *,
     grid: ModelGrid,
+    memory: HostMemory,
 ) -> TrainingRows:
     """What :func:`rebalance` does once all headers are known on all ranks."""
     assert rows.states is None, "states are brought to where rows are trained on"
@@ -105,7 +112,7 @@ def share_out(
         {rank: sum(_COLUMNS * header.tokens for header in part) for rank, part in incoming.items()},
         dtype=torch.int32,
         group=grid.row_group,
-        memory=HostMemory(),
+        memory=memory,
     )
     for rank, part in incoming.items():
         pieces = received[rank].split([_COLUMNS * header.tokens for header in part])

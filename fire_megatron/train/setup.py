@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.records import Prompt
+from fire_megatron.data.rollouts import TrainingRows
 from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.fire.hooks import Hook
@@ -30,7 +31,17 @@ from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Device, Offload, Watch, World, compute_device, device_kind, launch, reset_peak_memory
+from fire_megatron.platform import (
+    Device,
+    HostMemory,
+    Offload,
+    Watch,
+    World,
+    compute_device,
+    device_kind,
+    launch,
+    reset_peak_memory,
+)
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
@@ -38,6 +49,7 @@ from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.train.inputs import Inputs, check, role_layout, used_vocabulary
+from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.student import Student
 
 Say = Callable[[str], None]
@@ -61,11 +73,20 @@ class StudentRun:
     saver: Saver
     waiting: dist.ProcessGroup | None
     """Of the student's ranks, on the host, for what may take as long as a replica samples; None for a single one."""
+    memory: HostMemory = field(default_factory=HostMemory)
+    """Of the rows of a step that come from other replicas."""
 
     def prompts(self, step: int) -> list[Prompt]:
         """Of every row of a step's global batch, by row id."""
         repeats = self.recipe.rollout.samples_per_prompt
         return [self.inputs.prompts[i] for i in self.order.batch(step) for _ in range(repeats)]
+
+    def shared(self, parts: Iterable[TrainingRows], step: int) -> list[TrainingRows]:
+        """This replica's even share of each of a step's mini-batches, of which every replica brings its part. Those of
+        the step before are no longer there. Collective over ``grid.row_group``."""
+        self.memory.reset()
+        prompts, target = self.prompts(step), self.router.target
+        return [rebalance(part, prompts, target, grid=self.grid, memory=self.memory) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -237,7 +258,7 @@ def prepare(recipe: Recipe, world: World, watch: Watch, say: Say) -> Run:
     Raises:
         UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
     """
-    recipe = resolved(recipe, world.device.kind)
+    assert recipe == resolved(recipe, world.device.kind), "formats are named by whoever begins a run"
     factory = GridFactory(timeout=recipe.run.collective_timeout)
     hooks, shapes, inputs = everywhere(check, recipe, device=world.device, num_ranks=world.size)
     for note in inputs.notes:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fire_megatron.checkpoint.steps import find_saved
 from fire_megatron.config.errors import TrainingError, UserError
+from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
 from fire_megatron.evaluation.during import take_exams
@@ -28,7 +29,6 @@ from fire_megatron.train.gpus import RunGpus
 from fire_megatron.train.guard import NONFINITE, UpdateGuard, agreed
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import StopRequest
-from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.run_folder import RunFolder
 from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.schedule import learning_rate
@@ -49,7 +49,7 @@ class Trainer:
         """Build or resume the run. Collective over the world.
 
         Args:
-            recipe: as loaded and checked by config/.
+            recipe: as loaded and checked by config/; formats that it leaves open are named here, for the whole run.
             world: this process's place.
             watch: its signs of life; without one it shows none.
             stop: hears signals already; without one they are heard from :meth:`train` on.
@@ -57,6 +57,7 @@ class Trainer:
         Raises:
             UserError: see :func:`fire_megatron.train.setup.prepare`; also a run folder that may not be continued.
         """
+        recipe = resolved(recipe, world.device.kind)
         self.recipe, self.world = recipe, world
         timeout = recipe.run.collective_timeout
         self.watch = watch or launch.watch(world, roles=rank_roles(recipe, world), timeout=timeout)
@@ -319,8 +320,7 @@ class Trainer:
         run, student, reducer = self.run, self.run.student, Reducer(self.run.grid.pg.dp)
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.run.steps)
         student.set_learning_rate(rate)
-        share = partial(rebalance, prompts=run.prompts(step), target=run.router.target, grid=run.grid)
-        parts = [share(part) for part in mini_batches(rows, self.recipe.optimizer.mini_batches)]
+        parts = run.shared(mini_batches(rows, self.recipe.optimizer.mini_batches), step)
         # With a single update the weights are those that the first forward pass uses, so it gives the old log-probs.
         moving = len(parts) > 1 and student.objective.reads_old
         old = [student.log_probs(part) if moving else None for part in parts]
@@ -348,6 +348,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.watch.doing("evaluation")
+        self.run.engine.release()  # engines of the evaluation take memory of their own
         measured: dict[str, Value] = {}
         if self.run.held_out is not None:
             most = (

@@ -12,7 +12,7 @@ from fire_megatron.config.load import load_recipe, recipe_to_dict
 from fire_megatron.config.roles import resolved
 
 
-def test_files_of_a_run(tmp_path):
+def test_files_of_a_run(tmp_path, capsys):
     inputs = make_inputs(tmp_path, num_hidden_layers=1)
     run_dir = tmp_path / "run"
     held_out = {"prompts": [{"path": str(inputs / "math.jsonl")}], "num_prompts": 2, "max_new_tokens": 4}
@@ -43,7 +43,15 @@ def test_files_of_a_run(tmp_path):
         for weight in sample["by_token"].get("weight", []):
             assert step["fire/token_weight_min"] * 0.999 <= weight <= step["fire/token_weight_max"] * 1.001
 
-    assert main(["--recipe", str(recipe), "run.steps=3"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    other = "student.precision.dtype=bfloat16"
+    assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
+    resumed, told, *_ = [line for line in capsys.readouterr().out.splitlines() if "step_000002" in line]
+    assert resumed.startswith("resumed from") and told.startswith("WARNING: student.precision.dtype: ")
+    assert "trained in float32 and the run goes on in bfloat16" in told and "dtype=float32" in told
+    assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
+    again = capsys.readouterr().out
+    assert "resumed from" in again and "WARNING" not in again, "it is told once, where it changes"
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
 

@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
+from recorded_graph import pretend_graphs
 from roles import EXPERTS, Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference, share
 
 from fire_megatron.checkpoint.convert import hf_to_megatron
 from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.evaluation.heldout import replica_rows
+from fire_megatron.models import packed_linear
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.parallel.grid import Layout
+from fire_megatron.rollout import engine as engines
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampler import uniforms
 from fire_megatron.teachers.teacher import Teacher
@@ -202,6 +205,22 @@ def test_stop_tokens_end_their_row_alone(roles, world_size, monkeypatch):
         made = generate(model, grid, prompts, stop_ids=stop_ids, max_new_tokens=ends[3])
         assert_same(made, expected, f"{layout}, {ends[3]} tokens")
         moved.clear()
+
+
+def test_decode_steps_as_graphs(roles, world_size, monkeypatch):
+    """Each stage's part, with the collectives of tensor ranks inside and messages between stages outside."""
+    graphs, prompts = pretend_graphs(monkeypatch), draw_prompts()
+    monkeypatch.setattr(packed_linear, "_usable", lambda weight: False)
+    monkeypatch.setattr(engines, "uses_graphs", lambda *args, on_gpu: False)
+    for layout in layouts(world_size):
+        model, grid = roles.build(Spec("qwen3"), layout)
+        expected = generate(model.eval(), grid, prompts, sync_every=4, batch_size=3)
+        with monkeypatch.context() as pretended:
+            pretended.setattr(engines, "uses_graphs", lambda *args, on_gpu: True)
+            graphs.clear()
+            made = generate(model, grid, prompts, sync_every=4, batch_size=3)
+        assert_same(made, expected, f"{layout}")
+        assert graphs and all(graph.replays for graph in graphs), layout
 
 
 @pytest.mark.parametrize("family", ["llama3-tied", "mistral-window"])

@@ -17,11 +17,12 @@ from roles import share
 from tiny_run import make_inputs, tiny_recipe, write_recipe
 
 from fire_megatron.config.load import load_recipe
+from fire_megatron.config.roles import resolved
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Target, TrainingRows
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
-from fire_megatron.platform import launch
+from fire_megatron.platform import HostMemory, launch
 from fire_megatron.teachers.states import split_columns
 from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.setup import prepare
@@ -79,7 +80,7 @@ def traced(action):
 def measured(recipe, world):
     """The real step of this rank, phase by phase, with rows of one length."""
     watch = launch.watch(world, roles="", timeout=60)
-    run = prepare(recipe, world, watch, lambda text: None).student
+    run = prepare(resolved(recipe, world.device.kind), world, watch, lambda text: None).student
     student, grid, engine = run.student, run.grid, run.engine
     engine.stop_ids = frozenset()
     total = recipe.rollout.prompts_per_step
@@ -107,7 +108,9 @@ def measured(recipe, world):
     ids = tuple(row for row in range(total) if holder[row] == grid.row_replica)
     rows = replace(rows, rollouts=replace(rows.rollouts, row_ids=ids))
     batch = [Prompt(i, "math", prompts[0].token_ids, "") for i in range(total)]
-    phases["exchange"], shared = traced(lambda: rebalance(rows, batch, lambda prompt: target, grid=grid))
+    phases["exchange"], shared = traced(
+        lambda: rebalance(rows, batch, lambda prompt: target, grid=grid, memory=HostMemory())
+    )
     shared = with_states(shared, run)
     count = recipe.optimizer.mini_batches
     parts = [shared.take(range(i, len(shared), count)) for i in range(count)]

@@ -14,6 +14,7 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.plan.trace import Tracing
+from fire_megatron.platform import HostMemory
 from fire_megatron.train.rebalance import TOKEN_BYTES, rebalance
 
 ROWS = 21
@@ -76,7 +77,7 @@ def test_every_replica_gets_its_share_wherever_rows_come_from(world, factory, he
         there = [row for row in kept if holder[row] < grid.row_replicas]
         share = [there[i] for i in balance([whole.rollouts.lengths[i] for i in there], layout.data)[grid.dp_rank]]
         with Tracing() as tracing:
-            got = rebalance(whole.take(mine), prompts, target, grid=grid)
+            got = rebalance(whole.take(mine), prompts, target, grid=grid, memory=HostMemory())
         expected = mine if grid.row_replicas == 1 else share
         assert values(got) == values(whole.take(expected)), layout
         came = sum(len(whole.rollouts.responses[row]) for row in share if row not in mine)
@@ -95,5 +96,5 @@ def test_states_are_not_brought_along(world, factory):
     grid = factory.grid(layouts(world.size)[0])
     rows = replace(whole.take([grid.row_replica]), states=({},))
     with pytest.raises(AssertionError, match="states are brought"):
-        rebalance(rows, prompts, target, grid=grid)
+        rebalance(rows, prompts, target, grid=grid, memory=HostMemory())
     dist.barrier()

@@ -33,7 +33,7 @@ from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import Offload, launch
+from fire_megatron.platform import HostMemory, Offload, launch
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
@@ -166,7 +166,7 @@ class Cast:
         kept, *_ = select(
             rollouts, scores, self.router.names, build_hooks(self.loss.hooks), micro_batch_size=2, grid=self.grid
         )
-        kept = rebalance(kept, rows(self.mixed)[0], self.router.target, grid=self.grid)
+        kept = rebalance(kept, rows(self.mixed)[0], self.router.target, grid=self.grid, memory=HostMemory())
         part, traffic = self.router.attach(kept, scores.kept)
         tokens = self.student.count_tokens(part, Reducer(self.grid.pg.dp))
         metrics = self.student.accumulate_gradients(part, tokens=tokens)

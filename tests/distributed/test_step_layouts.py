@@ -29,6 +29,7 @@ from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
+from fire_megatron.platform import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.states import StateKind
@@ -105,7 +106,9 @@ def run_step(
         micro_batch_size=micro_batch_size,
         grid=grid,
     )
-    part, traffic = router.attach(rebalance(kept, rows(mixed)[0], router.target, grid=grid), scores.kept)
+    part, traffic = router.attach(
+        rebalance(kept, rows(mixed)[0], router.target, grid=grid, memory=HostMemory()), scores.kept
+    )
     if micro_batch_tokens:
         packed = [sorted(pack.rows) for pack in student.packs(part)]
         expected = fill_by_tokens(range(len(part)), part.rollouts.lengths, micro_batch_tokens) or [[]]
@@ -276,7 +279,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
         model, grid, loss=LossConfig(), optimizer=OptimizerConfig(distributed=False), precision=PrecisionConfig()
     )
     kept, _, metrics = select(rollouts, scores, router.names, [], micro_batch_size=1, grid=grid)
-    part = rebalance(kept, prompts, router.target, grid=grid)
+    part = rebalance(kept, prompts, router.target, grid=grid, memory=HostMemory())
     student.accumulate_gradients(part, tokens=student.count_tokens(part, Reducer(grid.pg.dp)))
     if mine:
         assert metrics["teacher/twin/reverse_kl"].result == pytest.approx(0, abs=1e-5)

@@ -237,14 +237,22 @@ def test_gradients_are_rounded_once(kind, before, scale, monkeypatch):
     assert torch.equal(fused._scaled(values, scale, torch.bfloat16), expected)
 
 
-def test_backward_a_second_time_adds_the_same_gradient():
-    case = Case()
+@pytest.mark.parametrize("upstream", [1.0, -2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("release", [None, TORCHES[0]])
+def test_each_backward_adds_the_same_gradient(dtype, upstream, release, monkeypatch):
+    if release:
+        pretend_gpu(monkeypatch, release)
+    case = Case(dtype)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
     total, _ = chunked_linear_loss(hidden, weight, case.token_loss("divergence"), columns=COLUMNS)
-    total.backward(retain_graph=True)
+    scale = torch.tensor(upstream)
+    total.backward(scale, retain_graph=True)
     once = hidden.grad.clone(), weight.grad.clone()
-    total.backward()
-    assert torch.equal(hidden.grad, 2 * once[0]) and torch.equal(weight.grad, 2 * once[1])
+    assert once[0].any() and once[1].any()
+    for times, kept in ((2, True), (4, False)):
+        total.backward(scale * times / 2, retain_graph=kept)
+        assert torch.equal(hidden.grad, times * once[0]) and torch.equal(weight.grad, times * once[1])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

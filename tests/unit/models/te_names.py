@@ -59,6 +59,11 @@ def attention_report(model: build.FireGPT, context: int) -> dict:
         assert len(calls) == 1
         attention(*draw, None, AttnMaskType.causal, packed_seq_params=params)
         assert len(calls) == 2 and attention.cache.nbytes > 0
+    else:  # in generation a context rank has prompts of its own, of which the others know nothing
+        whole = pack_rows(rows, rows, [0, 1], multiple=1, device=torch.device("cpu"))
+        own = [torch.randn(whole.token_ids.shape[1], heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)]
+        attention(*own, None, AttnMaskType.causal, packed_seq_params=packed_seq_params(whole))
+        assert len(calls) == 1
     call = calls[0]
     return {
         "class": type(attention).__name__,

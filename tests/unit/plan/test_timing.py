@@ -19,7 +19,7 @@ from fire_megatron.plan.gpus import (
     LOOK_S,
     PRODUCTS,
 )
-from fire_megatron.plan.records import Phase, RankPlan, RoleMemory
+from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.timing import seconds, step_time
 from fire_megatron.plan.trace import Collective, Trace
 from fire_megatron.plan.workload import Workload
@@ -69,7 +69,8 @@ def phase(time: float, pieces: int = 8) -> Phase:
 
 def prompts(time: float) -> Phase:
     """Sampling that is all prompts."""
-    return phase(time, pieces=0)
+    flops = int(time * H100.bf16_tflops * 1e12 * PRODUCTS)
+    return Phase(Trace(flops=flops), pieces=0, decode=Decode(operators=0, flops=0, graphs=False, prompt_flops=flops))
 
 
 def rank(number: int, **phases: Phase) -> RankPlan:
@@ -124,20 +125,20 @@ def test_a_decode_step_takes_the_longest_of_three():
     """100 steps: reading weights, arithmetic, or launches, and the host's looks."""
     config = recipe(a={})
 
-    def sampling(steps: int = 100, sync_every: int = 0, **values) -> float:
-        plan = rank(0, sampling=Phase(Trace(), pieces=steps, **values), update=phase(0))
+    def sampling(sync_every: int = 0, *, operators: int = 0, flops: int = 0, graphs: bool = False) -> float:
+        decode = Decode(operators=operators, flops=flops, graphs=graphs)
+        plan = rank(0, sampling=Phase(Trace(), pieces=100, decode=decode), update=phase(0))
         plan.roles["student"] = RoleMemory(1, weights=7 * GB, key="student")
         rollout = replace(config.rollout, sync_every=sync_every)
         return timed(replace(config, rollout=rollout), plan).sampling
 
-    reading = 100 * 7 / (H100.memory_gb_s * BANDWIDTH)
-    assert sampling() == pytest.approx(reading + 100 / 16 * LOOK_S)
+    reading, looks = 100 * 7 / (H100.memory_gb_s * BANDWIDTH), 100 / 16 * LOOK_S
+    assert sampling() == pytest.approx(reading + looks)
     assert sampling(sync_every=100) == pytest.approx(reading + LOOK_S)
-    slow = {"step_operators": 2000}
-    assert sampling(**slow) == pytest.approx(100 * 2000 * LAUNCH_S + 100 / 16 * LOOK_S)
-    assert sampling(**slow, graphs=True) == pytest.approx(max(reading, 100 * 2000 * GRAPH_LAUNCH_S) + 100 / 16 * LOOK_S)
-    products = {"step_flops": int(0.01 * H100.bf16_tflops * 1e12 * PRODUCTS)}
-    assert sampling(**products) == pytest.approx(100 * 0.01 + 100 / 16 * LOOK_S)
+    assert sampling(operators=2000) == pytest.approx(100 * 2000 * LAUNCH_S + looks)
+    assert sampling(operators=2000, graphs=True) == pytest.approx(max(reading, 100 * 2000 * GRAPH_LAUNCH_S) + looks)
+    products = int(0.01 * H100.bf16_tflops * 1e12 * PRODUCTS)
+    assert sampling(flops=products) == pytest.approx(100 * 0.01 + looks)
 
 
 def test_groups_that_communicate_are_counted_once():
@@ -151,7 +152,7 @@ def test_groups_that_communicate_are_counted_once():
     plan = RankPlan(
         0, {}, {"sampling": of((0, 1), (0,)), "update": of((0, 1), (0, 2))}, 0, {"student": {(0, 1, 2, 3): ""}}
     )
-    assert plan.communicators == 3, "two of the model, one of all ranks"
+    assert plan.communicators == 4, "two of the model, one of the role, one of the run"
 
 
 def test_rows_of_several_teachers_count_for_each():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fire_megatron.platform import Offload, offload
+from fire_megatron.platform import Offload, host
 
 BLOCK = 4096
 
@@ -69,38 +69,13 @@ def test_a_constant_tensor_that_came_later_is_copied_too():
         held.append(torch.tensor([float(value)]))
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """Sizes of blocks, as they are asked for, and whether pinned."""
-    sizes, real = [], torch.empty
-
-    def empty(size, *, dtype, pin_memory=False, **options):
-        if "device" not in options:
-            sizes.append((size, pin_memory))
-        return real(size, dtype=dtype, **options)
-
-    monkeypatch.setattr(offload.torch, "empty", empty)
-    return sizes
-
-
-@pytest.mark.parametrize("mib", [1, 2, 3, 700, 1024, 1025, 2560])
-def test_blocks_are_few_and_large(asked, mib):
-    """Of a GiB and, at the end, the power of two that the rest fits in: what torch pins is what was asked for."""
-    host = offload.HostBlocks()
-    host.fit(mib * 2**20, pinned=True)
-    whole, rest = divmod(mib, 1024)
-    tail = [] if not rest else [(2 ** (rest - 1).bit_length() * 2**20, True)]
-    assert asked == [(2**30, True)] * whole + tail
-    host.fit(mib * 2**20, pinned=True)
-    assert len(asked) == whole + len(tail), "what is there serves"
-
-
 @given(st.lists(st.lists(st.integers(1, 3 * BLOCK), max_size=6), min_size=1, max_size=3), st.booleans())
 def test_blocks_hold_whatever_comes(rounds, constant):
     """Tensors of each round beside those of before, bit by bit; little more memory than they need, and no address of a
     tensor's place that is not aligned."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offload, "_BLOCK", BLOCK)
+        patch.setattr(host, "_LEAST", 512)
+        patch.setattr(host, "_MOST", BLOCK)
         held, kept = [], []
         away = Offload(lambda: held, constant=constant)
         for number, sizes in enumerate(rounds):
@@ -112,9 +87,8 @@ def test_blocks_hold_whatever_comes(rounds, constant):
             need = sum(-(-len(tensor) // 512) * 512 for tensor in kept)
             assert need <= away._host.bytes < need + BLOCK
             for place in away._places.values():
-                parts = list(away._host.parts(place.start, place.size))
-                assert sum(map(len, parts)) == place.size and len(parts) <= place.size // 512 + 2
-                assert all(part.storage_offset() % 512 == 0 for part in parts)
+                assert sum(map(len, place.parts)) == place.size and len(place.parts) <= place.size // 512 + 2
+                assert all(part.storage_offset() % 512 == 0 for part in place.parts)
             assert all(tensor.untyped_storage().nbytes() == 0 for tensor in held)
             away.come_back()
             assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import VOCABULARY, save_megatron
-from recorded_graph import CUDAGraph, capture
+from recorded_graph import pretend_graphs
 
 from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.config.errors import TrainingError
 from fire_megatron.config.schema import RolloutConfig, StudentConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.models import kv_cache, packed_linear
@@ -18,7 +22,7 @@ from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import Graphs
 from fire_megatron.rollout import engine as engines
 from fire_megatron.rollout.decoder import Decoder
-from fire_megatron.rollout.engine import MegatronEngine, row_bucket
+from fire_megatron.rollout.engine import MegatronEngine, row_bucket, uses_graphs
 
 LENGTHS = (3, 9, 1, 6, 4, 2, 8)
 
@@ -42,9 +46,7 @@ def model(grid, tmp_path):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Graphs, numbers of rows and of positions as on a GPU; no weights in a CPU's layout."""
-    graphs = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(CUDAGraph()) or graphs[-1])
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graphs = pretend_graphs(monkeypatch)
     monkeypatch.setattr(packed_linear, "_usable", lambda weight: False)
     for module in (engines, kv_cache):
         monkeypatch.setattr(module, "device_kind", lambda device: "cuda")
@@ -94,7 +96,7 @@ def test_the_same_tokens_with_few_captures(model, grid, pretended_gpu, monkeypat
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     assert tokens(engine, step=1) == tokens(make(model, grid, graphs=False, stop_ids=stop_ids), step=1)
-    assert len(pretended_gpu) == 2 * captured
+    assert len(pretended_gpu) > captured, "captured anew"
 
 
 def test_without_a_kept_cache_each_call_captures_its_own(model, grid, pretended_gpu):
@@ -103,13 +105,30 @@ def test_without_a_kept_cache_each_call_captures_its_own(model, grid, pretended_
     assert len(pretended_gpu) == 2 and engine._decoder is None, "the memory is given back"
 
 
-def test_what_cannot_be_captured_runs_without(model, grid, pretended_gpu, monkeypatch, capsys):
-    expected = tokens(make(model, grid, graphs=False))
+def test_what_cannot_be_captured_ends_with_the_key(model, grid, pretended_gpu, monkeypatch):
     compute = Decoder._compute
     monkeypatch.setattr(Decoder, "_compute", lambda self, *sizes: (self._tokens.sum().item(), compute(self, *sizes)))
-    engine = make(model, grid, graphs=True)
-    assert tokens(engine) == expected
-    assert not engine.graphs.enabled and "without CUDA graphs" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match=r"set rollout\.cuda_graphs: false"):
+        tokens(make(model, grid, graphs=True))
+    assert tokens(make(model, grid, graphs=False))
+
+
+def test_few_graphs_are_kept(pretended_gpu, monkeypatch):
+    monkeypatch.setattr("fire_megatron.platform.graphs.MOST", 2)
+    graphs, memory = Graphs(True), torch.zeros(1)
+    for key in (1, 1, 2, 2, 1, 3, 3, 1, 2):  # the least recently used goes: 2, when 3 comes
+        graphs.run(key, lambda: memory.add_(1))
+    assert memory == 9, "each time once, captured or not"
+    assert graphs.captured == 4 == len(pretended_gpu)
+
+
+def test_when_there_are_graphs(model):
+    config = RolloutConfig(prompts_per_step=1, max_new_tokens=1)
+    experts = SimpleNamespace(config=SimpleNamespace(num_moe_experts=4))
+    assert uses_graphs(config, model, on_gpu=True)
+    assert not uses_graphs(config, model, on_gpu=False)
+    assert not uses_graphs(replace(config, cuda_graphs=False), model, on_gpu=True)
+    assert not uses_graphs(config, experts, on_gpu=True)
 
 
 def test_numbers_of_rows_are_few_on_a_gpu():

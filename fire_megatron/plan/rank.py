@@ -25,7 +25,7 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.plan import pieces as few
+from fire_megatron.plan import pieces as scale
 from fire_megatron.plan.decoding import decode_step
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
 from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
@@ -198,7 +198,7 @@ class _Rank:
         steps = self.load.response_tokens
         batches = [(count, times) for count, times in ((size, whole), (rest, 1)) if count and times]
         model = self.models["student"]
-        first = partial(self._generate, min(size, few.FEW_ROWS), 1)
+        first = partial(self._generate, min(size, scale.FEW_ROWS), 1)
         trace = Trace.total(
             *((times, self._of_all_layers(model, first, partial(self._batch, n, steps))) for n, times in batches)
         )
@@ -228,7 +228,7 @@ class _Rank:
     def _batch(self, rows: int, steps: int) -> Trace:
         """Sampling of rows together, so many tokens of each; its peak is above the key/value cache. Everything is
         linear in the number of rows and in that of steps."""
-        few = min(rows, few.FEW_ROWS)
+        few = min(rows, scale.FEW_ROWS)
         one = self._generate(few, 1)
         two = self._generate(few, 2) if steps > 1 else one
         trace = Trace.total((1, one), (steps - 1, two), (1 - steps, one))

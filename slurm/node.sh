@@ -15,11 +15,17 @@ trap : TERM
   exec "$@"
 ) &
 launcher=$!
-# A signal ends `wait`, not the launcher.
+# A signal ends `wait`, not the launcher. Should that end too at this moment, its own code is still to be had.
 while true; do
   wait "$launcher"
   code=$?
-  kill -0 "$launcher" 2>/dev/null || break
+  kill -0 "$launcher" 2>/dev/null && continue
+  if [[ $code -gt 128 ]]; then
+    wait "$launcher" 2>/dev/null
+    again=$?
+    [[ $again -eq 127 ]] || code=$again
+  fi
+  break
 done
 if [[ -n $asked ]]; then
   echo "node $(hostname -s): asked to stop by $asked; the launcher left with code $code"

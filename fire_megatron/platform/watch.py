@@ -304,9 +304,9 @@ class Watch:
     def _judge_stall(self, beats: dict[int, dict[str, Any]]) -> str | None:
         at_work = {rank: beat for rank, beat in beats.items() if beat["count"] != _DONE}
         # Who waits for others waits in vain only when there is nobody left who works.
-        candidates = {rank: beat for rank, beat in at_work.items() if not beat["patient"]} or at_work
-        stalled = [rank for rank, beat in candidates.items() if beat["still"] > self._timeout]
-        if not stalled:
+        working = {rank: beat for rank, beat in at_work.items() if not beat["patient"]}
+        stalled = [rank for rank, beat in (working or at_work).items() if beat["still"] > self._timeout]
+        if not stalled or (not working and len(stalled) < len(at_work)):
             return None
         others = [rank for rank in at_work if rank not in stalled]
         return self.recorder.mentioned(

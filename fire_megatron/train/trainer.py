@@ -297,8 +297,8 @@ class Trainer:
 
     def _wait_for_replicas(self) -> None:
         """Until all have sampled, however long some take: devices wait for one another only so long."""
-        if self.run.waiting is not None:
-            with self._timed("rollout_wait"), self.watch.patiently("waiting for the other replicas' samples"):
+        with self._timed("rollout_wait"), self.watch.patiently("waiting for the other replicas' samples"):
+            if self.run.waiting is not None:
                 wait_for_all(group=self.run.waiting)
 
     def _show(self, doing: str) -> None:

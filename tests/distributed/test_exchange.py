@@ -58,7 +58,8 @@ def test_a_group_takes_connections_when_it_is_used(world_size):
     for group in groups[:4]:
         wait_for_all(group=group)
     used = descriptors() - before - made
-    assert 4 <= used < 4 * 2 * (world_size - 1).bit_length() + 4, "a barrier takes two a round"
+    # Those of an earlier test may still be closing meanwhile.
+    assert 0 < used < 4 * 2 * (world_size - 1).bit_length() + 4, "a barrier takes two a round"
 
 
 def test_a_first_letter_waits_for_nobody(rank, world_size):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 from fire_megatron import platform
 
@@ -66,6 +67,18 @@ def world() -> Iterator[platform.World | None]:
     platform.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def leave_groups(world: platform.World | None) -> Iterator[None]:
+    """Leave the groups of ranks that a module has made: each keeps threads that look for messages all the time, and
+    some hundreds of them would take most of a core."""
+    before = set(_world.pg_map)
+    yield
+    if world is not None:
+        dist.barrier()
+        for group in [group for group in _world.pg_map if group not in before]:
+            dist.destroy_process_group(group)
+
+
 @pytest.fixture(scope="session")
 def world_size() -> int:
     """Number of ranks."""
@@ -78,7 +91,7 @@ def rank(world: platform.World) -> int:
     return world.rank
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def subgroup(world: platform.World) -> Callable[[int], dist.ProcessGroup]:
     """Factory: size -> this rank's group among blocks of that many consecutive ranks. Collective over the world."""
     groups: dict[int, dist.ProcessGroup] = {}

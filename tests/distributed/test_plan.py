@@ -13,6 +13,7 @@ from pathlib import Path
 import plan_ranks
 import pytest
 import torch
+import torch.distributed as dist
 from roles import share
 from tiny_run import make_inputs, tiny_recipe, write_recipe
 
@@ -43,31 +44,33 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def plans(world, tmp_path_factory):
-    """Recipe and plan of each case: made by rank 0 in a process of its own, which the others wait for outside of
-    collectives, since that may take longer than these may."""
+    """Recipe and plan of each case: each rank makes a share of them in a process of its own, and waits for the others
+    outside of collectives, since that may take longer than these may."""
     folder = Path(share(str(tmp_path_factory.mktemp("plan"))))
-    result = folder / "plans.json"
-    if world.is_main:
-        inputs = make_inputs(folder, num_hidden_layers=4, hidden_size=64)
-        for name, changes in CASES.items():
-            common = {"rollout__prompts_per_step": 16, "loss__hooks": [], "rollout__max_new_tokens": RESPONSE}
-            if "optimizer__micro_batch_tokens" not in changes:
-                common["optimizer__micro_batch_size"] = 2
-            write_recipe(folder / f"{name}.yaml", tiny_recipe(inputs, folder / name, **common, **changes))
-        command = [sys.executable, plan_ranks.__file__, "4", str(PROMPT), str(RESPONSE)]
-        command += [str(folder / f"{name}.yaml") for name in CASES]
-        environment = {**os.environ, "PYTHONPATH": str(Path(plan_ranks.__file__).parents[1])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        part = result.with_suffix(".part")
-        part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
-        part.rename(result)
-    deadline = time.monotonic() + 320
-    while not result.exists() and time.monotonic() < deadline:
+    inputs = share(make_inputs(folder, num_hidden_layers=4, hidden_size=64) if world.is_main else None)
+    for name, changes in CASES.items() if world.is_main else ():
+        common = {"rollout__prompts_per_step": 16, "loss__hooks": [], "rollout__max_new_tokens": RESPONSE}
+        if "optimizer__micro_batch_tokens" not in changes:
+            common["optimizer__micro_batch_size"] = 2
+        write_recipe(folder / f"{name}.yaml", tiny_recipe(inputs, folder / name, **common, **changes))
+    dist.barrier()
+    mine = list(CASES)[world.rank :: world.size]
+    command = [sys.executable, plan_ranks.__file__, "4", str(PROMPT), str(RESPONSE)]
+    command += [str(folder / f"{name}.yaml") for name in mine]
+    environment = {**os.environ, "PYTHONPATH": str(Path(plan_ranks.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    part = folder / f"{world.rank}.part"
+    part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
+    part.rename(folder / f"{world.rank}.json")
+    deadline, results = time.monotonic() + 320, [folder / f"{rank}.json" for rank in range(world.size)]
+    while not all(result.exists() for result in results) and time.monotonic() < deadline:
         time.sleep(0.1)
-    found = json.loads(result.read_text())
-    assert isinstance(found, list), found
-    recipes = [load_recipe(folder / f"{name}.yaml") for name in CASES]
-    return dict(zip(CASES, zip(recipes, found, strict=True), strict=True))
+    plans = {}
+    for rank, result in enumerate(results):
+        found = json.loads(result.read_text())
+        assert isinstance(found, list), found
+        plans |= dict(zip(list(CASES)[rank :: world.size], found, strict=True))
+    return {name: (load_recipe(folder / f"{name}.yaml"), plans[name]) for name in CASES}
 
 
 def traced(action):

@@ -116,7 +116,7 @@ def _pass(run: Any, recipe: Any, rows: Any, tokens: float, dtype: str, fp8: dict
     from fire_megatron.config.schema import FP8Config, PrecisionConfig
     from fire_megatron.models.build import build_model
     from fire_megatron.models.hf_config import read_hf_config
-    from fire_megatron.platform import Device
+    from fire_megatron.platform.device import Device
     from fire_megatron.train.student import Student
 
     precision = PrecisionConfig(dtype=dtype, fp8=None if fp8 is None else FP8Config(**fp8, emulate=True))
@@ -251,12 +251,12 @@ def main() -> None:
     """Both parts."""
     args = _parser().parse_args()
     args.models = args.models.resolve()
-    from fire_megatron import platform
+    from fire_megatron.platform import launch
 
-    world = platform.start("cpu", threads=1)
+    world = launch.start("cpu", threads=1)
     for student in args.students:
         one_pass(args, student, world)
-    platform.stop()
+    launch.stop()
     if args.runs:
         runs(args)
 

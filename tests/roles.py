@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from models import make_hf, save_megatron
 
-from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
@@ -23,6 +22,7 @@ from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
+from fire_megatron.platform import launch
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import Session, TeacherRouter
 from fire_megatron.teachers.teacher import Teacher
@@ -79,7 +79,7 @@ def parallel_config(layout: Layout, *, sequence: bool | None = None) -> Parallel
     return ParallelConfig(layout.tensor, layout.pipeline, layout.context, layout.expert, sequence)
 
 
-def load_role(path: str | Path, role: RoleConfig, grid: ModelGrid, world: platform.World) -> FireGPT:
+def load_role(path: str | Path, role: RoleConfig, grid: ModelGrid, world: launch.World) -> FireGPT:
     """This rank's part of a model, built and loaded from a converted checkpoint."""
     model = build_model(read_hf_config(path), role, grid, device=world.device)
     load_weights(model, path, grid=grid)
@@ -102,7 +102,7 @@ class Spec:
 class Roles:
     """Builds roles. Every rank calls it alike; checkpoints are converted once, by rank 0."""
 
-    def __init__(self, world: platform.World, folder: Path) -> None:
+    def __init__(self, world: launch.World, folder: Path) -> None:
         """Args: folder: one that all ranks see."""
         self.world, self.folder = world, folder
         self.factory = GridFactory(timeout=60)

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(args: argparse.Namespace):
-    from fire_megatron.data.prepare import PrepareOptions
-    from fire_megatron.data.row_keys import KeyChoice
+    from fire_megatron.prepare.prepare import PrepareOptions
+    from fire_megatron.prepare.row_keys import KeyChoice
 
     keys = KeyChoice(args.prompt_key, args.messages_key, args.label_key, args.answer_key)
     as_they_are = ("out", "label", "labels", "tokenizer", "max_prompt_tokens", "benchmark_key", "rejects", "report")
@@ -83,7 +83,7 @@ def main() -> int:
     """Exit codes: 0 done, rejects or not; 2 a mistake in the input, or no row left; 130 interrupted."""
     args = _parser().parse_args()
     from fire_megatron.config.errors import UserError
-    from fire_megatron.data.prepare import NoRowsLeft, prepare
+    from fire_megatron.prepare.prepare import NoRowsLeft, prepare
 
     started = time.perf_counter()
     try:

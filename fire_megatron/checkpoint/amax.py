@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from fire_megatron.checkpoint.torch_dist import ShardReader
-from fire_megatron.models.fp8 import fp8_context, shares_amax
-from fire_megatron.models.fp8_emulation import Scales
+from fire_megatron.models.fp8.emulation import Scales
+from fire_megatron.models.fp8.settings import fp8_context, shares_amax
 from fire_megatron.models.gpt import FireGPT
 
 _PREFIX = "fp8."

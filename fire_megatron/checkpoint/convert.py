@@ -17,22 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from fire_megatron.checkpoint.files import (
-    MARKER,
-    WEIGHTS,
-    carry_files,
-    check_target,
-    new_folder,
-    read_marker,
-    require_checkpoint,
-    write_json,
-)
+from fire_megatron.checkpoint.folder import MARKER, WEIGHTS, carry_files, check_target, read_marker, require_checkpoint
 from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, is_ignored, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
-from fire_megatron.platform import tick
+from fire_megatron.platform.files import new_folder, write_json
+from fire_megatron.platform.watch import tick
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

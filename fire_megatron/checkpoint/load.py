@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fire_megatron.checkpoint.files import WEIGHTS, require_checkpoint
+from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.maps import output_key
 from fire_megatron.checkpoint.quantized import is_quantized, quantize_into
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
@@ -18,7 +18,7 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import tick
+from fire_megatron.platform.watch import tick
 
 
 def check_tensors(reader: ShardReader, shards: Sequence[Shard], prefix: str = "") -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from fire_megatron.checkpoint.amax import amax_tensors
-from fire_megatron.checkpoint.files import MARKER, WEIGHTS, carry_files, fsync_tree, read_marker, swap_in, write_json
+from fire_megatron.checkpoint.folder import MARKER, WEIGHTS, carry_files, read_marker
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, steps_taken, whole_state
 from fire_megatron.checkpoint.quantized import is_quantized
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
@@ -30,7 +30,9 @@ from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import host_copy, tick
+from fire_megatron.platform.device import host_copy
+from fire_megatron.platform.files import fsync_tree, swap_in, write_json
+from fire_megatron.platform.watch import tick
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-from fire_megatron.checkpoint.files import aside, read_marker, remove_folder
+from fire_megatron.checkpoint.folder import read_marker
+from fire_megatron.platform.files import aside, remove_folder
 
 OPTIMIZER = "optimizer."
 """Prefix of the optimizer's tensors."""

@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from fire_megatron.checkpoint.amax import read_amax
-from fire_megatron.checkpoint.files import WEIGHTS
+from fire_megatron.checkpoint.folder import WEIGHTS
 from fire_megatron.checkpoint.load import check_tensors, open_checkpoint, read_parameter
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice, set_steps_taken, state_names
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
@@ -20,7 +20,7 @@ from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import tick
+from fire_megatron.platform.watch import tick
 
 
 @dataclass(frozen=True)

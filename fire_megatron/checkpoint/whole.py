@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fire_megatron.checkpoint.files import WEIGHTS, require_checkpoint
+from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.config.errors import CheckpointError

@@ -13,7 +13,9 @@ from fire_megatron.config.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import Options, Work
-    from fire_megatron.platform import Device, Watch, World
+    from fire_megatron.platform.device import Device
+    from fire_megatron.platform.launch import World
+    from fire_megatron.platform.watch import Watch
 
 
 def _parser() -> argparse.ArgumentParser:

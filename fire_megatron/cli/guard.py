@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from fire_megatron.config.errors import UserError
 
 if TYPE_CHECKING:
-    from fire_megatron.platform import Watch, World
+    from fire_megatron.platform.launch import World
+    from fire_megatron.platform.watch import Watch
 
 Checked = TypeVar("Checked")
 

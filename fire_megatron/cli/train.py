@@ -13,7 +13,8 @@ from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
 
 if TYPE_CHECKING:
-    from fire_megatron.platform import Watch, World
+    from fire_megatron.platform.launch import World
+    from fire_megatron.platform.watch import Watch
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +35,8 @@ def _check(path: str, recipe: Recipe) -> None:
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.platform import launch, select_device
+    from fire_megatron.platform import launch
+    from fire_megatron.platform.device import select_device
     from fire_megatron.train import inputs
 
     ranks = launch.launched_world_size()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import RecipeError, RecipeProblems
-from fire_megatron.config.files import write_whole
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.schema import Recipe
 from fire_megatron.config.walk import build, nearest, plain
@@ -49,19 +48,9 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return plain(recipe)
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe with every default as YAML, whole or not at all.
-
-    Raises:
-        RecipeError: the file cannot be written.
-    """
-    target = Path(path)
-    text = dump_yaml(recipe_to_dict(recipe))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, [text])
-    except OSError as error:
-        raise RecipeError(f"{target}: cannot be written ({error.strerror})") from error
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML, with every default written out."""
+    return dump_yaml(recipe_to_dict(recipe))
 
 
 def _read(path: Path) -> str:

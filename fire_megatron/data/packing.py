@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.parallel.collectives import all_gather_stacked
-from fire_megatron.platform import upload
+from fire_megatron.platform.host import upload
 
 
 @dataclass(frozen=True)

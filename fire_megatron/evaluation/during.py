@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.files import write_whole
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.answering import (
@@ -32,6 +31,7 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks, wait_for_all
 from fire_megatron.parallel.grid import ModelGrid
+from fire_megatron.platform.files import write_whole
 from fire_megatron.rollout.engine import Progress
 
 K = TypeVar("K")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.files import write_whole
+from fire_megatron.platform.files import write_whole
 
 SETTINGS = "settings.json"
 SCORES = "scores.json"

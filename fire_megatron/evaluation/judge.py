@@ -17,7 +17,7 @@ from typing import Self
 from fire_megatron.config.errors import DataError
 from fire_megatron.evaluation.answers import key
 from fire_megatron.evaluation.judge_worker import READY
-from fire_megatron.platform import tick
+from fire_megatron.platform.watch import tick
 
 LONGEST = 1000
 """Characters; a longer answer is right only if it is the right one to the letter."""

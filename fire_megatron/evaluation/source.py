@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fire_megatron.checkpoint.convert import HFReader, hf_to_megatron
-from fire_megatron.checkpoint.files import WEIGHTS, require_checkpoint
+from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.hf_config import ModelShape, read_hf_config

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.files import write_whole
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
@@ -40,7 +39,10 @@ from fire_megatron.evaluation.source import Source
 from fire_megatron.models.build import build_model, transformer_config
 from fire_megatron.parallel.collectives import all_gather_objects, everywhere, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import Watch, World, launch
+from fire_megatron.platform import launch
+from fire_megatron.platform.files import write_whole
+from fire_megatron.platform.launch import World
+from fire_megatron.platform.watch import Watch
 from fire_megatron.rollout.engine import MegatronEngine
 
 _FOLDER_DELAY = 120.0

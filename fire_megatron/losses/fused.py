@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fire_megatron.losses.products import add_weight_gradient, as_factor, hidden_gradient, project, sum_dtype
-from fire_megatron.platform import device_kind
+from fire_megatron.platform.device import device_kind
 
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """``(logits_CV, which tokens) -> (scalar, report_RC)``: the chunk's share of the loss, differentiable with respect to

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fire_megatron.platform import device_kind
+from fire_megatron.platform.device import device_kind
 
 _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements of a weight, or of its gradient, that exist in another dtype at a time."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.parallel.collectives import all_gather_stacked
-from fire_megatron.platform import device_kind
+from fire_megatron.platform.device import device_kind
 
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 """Logits whose full-precision copies exist at a time: what stays in a core's cache, or what fills a GPU."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from fire_megatron.metrics.values import Max, Mean, Sum, Value, merge
-from fire_megatron.platform import GpuIdentity
+from fire_megatron.platform.device import GpuIdentity
 
 FAILURES = 3
 """Failures in a row after which something is not asked for again: most GPUs lack some of it."""

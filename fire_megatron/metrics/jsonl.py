@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from fire_megatron.config.files import write_whole
+from fire_megatron.platform.files import write_whole
 
 
 class JsonlFile:

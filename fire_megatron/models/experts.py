@@ -20,7 +20,7 @@ from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.data.packing import Pack
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.platform import compute_device
+from fire_megatron.platform.device import compute_device
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16.1 asks for it by name, also where Transformer Engine is not installed

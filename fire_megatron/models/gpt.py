@@ -25,8 +25,8 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.losses import products
-from fire_megatron.models.fp8 import paused
-from fire_megatron.models.fp8_emulation import EmulatedFP8
+from fire_megatron.models.fp8.emulation import EmulatedFP8
+from fire_megatron.models.fp8.settings import paused
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import PackParams

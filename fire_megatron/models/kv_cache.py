@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fire_megatron.platform import compute_device, device_kind
+from fire_megatron.platform.device import compute_device, device_kind
 
 _SMALLEST_BUCKET = {"cpu": 16, "cuda": 64}
 """Positions: few shapes where each costs something (CUDA graphs, kernels' plans), little waste where none does."""

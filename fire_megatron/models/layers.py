@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import PackParams, row_chunks
 from fire_megatron.parallel.collectives import gather_with_gradient
-from fire_megatron.platform import compute_device, device_kind
+from fire_megatron.platform.device import compute_device, device_kind
 
 
 class RMSNorm(torch.nn.Module):

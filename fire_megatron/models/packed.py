@@ -12,7 +12,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from fire_megatron.data.packing import Pack
-from fire_megatron.platform import upload
+from fire_megatron.platform.host import upload
 
 
 @dataclass

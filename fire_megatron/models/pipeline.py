@@ -13,11 +13,12 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from fire_megatron.data.packing import Pack, pack_rows
-from fire_megatron.models.fp8 import release_quantized_weights, shares_amax, token_multiple
+from fire_megatron.models.fp8.settings import release_quantized_weights, shares_amax, token_multiple
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import compute_device, tick
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.watch import tick
 
 LastStage = Callable[[torch.Tensor, Pack], Any]
 """(final hidden states [N, H], pack) -> result; in training a triple (loss, token count, report)."""

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from fire_megatron.config.errors import UserError
-from fire_megatron.platform import compute_device, tick
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.watch import tick
 
 T = TypeVar("T")
 

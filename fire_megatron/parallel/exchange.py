@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from fire_megatron.platform import HostMemory, compute_device, upload
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.host import HostMemory, upload
 
 
 def exchange(

@@ -13,7 +13,7 @@ from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe
 from fire_megatron.plan.plan import Job, Kind, Plan, check_sizes, like_ranks, local_recipe, plan_kind
-from fire_megatron.platform import Device
+from fire_megatron.platform.device import Device
 from fire_megatron.train.inputs import check_roles
 
 _ROUNDS = 4

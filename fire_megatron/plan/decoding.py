@@ -13,7 +13,7 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan import pieces
 from fire_megatron.plan.trace import Trace, Tracing
 from fire_megatron.plan.workload import Workload
-from fire_megatron.platform import Graphs
+from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout.decoder import Decoder
 
 

@@ -14,7 +14,7 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.roles import resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.models.build import check_megatron_overrides
-from fire_megatron.models.fp8 import check_fp8_sizes
+from fire_megatron.models.fp8.settings import check_fp8_sizes
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.plan.gpus import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
@@ -22,7 +22,7 @@ from fire_megatron.plan.rank import plan_rank, planned_role
 from fire_megatron.plan.records import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
 from fire_megatron.plan.workload import Workload
-from fire_megatron.platform import Device
+from fire_megatron.platform.device import Device
 from fire_megatron.train.inputs import check, check_roles, load_plugins, role_layout
 
 Say = Callable[[str], None]

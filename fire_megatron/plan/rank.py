@@ -32,7 +32,8 @@ from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
-from fire_megatron.platform import Device, HostMemory, compute_device
+from fire_megatron.platform.device import Device, compute_device
+from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.teachers.states import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo

@@ -18,7 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fire_megatron.models.layers import RMSNorm
 from fire_megatron.parallel.grid import GridFactory
-from fire_megatron.platform import compute_device, simulate
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.launch import simulate
 
 
 class SimulatedGrids(GridFactory):

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import fire_megatron
 from fire_megatron.config.errors import UserError
-from fire_megatron.config.files import write_whole
 from fire_megatron.metrics.jsonl import finite
+from fire_megatron.platform.files import write_whole
 from fire_megatron.report.charts import SECTIONS, make_charts
 from fire_megatron.report.read import RunData
 from fire_megatron.report.trajectories import Shades, body, index_line

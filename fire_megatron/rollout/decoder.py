@@ -21,7 +21,9 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import Graphs, compute_device, tick
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.graphs import Graphs
+from fire_megatron.platform.watch import tick
 from fire_megatron.rollout.sampler import Sampled, sample
 
 

@@ -23,7 +23,8 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.collectives import broadcast_flat
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import Graphs, compute_device, device_kind
+from fire_megatron.platform.device import compute_device, device_kind
+from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout.decoder import Decoder
 from fire_megatron.rollout.finished import Finished, FinishedRows
 from fire_megatron.rollout.sampler import uniforms

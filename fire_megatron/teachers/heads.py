@@ -15,7 +15,7 @@ from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import model_dtype
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.platform import compute_device, device_kind
+from fire_megatron.platform.device import compute_device, device_kind
 
 
 def teacher_heads(

@@ -18,7 +18,7 @@ from fire_megatron.data.rollouts import KeptStates
 from fire_megatron.parallel.collectives import broadcast_flat
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.parallel.mail import Mail
-from fire_megatron.platform import Offload
+from fire_megatron.platform.offload import Offload
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.teachers.wire import Answer, Rows
 

@@ -19,7 +19,9 @@ from fire_megatron.parallel.collectives import all_gather_rows, broadcast_flat
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import IDLE, ModelGrid
 from fire_megatron.parallel.mail import Silence
-from fire_megatron.platform import Offload, Watch, compute_device
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.offload import Offload
+from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.teachers.wire import Answer, Rows

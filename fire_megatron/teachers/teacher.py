@@ -18,12 +18,14 @@ from fire_megatron.losses.fused import OutputLayer, map_chunks
 from fire_megatron.losses.products import sum_dtype
 from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_parallel import score_log_prob_and_entropy
-from fire_megatron.models.fp8 import token_multiple
+from fire_megatron.models.fp8.settings import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import all_gather_flat, broadcast_flat
 from fire_megatron.parallel.grid import Layout, ModelGrid
-from fire_megatron.platform import HostMemory, Offload, compute_device
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.host import HostMemory
+from fire_megatron.platform.offload import Offload
 from fire_megatron.teachers.states import StateKind, pack_topk, split_columns
 
 

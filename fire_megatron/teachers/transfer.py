@@ -23,7 +23,8 @@ from fire_megatron.parallel.collectives import all_gather_rows
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.exchange import exchange
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import HostMemory, compute_device
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.host import HostMemory
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.states import SCORE_BYTES, slice_width
 

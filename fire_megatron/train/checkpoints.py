@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.checkpoint.files import read_marker
+from fire_megatron.checkpoint.folder import read_marker
 from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
 from fire_megatron.checkpoint.training import TrainingState, load_training_state
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
 from fire_megatron.metrics.logger import METRICS_FILE
-from fire_megatron.platform import World, get_rng_state, set_rng_state
+from fire_megatron.platform.launch import World
+from fire_megatron.platform.rng import get_rng_state, set_rng_state
 from fire_megatron.train.setup import StudentRun, checkpoint_folder
 
 

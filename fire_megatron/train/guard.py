@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fire_megatron.config.schema import GuardConfig
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.parallel.collectives import all_gather_stacked
-from fire_megatron.platform import compute_device
+from fire_megatron.platform.device import compute_device
 
 NONFINITE, SPIKE = "nonfinite", "spike"
 _ENOUGH = 16

@@ -28,7 +28,9 @@ from fire_megatron.models.build import (
 )
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.platform import Device, World, tick
+from fire_megatron.platform.device import Device
+from fire_megatron.platform.launch import World
+from fire_megatron.platform.watch import tick
 
 
 @dataclass(frozen=True)

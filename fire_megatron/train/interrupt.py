@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from fire_megatron.platform import compute_device
+from fire_megatron.platform.device import compute_device
 
 
 class StopRequest:

@@ -32,7 +32,8 @@ from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
 from fire_megatron.metrics.values import Mean, Value, merge
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import all_gather_stacked
-from fire_megatron.platform import compute_device, upload
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.host import upload
 from fire_megatron.teachers.states import unpack_topk
 
 

@@ -21,7 +21,8 @@ from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.parallel.collectives import all_gather_flat
 from fire_megatron.parallel.exchange import exchange
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform import HostMemory, compute_device
+from fire_megatron.platform.device import compute_device
+from fire_megatron.platform.host import HostMemory
 
 TOKEN_BYTES = 20
 """That travel of a response token: its id, and the student's log-probability and entropy, the teacher's log-probability

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fire_megatron.config.load import load_recipe, save_recipe
+from fire_megatron.config.load import load_recipe, recipe_text
 from fire_megatron.config.schema import Recipe
 from fire_megatron.metrics.logger import RECIPE_FILE, MetricsLogger, set_aside, writing_to
-from fire_megatron.platform import World, launch
+from fire_megatron.platform import launch
+from fire_megatron.platform.files import write_whole
+from fire_megatron.platform.launch import World
 from fire_megatron.train.status import begin, write_status
 
 
@@ -74,4 +76,6 @@ class RunFolder:
         first = self.path / RECIPE_FILE
         if first.exists() and load_recipe(first) == self._recipe:
             return
-        save_recipe(self._recipe, self.path / f"recipe_from_{step:06d}.yaml" if first.exists() else first)
+        target = self.path / f"recipe_from_{step:06d}.yaml" if first.exists() else first
+        with writing_to(self.path):
+            write_whole(target, [recipe_text(self._recipe)])

@@ -16,7 +16,7 @@ from fire_megatron.fire.hooks import Hook
 from fire_megatron.metrics.values import Mean, Sum, Value
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import compute_device
+from fire_megatron.platform.device import compute_device
 
 
 def _padded(rows: Sequence[torch.Tensor], width: int, device: torch.device) -> torch.Tensor:

@@ -31,17 +31,12 @@ from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import (
-    Device,
-    HostMemory,
-    Offload,
-    Watch,
-    World,
-    compute_device,
-    device_kind,
-    launch,
-    reset_peak_memory,
-)
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device, compute_device, device_kind, reset_peak_memory
+from fire_megatron.platform.host import HostMemory
+from fire_megatron.platform.launch import World
+from fire_megatron.platform.offload import Offload
+from fire_megatron.platform.watch import Watch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool

@@ -21,14 +21,14 @@ from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.losses.reduction import global_token_count
 from fire_megatron.metrics.values import Last, Value, merge
 from fire_megatron.models.experts import begin_update, router_metrics
-from fire_megatron.models.fp8 import token_multiple
+from fire_megatron.models.fp8.settings import token_multiple
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.parallel.collectives import broadcast_flat, world_narrowed_to
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.parallel.lone import lone_groups_silent
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import compute_device
+from fire_megatron.platform.device import compute_device
 from fire_megatron.train.objective import MicroBatch, Objective, Report
 
 

@@ -19,7 +19,12 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects, everywhere, wait_for_all
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import Watch, World, capability_report, launch, peak_memory_mb, seed_everything, synchronize
+from fire_megatron.platform import launch
+from fire_megatron.platform.capabilities import capability_report
+from fire_megatron.platform.device import peak_memory_mb, synchronize
+from fire_megatron.platform.launch import World
+from fire_megatron.platform.rng import seed_everything
+from fire_megatron.platform.watch import Watch
 from fire_megatron.rollout.engine import Progress
 from fire_megatron.teachers.service import serve_student
 from fire_megatron.teachers.transfer import Transfer

@@ -22,7 +22,7 @@ from gpu_checks.table import CHECKS
 from gpu_checks.worker import work
 from gpu_checks.workers import TIMED_OUT, Workers
 
-from fire_megatron.platform import Device
+from fire_megatron.platform.device import Device
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 

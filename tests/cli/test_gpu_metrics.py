@@ -17,7 +17,7 @@ from fire_megatron.cli.train import main
 from fire_megatron.config.schema import MetricsConfig
 from fire_megatron.metrics.gpu import GpuSampler
 from fire_megatron.metrics.values import Max, Mean, Sum
-from fire_megatron.platform import Device, GpuIdentity
+from fire_megatron.platform.device import Device, GpuIdentity
 from fire_megatron.train import gpus
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,10 +18,10 @@ import pytest
 import torch
 from tiny_run import make_inputs, tiny_recipe
 
-from fire_megatron import platform
 from fire_megatron.checkpoint.steps import find_latest, saved_steps
 from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.load import recipe_from_dict
+from fire_megatron.platform import launch
 from fire_megatron.train.trainer import Trainer
 
 KEEP = 2
@@ -34,13 +34,13 @@ def trainer(tmp_path_factory):
     """A student with an optimizer, ready to be saved."""
     folder = make_inputs(tmp_path_factory.mktemp("kill"), num_hidden_layers=1)
     recipe = recipe_from_dict(tiny_recipe(folder, folder / "run", checkpoint__keep=KEEP, run__threads=1))
-    made = Trainer(recipe, platform.start("cpu", threads=1))
+    made = Trainer(recipe, launch.start("cpu", threads=1))
     # What earlier tests have left, process groups and their threads among it, cannot be freed in a fork.
     gc.collect()
     gc.freeze()
     yield made
     gc.unfreeze()
-    platform.stop()
+    launch.stop()
 
 
 def mark(trainer):

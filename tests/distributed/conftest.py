@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from fire_megatron import platform
+from fire_megatron.platform import launch
 
 TIMEOUT = 60.0
 """Seconds before a stalled collective fails."""
@@ -58,17 +58,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def world() -> Iterator[platform.World | None]:
+def world() -> Iterator[launch.World | None]:
     """Join the run, as a run of the program does (gloo, CPU seam), and leave it at the end."""
     if launched_size() == 1:
         yield None
         return
-    yield platform.start("cpu", timeout=TIMEOUT)
-    platform.stop()
+    yield launch.start("cpu", timeout=TIMEOUT)
+    launch.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def leave_groups(world: platform.World | None) -> Iterator[None]:
+def leave_groups(world: launch.World | None) -> Iterator[None]:
     """Leave the groups of ranks that a module has made: each keeps threads that look for messages all the time, and
     some hundreds of them would take most of a core."""
     before = set(_world.pg_map)
@@ -86,13 +86,13 @@ def world_size() -> int:
 
 
 @pytest.fixture(scope="session")
-def rank(world: platform.World) -> int:
+def rank(world: launch.World) -> int:
     """This process's rank."""
     return world.rank
 
 
 @pytest.fixture(scope="module")
-def subgroup(world: platform.World) -> Callable[[int], dist.ProcessGroup]:
+def subgroup(world: launch.World) -> Callable[[int], dist.ProcessGroup]:
     """Factory: size -> this rank's group among blocks of that many consecutive ranks. Collective over the world."""
     groups: dict[int, dist.ProcessGroup] = {}
 

@@ -11,7 +11,8 @@ from fire_megatron.parallel.collectives import wait_for_all
 from fire_megatron.parallel.exchange import exchange
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.mail import Mail
-from fire_megatron.platform import HostMemory, launch
+from fire_megatron.platform import launch
+from fire_megatron.platform.host import HostMemory
 from fire_megatron.teachers.states import slice_width, split_columns
 
 

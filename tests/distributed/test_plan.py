@@ -23,7 +23,8 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Target, TrainingRows
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
-from fire_megatron.platform import HostMemory, launch
+from fire_megatron.platform import launch
+from fire_megatron.platform.host import HostMemory
 from fire_megatron.teachers.states import split_columns
 from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.setup import prepare

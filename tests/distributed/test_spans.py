@@ -33,7 +33,9 @@ from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import HostMemory, Offload, launch
+from fire_megatron.platform import launch
+from fire_megatron.platform.host import HostMemory
+from fire_megatron.platform.offload import Offload
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter

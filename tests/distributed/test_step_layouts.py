@@ -29,7 +29,7 @@ from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform import HostMemory
+from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.states import StateKind

@@ -5,12 +5,13 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from fire_megatron import platform
 from fire_megatron.data.packing import pack_rows, zigzag
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.models.te_attention import TEAttention
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import compute_device
 
 LENGTHS = ((3, 4), (200, 120), (1, 0), (17, 900))
 """Prompts and responses of the pack's rows."""
@@ -20,7 +21,7 @@ HEADS, GROUPS, DIM = 8, 2, 64
 def compare(grid, window):
     """Largest difference of outputs and gradients over the largest value, of attention in bfloat16 from ours in float32
     on the same rounded inputs."""
-    device, ranks, rank = platform.compute_device(), grid.layout.context, grid.cp_rank
+    device, ranks, rank = compute_device(), grid.layout.context, grid.cp_rank
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HEADS * DIM,
@@ -57,12 +58,12 @@ def compare(grid, window):
 
 def main():
     """All ranks are context ranks of one replica."""
-    world = platform.start("cuda")
+    world = launch.start("cuda")
     grid = GridFactory(timeout=60).grid(Layout(context=world.size, num_ranks=world.size))
     for window in (None, 40):
         apart = compare(grid, window)
         assert apart < 2e-2, f"window {window}, {world.size} context ranks: {apart:.1e} apart"
-    platform.stop()
+    launch.stop()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def settings(case=None, **changes):
 
 def need(recipe):
     """Skip the test where this GPU, or Transformer Engine, has no such recipe."""
-    from fire_megatron.models.fp8 import unsupported
+    from fire_megatron.models.fp8.settings import unsupported
 
     reason = unsupported(recipe)
     if reason:

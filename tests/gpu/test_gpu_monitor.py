@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fire_megatron.metrics.gpu import GpuSampler, find_gpu
-from fire_megatron.platform import capability_report, compute_device, gpu_identity, select_device
+from fire_megatron.platform.capabilities import capability_report
+from fire_megatron.platform.device import compute_device, gpu_identity, select_device
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -52,7 +53,7 @@ def test_also_where_others_are_hidden():
 
     last = torch.cuda.device_count() - 1
     code = (
-        "import json, test_gpu_monitor as t; from fire_megatron.platform import select_device;"
+        "import json, test_gpu_monitor as t; from fire_megatron.platform.device import select_device;"
         "print(json.dumps(t.memory_of_the_found_gpu(select_device('cuda'))))"
     )
     path = os.pathsep.join(str(part) for part in (ROOT, ROOT / "tests", Path(__file__).parent))

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teachers", "rollout"),
     ("evaluation",),
     ("train",),
-    ("plan", "report"),
+    ("prepare", "plan", "report"),
     ("cli",),
 )
 """From the bottom up; layers of one row do not import each other."""

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from fire_megatron.platform import Device, device_memory, synchronize
+from fire_megatron.platform.device import Device, device_memory, synchronize
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, rounded
 from gpu_checks.models import alone

@@ -179,7 +179,8 @@ def variant(
 
 def transformer_engine(context: Context) -> Findings:
     """Whether it works here; without it all models have megatron-core's layers, and this line says so."""
-    from fire_megatron.platform import detect_capabilities, select_device
+    from fire_megatron.platform.capabilities import detect_capabilities
+    from fire_megatron.platform.device import select_device
 
     found = detect_capabilities(select_device(context.device))[0]
     if found.version is None:
@@ -189,7 +190,7 @@ def transformer_engine(context: Context) -> Findings:
 
 def need_fp8(context: Context, recipe: str) -> None:
     """Raise NotHere where FP8 by this recipe cannot be used."""
-    from fire_megatron.models.fp8 import unsupported
+    from fire_megatron.models.fp8.settings import unsupported
 
     transformer_engine(context)
     reason = unsupported(recipe)

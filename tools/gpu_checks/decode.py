@@ -8,12 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fire_megatron.config.schema import RolloutConfig
-from fire_megatron.platform import (
-    device_memory,
-    peak_memory_mb,
-    release_cached_memory,
-    reset_peak_memory,
-)
+from fire_megatron.platform.device import device_memory, peak_memory_mb, release_cached_memory, reset_peak_memory
 from fire_megatron.rollout.engine import MegatronEngine
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, need, rounded, said

@@ -12,13 +12,7 @@ from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.estimators import SampledLoss, sampled_policy_gradient
 from fire_megatron.losses.fused import OutputLayer, TokenLoss, chunked_linear_loss
 from fire_megatron.losses.token_losses import DivergenceSettings, Segment, Shard, full_loss, sampled_loss
-from fire_megatron.platform import (
-    Device,
-    peak_memory_mb,
-    release_cached_memory,
-    reset_peak_memory,
-    synchronize,
-)
+from fire_megatron.platform.device import Device, peak_memory_mb, release_cached_memory, reset_peak_memory, synchronize
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, rounded, said
 from gpu_checks.models import alone

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from fire_megatron.platform import Device, synchronize
+from fire_megatron.platform.device import Device, synchronize
 
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 _GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from fire_megatron.platform import Offload, device_memory, release_cached_memory, synchronize
+from fire_megatron.platform.device import device_memory, release_cached_memory, synchronize
+from fire_megatron.platform.offload import Offload
 from gpu_checks.check import Context, Findings, rounded, said
 from gpu_checks.models import Here, alone, parameter_bytes
 

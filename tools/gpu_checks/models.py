@@ -19,7 +19,7 @@ from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
-from fire_megatron.platform import World, start, stop
+from fire_megatron.platform.launch import World, start, stop
 from gpu_checks.check import Context
 
 _QWEN3 = {

@@ -15,7 +15,7 @@ from models import FAMILIES, make_hf, save_hf, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from fire_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from fire_megatron.checkpoint.files import read_marker
+from fire_megatron.checkpoint.folder import read_marker
 from fire_megatron.checkpoint.torch_dist import ShardReader
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from tiny_run import make_inputs, tiny_recipe
 
-from fire_megatron import platform
 from fire_megatron.checkpoint import saving
 from fire_megatron.checkpoint.steps import saved_steps, step_folder
 from fire_megatron.checkpoint.torch_dist import ShardWriter
 from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.load import recipe_from_dict
+from fire_megatron.platform import launch
 from fire_megatron.train.trainer import Trainer
 
 
@@ -25,10 +25,10 @@ from fire_megatron.train.trainer import Trainer
 def run(tmp_path_factory):
     """A student with an optimizer that has taken a step."""
     folder = make_inputs(tmp_path_factory.mktemp("saving"), num_hidden_layers=1)
-    trainer = Trainer(recipe_from_dict(tiny_recipe(folder, folder / "run")), platform.start("cpu", threads=1))
+    trainer = Trainer(recipe_from_dict(tiny_recipe(folder, folder / "run")), launch.start("cpu", threads=1))
     trainer.training_step(0)
     yield trainer.run
-    platform.stop()
+    launch.stop()
 
 
 @pytest.fixture

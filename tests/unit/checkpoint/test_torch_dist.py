@@ -16,7 +16,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from models import save_megatron
 
-from fire_megatron import platform
 from fire_megatron.checkpoint.checksums import CHECKSUMS
 from fire_megatron.checkpoint.load import check_tensors, load_weights
 from fire_megatron.checkpoint.shards import model_shards
@@ -26,6 +25,8 @@ from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).reshape(5, 7),
@@ -39,9 +40,9 @@ TENSORS = {
 @pytest.fixture(scope="module")
 def grid():
     """One rank; megatron-core's save and load want a process group."""
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield GridFactory(timeout=60).grid(Layout())
-    platform.stop()
+    launch.stop()
 
 
 def write(folder, tensors, pieces=1, file_bytes=2**30):
@@ -147,7 +148,7 @@ def model(grid, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "qwen3"
     save_megatron("qwen3", folder, num_hidden_layers=2)
     role = StudentConfig(checkpoint=str(folder), vocab_multiple=4)
-    model = build_model(read_hf_config(folder), role, grid, device=platform.Device("cpu"))
+    model = build_model(read_hf_config(folder), role, grid, device=Device("cpu"))
     load_weights(model, folder, grid=grid)
     return model, folder
 

@@ -15,7 +15,7 @@ from nvml import BUS_ID, UUID, FakeNvml, NVMLError
 from fire_megatron.metrics import gpu as module
 from fire_megatron.metrics.gpu import FAILURES, GpuSampler, _Gauges, find_gpu
 from fire_megatron.metrics.values import Max, Mean, Sum, merge
-from fire_megatron.platform import GpuIdentity
+from fire_megatron.platform.device import GpuIdentity
 
 ROOT = Path(__file__).resolve().parents[3]
 GPU = GpuIdentity((UUID,), BUS_ID)

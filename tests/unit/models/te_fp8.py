@@ -12,7 +12,7 @@ from steps import save_state
 from te_world import BLACKWELL, HOPPER, enter, forget_gpu, grid_of, pretend_gpu
 
 from fire_megatron.checkpoint.amax import _linear_layers, _tensors, read_amax
-from fire_megatron.checkpoint.files import WEIGHTS
+from fire_megatron.checkpoint.folder import WEIGHTS
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice
@@ -24,12 +24,12 @@ from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig, RoleConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
-from fire_megatron.models.fp8 import token_multiple, unsupported
+from fire_megatron.models.fp8.settings import token_multiple, unsupported
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.platform import Device
+from fire_megatron.platform.device import Device
 from fire_megatron.train.student import Student
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")

@@ -22,7 +22,7 @@ from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import packed_seq_params
-from fire_megatron.platform import Device
+from fire_megatron.platform.device import Device
 
 
 def check_coverage(shards: list[Shard], expert: int) -> None:

@@ -9,7 +9,6 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from fire_megatron import platform
 from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, StudentConfig
 from fire_megatron.models import build
@@ -24,9 +23,12 @@ from fire_megatron.models.build import (
 )
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
+from fire_megatron.platform.capabilities import Capability
+from fire_megatron.platform.device import Device
 
-CPU = platform.Device("cpu")
-CUDA = platform.Device("cuda")
+CPU = Device("cpu")
+CUDA = Device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_every_field_set_elsewhere_is_one_of_megatron():
 
 
 def test_layer_spec_without_transformer_engine(monkeypatch):
-    absent = platform.Capability("transformer-engine", None, "not installed; layer spec 'local'")
+    absent = Capability("transformer-engine", None, "not installed; layer spec 'local'")
     monkeypatch.setattr(build, "detect_capabilities", lambda device: (absent,))
     assert resolve_layer_spec("auto", CUDA, role="student") == "local"
     assert resolve_layer_spec("local", CUDA, role="student") == "local"
@@ -199,7 +201,7 @@ def test_layer_spec_without_transformer_engine(monkeypatch):
 
 
 def test_layer_spec_with_transformer_engine(monkeypatch):
-    found = platform.Capability("transformer-engine", "2.9", "layer spec 'te'")
+    found = Capability("transformer-engine", "2.9", "layer spec 'te'")
     monkeypatch.setattr(build, "detect_capabilities", lambda device: (found,))
     assert [resolve_layer_spec(s, CUDA, role="student") for s in ("auto", "te", "local")] == ["te", "te", "local"]
 
@@ -214,9 +216,9 @@ def test_layer_spec_on_a_cpu():
 @pytest.fixture(scope="module")
 def grids():
     """Process groups of one rank."""
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield GridFactory(timeout=60)
-    platform.stop()
+    launch.stop()
 
 
 def student(**changes):

@@ -18,7 +18,7 @@ from fire_megatron.models import fp8, pipeline
 from fire_megatron.models.build import check_megatron_overrides, transformer_config
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.platform import Device
+from fire_megatron.platform.device import Device
 
 
 def config_of(role=None, **settings):

@@ -8,19 +8,20 @@ import pytest
 import torch
 from models import VOCABULARY, save_megatron
 
-from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, StudentConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models.build import build_model
-from fire_megatron.models.fp8_emulation import EmulatedFP8, Scales
-from fire_megatron.models.fp8_linear import EmulatedLinear
-from fire_megatron.models.fp8_quantize import E4M3, E5M2, quantize, quantize_blocks
+from fire_megatron.models.fp8.emulation import EmulatedFP8, Scales
+from fire_megatron.models.fp8.linear import EmulatedLinear
+from fire_megatron.models.fp8.quantize import E4M3, E5M2, quantize, quantize_blocks
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device
 
 CPU = torch.device("cpu")
 TENSORWISE = FP8Config(recipe="tensorwise", emulate=True)
@@ -33,9 +34,9 @@ RECIPES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def grid():
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield GridFactory(timeout=60).grid(Layout())
-    platform.stop()
+    launch.stop()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def checkpoint(tmp_path_factory):
 def make(checkpoint, grid, fp8, *, dtype="float32", megatron=None):
     precision = PrecisionConfig(dtype=dtype, fp8=fp8)
     role = StudentConfig(checkpoint=str(checkpoint), vocab_multiple=4, precision=precision, megatron=megatron or {})
-    model = build_model(read_hf_config(checkpoint), role, grid, device=platform.Device("cpu"))
+    model = build_model(read_hf_config(checkpoint), role, grid, device=Device("cpu"))
     load_weights(model, checkpoint, grid=grid)
     return model
 
@@ -240,4 +241,4 @@ def test_refusals(checkpoint, grid):
         make(checkpoint, grid, replace(TENSORWISE, first_last_bf16=2))
     role = StudentConfig(checkpoint=str(checkpoint), precision=PrecisionConfig(fp8=TENSORWISE))
     with pytest.raises(RecipeError, match=r"precision\.fp8\.emulate: true is FP8 on a CPU.*run\.device: cpu"):
-        build_model(read_hf_config(checkpoint), role, grid, device=platform.Device("cuda"))
+        build_model(read_hf_config(checkpoint), role, grid, device=Device("cuda"))

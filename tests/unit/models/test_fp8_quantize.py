@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fire_megatron.models.fp8_quantize import (
+from fire_megatron.models.fp8.quantize import (
     E4M3,
     E5M2,
     amax,

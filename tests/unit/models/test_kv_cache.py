@@ -10,22 +10,22 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from fire_megatron import platform
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import layers
 from fire_megatron.models.kv_cache import KVCache, length_bucket
 from fire_megatron.models.layers import CoreAttention, rotate
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
 
 HEADS, GROUPS, DIM = 4, 2, 8
 
 
 @pytest.fixture(scope="module")
 def grid():
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield GridFactory(timeout=60).grid(Layout())
-    platform.stop()
+    launch.stop()
 
 
 def attention(grid, window):

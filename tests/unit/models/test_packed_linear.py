@@ -6,7 +6,6 @@ import pytest
 import torch
 from models import save_megatron
 
-from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
@@ -14,20 +13,22 @@ from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed_linear import packed_linears
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device
 
 
 @pytest.fixture(scope="module")
 def grid():
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield GridFactory(timeout=60).grid(Layout())
-    platform.stop()
+    launch.stop()
 
 
 @pytest.fixture(params=["llama3-tied", "qwen2", "qwen3"])
 def model(request, grid, tmp_path):
     save_megatron(request.param, tmp_path / "m", num_hidden_layers=2)
     role = StudentConfig(checkpoint=str(tmp_path / "m"), vocab_multiple=4)
-    model = build_model(read_hf_config(tmp_path / "m"), role, grid, device=platform.Device("cpu"))
+    model = build_model(read_hf_config(tmp_path / "m"), role, grid, device=Device("cpu"))
     load_weights(model, tmp_path / "m", grid=grid)
     return model.eval()
 

@@ -5,16 +5,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer as megatron
 
-from fire_megatron import platform
 from fire_megatron.parallel import lone
 from fire_megatron.plan.trace import Tracing
+from fire_megatron.platform import launch
 
 
 @pytest.fixture(scope="module")
 def group():
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield dist.group.WORLD
-    platform.stop()
+    launch.stop()
 
 
 def sums(values, group, how):

@@ -15,7 +15,9 @@ import pytest
 from nvml import FakeNvml, NVMLError
 
 from fire_megatron.config.errors import UserError
-from fire_megatron.platform import Device, apex, capability_report, detect_capabilities
+from fire_megatron.platform import apex
+from fire_megatron.platform.capabilities import capability_report, detect_capabilities
+from fire_megatron.platform.device import Device
 
 CPU, CUDA = Device("cpu"), Device("cuda")
 NAMES = ("transformer-engine", "apex", "flash-attn")

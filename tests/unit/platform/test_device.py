@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.config.errors import LayoutError
-from fire_megatron.platform import (
+from fire_megatron.platform.device import (
     Device,
     DeviceMemory,
     GpuIdentity,
@@ -22,12 +22,12 @@ from fire_megatron.platform import (
     compute_device,
     device_memory,
     gpu_identity,
+    own_gpu,
     peak_memory_mb,
     release_cached_memory,
     select_device,
     synchronize,
 )
-from fire_megatron.platform.device import own_gpu
 
 
 @pytest.fixture
@@ -160,10 +160,10 @@ def test_the_cpu_on_a_machine_with_gpus():
     """In a process of its own: the seam stays."""
     code = (
         "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
-        "from fire_megatron import platform\n"
-        "world = platform.start('cpu')\n"
-        "assert platform.compute_device() == torch.device('cpu') == world.device.torch_device\n"
-        "platform.stop()\n"
+        "from fire_megatron.platform import device, launch\n"
+        "world = launch.start('cpu')\n"
+        "assert device.compute_device() == torch.device('cpu') == world.device.torch_device\n"
+        "launch.stop()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).resolve().parents[3])
 

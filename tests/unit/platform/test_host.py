@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fire_megatron.platform import HostMemory, host, upload
+from fire_megatron.platform import host
+from fire_megatron.platform.host import HostMemory, upload
 
 CPU = torch.device("cpu")
 

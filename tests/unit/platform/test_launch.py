@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fire_megatron import platform
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -41,7 +41,7 @@ def leave():
     """Leaves the run after the test, and gives back the number of threads."""
     threads = torch.get_num_threads()
     yield
-    platform.stop()
+    launch.stop()
     torch.set_num_threads(threads)
 
 
@@ -65,8 +65,8 @@ def test_a_variable_that_is_no_number(name, value, launcher):
 
 def test_a_plain_process(launcher, leave):
     launcher()
-    world = platform.start("cpu", threads=3)
-    assert world == platform.World(0, 1, 0, 1, platform.Device("cpu")) and world.is_main
+    world = launch.start("cpu", threads=3)
+    assert world == launch.World(0, 1, 0, 1, Device("cpu")) and world.is_main
     assert dist.get_world_size() == 1 and dist.get_backend() == "gloo"
     assert torch.get_num_threads() == 3
 
@@ -74,30 +74,30 @@ def test_a_plain_process(launcher, leave):
 def test_local_places_under_srun(launcher, leave):
     """One task, but neither the first of its node nor alone there."""
     launcher(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", SLURM_LOCALID="2", SLURM_NTASKS_PER_NODE="3")
-    world = platform.start("cpu", threads=1)
+    world = launch.start("cpu", threads=1)
     assert (world.local_rank, world.local_size) == (2, 3)
 
 
 @pytest.mark.parametrize("local_size", [1, 2, 10_000])
 def test_ranks_share_the_cores_of_their_node(local_size, launcher, leave):
     launcher(LOCAL_WORLD_SIZE=str(local_size))
-    platform.start("cpu")
+    launch.start("cpu")
     assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def test_a_run_can_be_joined_again_after_it_was_left(launcher, leave):
     launcher()
     for _ in range(2):
-        platform.start("cpu", threads=1)
-        platform.stop()
-    platform.stop()
+        launch.start("cpu", threads=1)
+        launch.stop()
+    launch.stop()
     assert not dist.is_initialized()
 
 
 def test_srun_without_a_meeting_point(launcher, leave):
     launcher(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
     with pytest.raises(LayoutError, match="rank 0 of 2 cannot meet the others .*set MASTER_ADDR and MASTER_PORT"):
-        platform.start("cpu", timeout=1, threads=1)
+        launch.start("cpu", timeout=1, threads=1)
 
 
 def test_a_rank_that_does_not_come(launcher, leave):
@@ -220,7 +220,7 @@ def test_as_many_open_files_as_there_may_be(launcher, leave):
     launcher()
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
-        platform.start("cpu", threads=1)
+        launch.start("cpu", threads=1)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -230,7 +230,8 @@ RANK = """
 import sys, torch
 from types import SimpleNamespace
 from unittest import mock
-from fire_megatron import platform
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device
 from fire_megatron.config.errors import UserError
 from fire_megatron.platform import launch
 launch.raise_on_any_rank(None, timeout=60)
@@ -243,7 +244,7 @@ def refused(said, *, setting="auto", gpus=1, driver=True):
     }
     with mock.patch.multiple(torch.cuda, **pretended):
         try:
-            platform.start(setting, timeout=60)
+            launch.start(setting, timeout=60)
         except UserError as error:
             assert error.everywhere and said in str(error), error
             print("refused")
@@ -252,11 +253,11 @@ refused("ranks 0 and 1 are both on GPU-5f1c", setting="cuda")
 refused("rank 0 computes on a GPU, and rank 1 on", driver=rank == 0)
 refused("run.device is 'cuda' but torch sees no GPU", setting="cuda", driver=rank == 0)
 refused("local rank 1 has no GPU of its own", gpus=0 if rank else 2)
-world = platform.start("auto", timeout=60, threads=1)
+world = launch.start("auto", timeout=60, threads=1)
 total = torch.tensor([float(world.rank + 1)])
 torch.distributed.all_reduce(total)
 print(world.rank, world.size, world.local_rank, world.local_size, world.device.kind, int(total))
-platform.stop()
+launch.stop()
 """
 """One rank: meet; be refused a GPU that both see, one beside a CPU, one that the other does not have; add up ranks on a
 CPU, leave."""

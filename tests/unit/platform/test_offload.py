@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fire_megatron.platform import Offload, host
+from fire_megatron.platform import host
+from fire_megatron.platform.offload import Offload
 
 BLOCK = 4096
 

@@ -7,7 +7,8 @@ import random
 import numpy
 import torch
 
-from fire_megatron.platform import Device, get_rng_state, seed_everything, set_rng_state
+from fire_megatron.platform.device import Device
+from fire_megatron.platform.rng import get_rng_state, seed_everything, set_rng_state
 
 CPU = Device("cpu")
 

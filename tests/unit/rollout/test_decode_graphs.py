@@ -10,7 +10,6 @@ import torch
 from models import VOCABULARY, save_megatron
 from recorded_graph import pretend_graphs
 
-from fire_megatron import platform
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import TrainingError
 from fire_megatron.config.schema import RolloutConfig, StudentConfig
@@ -19,7 +18,9 @@ from fire_megatron.models import kv_cache, packed_linear
 from fire_megatron.models.build import build_model
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import Graphs
+from fire_megatron.platform import launch
+from fire_megatron.platform.device import Device
+from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout import engine as engines
 from fire_megatron.rollout.decoder import Decoder
 from fire_megatron.rollout.engine import MegatronEngine, row_bucket, uses_graphs
@@ -29,16 +30,16 @@ LENGTHS = (3, 9, 1, 6, 4, 2, 8)
 
 @pytest.fixture(scope="module")
 def grid():
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     yield GridFactory(timeout=60).grid(Layout())
-    platform.stop()
+    launch.stop()
 
 
 @pytest.fixture
 def model(grid, tmp_path):
     save_megatron("qwen3", tmp_path / "m", num_hidden_layers=2)
     role = StudentConfig(checkpoint=str(tmp_path / "m"))
-    model = build_model(read_hf_config(tmp_path / "m"), role, grid, device=platform.Device("cpu"))
+    model = build_model(read_hf_config(tmp_path / "m"), role, grid, device=Device("cpu"))
     load_weights(model, tmp_path / "m", grid=grid)
     return model.eval()
 

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from fire_megatron import platform
 from fire_megatron.parallel.grid import GridFactory, Layout
+from fire_megatron.platform import launch
 from fire_megatron.train.interrupt import StopRequest
 
 
@@ -49,11 +49,11 @@ def test_signals_are_given_back():
 
 
 def test_one_rank_agrees_with_itself(request_to_stop):
-    platform.start("cpu", threads=1)
+    launch.start("cpu", threads=1)
     try:
         group = GridFactory(timeout=60).grid(Layout()).span
         assert not request_to_stop.agreed(group=group) and request_to_stop.signal_name is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert request_to_stop.agreed(group=group) and request_to_stop.signal_name == "SIGTERM"
     finally:
-        platform.stop()
+        launch.stop()

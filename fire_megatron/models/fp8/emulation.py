@@ -8,7 +8,7 @@ With recipe ``delayed`` a tensor's largest magnitude (amax) is reduced over the 
 ranks of this pipeline stage of this role (megatron-core's amax group, ``get_amax_reduction_group`` with context
 parallelism) once an update, when gradients are final: a point that all of them reach, however many micro-batches each
 has had. Transformer Engine does it after every forward and backward pass, which needs replicas in lockstep
-(models/fp8.py) and makes a micro-batch's scales depend on those before it.
+(models/fp8/settings.py) and makes a micro-batch's scales depend on those before it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FP8Config
-from fire_megatron.models.fp8_linear import (
+from fire_megatron.models.fp8.linear import (
     MX,
     OPERANDS,
     Blockwise,
@@ -36,8 +36,8 @@ from fire_megatron.models.fp8_linear import (
     Tensorwise,
     format_of,
 )
-from fire_megatron.models.fp8_quantize import delayed_scale
-from fire_megatron.platform import Device, compute_device
+from fire_megatron.models.fp8.quantize import delayed_scale
+from fire_megatron.platform.device import Device, compute_device
 
 Linear = ColumnParallelLinear | RowParallelLinear
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.row_keys import KeyChoice, open_rows
 from fire_megatron.data.rows import row_messages
-from fire_megatron.data.same_text import plain, words
+from fire_megatron.prepare.row_keys import KeyChoice, open_rows
+from fire_megatron.prepare.same_text import plain, words
 
 RUN = 8
 """Words of a run; a problem of fewer words is compared whole. The smallest n of GPT-3's."""

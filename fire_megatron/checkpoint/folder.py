@@ -6,12 +6,10 @@ A checkpoint folder holds ``config.json`` and the tokenizer as published, ``weig
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +28,6 @@ def carry_files(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _CARRIED):
             shutil.copyfile(path, target / path.name)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON and flush it to the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
@@ -75,35 +64,6 @@ def require_checkpoint(directory: str | Path) -> Path:
     raise CheckpointError(f"{folder}: is not a complete checkpoint ({MARKER} or {WEIGHTS}/.metadata is missing)")
 
 
-def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below and including ``folder`` to the disk."""
-    for root, _, names in os.walk(folder):
-        for path in (*(os.path.join(root, name) for name in names), root):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder's own entries, so that a rename inside it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder that may be complete: renamed first, so that a part of it is never taken for the whole."""
-    if folder.exists():
-        doomed = folder.with_name(f".gone_{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
 def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
     """Refuse to write over something.
 
@@ -124,41 +84,3 @@ def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], boo
         raise CheckpointError(f"{target}: exists and is not {what}, so it is left alone; choose another --out")
     if not overwrite:
         raise CheckpointError(f"{target}: already holds {what}; pass --overwrite to replace it")
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``target`` to fill, then rename it to ``target``; on any error remove it.
-
-    Raises:
-        CheckpointError: the file system refuses (no space, no permission).
-    """
-    target = target.absolute()
-    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        fsync_tree(temporary)
-        swap_in(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def swap_in(temporary: Path, target: Path) -> None:
-    """Rename a finished folder to its place. What stood there is set aside first and deleted last, so that a kill in
-    between leaves it at :func:`aside`, and one that such a kill left there stays until the new one is in place."""
-    if target.exists():
-        shutil.rmtree(aside(target), ignore_errors=True)
-        target.rename(aside(target))
-    temporary.rename(target)
-    fsync_folder(target.parent)
-    shutil.rmtree(aside(target), ignore_errors=True)
-
-
-def aside(target: Path) -> Path:
-    """Where a folder is while another takes its place."""
-    return target.with_name(f".old_{target.name}")

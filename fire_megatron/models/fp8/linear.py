@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch.autograd.function import once_differentiable
 
 from fire_megatron.config.schema import FP8Config
-from fire_megatron.models.fp8_quantize import (
+from fire_megatron.models.fp8.quantize import (
     E4M3,
     E5M2,
     Quantized,
@@ -97,7 +97,7 @@ class MX(Rounding):
 
 class Delayed(Tensorwise):
     """One scale a tensor, by the largest magnitudes of earlier updates (TE ``DelayedScaling``); a tensor that has none
-    yet is left alone. :class:`~fire_megatron.models.fp8_emulation.Scales` holds the scales."""
+    yet is left alone. :class:`~fire_megatron.models.fp8.emulation.Scales` holds the scales."""
 
     def __init__(
         self,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.contamination import Benchmarks
-from fire_megatron.data.same_text import plain
+from fire_megatron.prepare.contamination import Benchmarks
+from fire_megatron.prepare.same_text import plain
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LONG = (

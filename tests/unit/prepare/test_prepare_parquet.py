@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.parquet import read_parquet
-from fire_megatron.data.prepare import PrepareOptions, prepare
-from fire_megatron.data.prepare_report import Report
-from fire_megatron.data.row_keys import KeyChoice
+from fire_megatron.prepare.parquet import read_parquet
+from fire_megatron.prepare.prepare import PrepareOptions, prepare
+from fire_megatron.prepare.report import Report
+from fire_megatron.prepare.row_keys import KeyChoice
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

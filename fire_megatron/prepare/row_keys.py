@@ -10,8 +10,8 @@ from typing import Any
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.data.files import read_rows
-from fire_megatron.data.parquet import SUFFIXES, column_names, read_parquet
 from fire_megatron.data.rows import lookup
+from fire_megatron.prepare.parquet import SUFFIXES, column_names, read_parquet
 
 LOOKED_AT = 1000
 """Rows of a file from which its keys are chosen."""

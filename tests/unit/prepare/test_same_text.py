@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fire_megatron.data.same_text import plain, words
+from fire_megatron.prepare.same_text import plain, words
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
-from fire_megatron.data.contamination import OVERLAP, Benchmarks
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.files import shown
-from fire_megatron.data.new_files import NewFiles
-from fire_megatron.data.prepare_report import Report, SourceReport, Tally
-from fire_megatron.data.row_keys import KeyChoice, RowKeys, open_rows
 from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages
-from fire_megatron.data.same_text import plain
 from fire_megatron.data.tokenizer import load_tokenizer
+from fire_megatron.platform.files import NewFiles
+from fire_megatron.prepare.contamination import OVERLAP, Benchmarks
+from fire_megatron.prepare.report import Report, SourceReport, Tally
+from fire_megatron.prepare.row_keys import KeyChoice, RowKeys, open_rows
+from fire_megatron.prepare.same_text import plain
 
 
 @dataclass(frozen=True, kw_only=True)

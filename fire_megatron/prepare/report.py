@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fire_megatron.data.contamination import Benchmarks, Match
 from fire_megatron.data.rows import Reason
 from fire_megatron.metrics.table import aligned
+from fire_megatron.prepare.contamination import Benchmarks, Match
 
 PERCENTILES = (50, 90, 99, 100)
 _LABELS = 20

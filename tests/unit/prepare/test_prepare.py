@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
-from fire_megatron.data.prepare import NoRowsLeft, PrepareOptions, prepare
-from fire_megatron.data.prepare_report import Report
 from fire_megatron.data.prompts import read_prompts
-from fire_megatron.data.row_keys import KeyChoice
 from fire_megatron.data.rows import Reason
+from fire_megatron.prepare.prepare import NoRowsLeft, PrepareOptions, prepare
+from fire_megatron.prepare.report import Report
+from fire_megatron.prepare.row_keys import KeyChoice
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 ROW = {"problem": "What is two?", "label": "math", "answer": "2"}
@@ -320,7 +320,7 @@ def test_every_row_is_kept_or_rejected_whatever_it_holds(run, tmp_path, chat_tok
 
 def test_the_tool_starts_without_torch():
     code = (
-        "import sys, fire_megatron.data.prepare\n"
+        "import sys, fire_megatron.prepare.prepare\n"
         "heavy = {'torch', 'transformers', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

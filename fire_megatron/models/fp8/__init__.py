@@ -1,0 +1,1 @@
+"""FP8: megatron-core's settings for Transformer Engine, and its emulation on a CPU."""

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_megatron.cli.guard import guarded, run_command
-from fire_megatron.config.errors import DataError, RecipeError
+from fire_megatron.config.errors import DataError, RecipeError, RecipeProblems
+from fire_megatron.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RoleConfig,
+    RunConfig,
+    SourceConfig,
+)
+from fire_megatron.config.walk import build
 
 if TYPE_CHECKING:
-    from fire_megatron.evaluation.standalone import Options, Work
+    from fire_megatron.evaluation.standalone import EvaluationJob
     from fire_megatron.platform.device import Device
     from fire_megatron.platform.launch import World
     from fire_megatron.platform.watch import Watch
@@ -60,47 +71,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "samples": (lambda value: 1 <= value < 2**16, "give 1 to 65535"),
-    "limit": (lambda value: value >= 0, "give 0 (all) or more"),
-    "temperature": (lambda value: 0 <= value < float("inf"), "give 0 or more"),
-    "top_p": (lambda value: 0 < value <= 1, "give more than 0 and at most 1"),
-    "max_new_tokens": (lambda value: value >= 1, "give at least 1"),
-    "batch_size": (lambda value: value >= 1, "give at least 1"),
-    "seed": (lambda value: 0 <= value < 2**63, "give 0 or more"),
-    "tensor": (lambda value: value >= 1, "give at least 1"),
-    "pipeline": (lambda value: value >= 1, "give at least 1"),
-    "timeout": (lambda value: 0 < value < float("inf"), "give seconds above 0"),
-}
+_OPTIONS = {"path": "benchmark", "collective_timeout": "timeout"}
+"""Keys of a recipe that options have other names for."""
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raises RecipeError: an option out of its range."""
-    for name, (fits, advice) in _RANGES.items():
-        value = getattr(args, name)
-        if not fits(value):
-            raise RecipeError(f"--{name.replace('_', '-')} {value}: {advice}")
-    if args.temperature == 0 and args.samples > 1:
-        raise RecipeError(
-            f"--samples {args.samples} with --temperature 0 is one answer {args.samples} times; leave it out, or raise "
-            "the temperature"
-        )
+def _sections(args: argparse.Namespace) -> tuple[EvaluationConfig, ParallelConfig]:
+    """What a recipe would say. Raises RecipeError: an option out of its range."""
+    names = ("samples", "limit", "temperature", "top_p", "max_new_tokens", "batch_size")
+    benchmarks = [{"path": path, **{name: getattr(args, name) for name in names}} for path in args.benchmark]
+    try:
+        build(RunConfig, {"name": "-", "dir": "-", "steps": 1, "collective_timeout": args.timeout})
+        evaluation = build(EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
+        return evaluation, build(ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
+    except RecipeProblems as error:
+        told = dict.fromkeys((problem.key.rpartition(".")[2], problem.text) for problem in error.problems)
+        options = {name: f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name, _ in told}
+        raise RecipeError("\n".join(f"{options[name]}: {text}" for name, text in told)) from error
 
 
-def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
+def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     """Everything but the weights.
 
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.config.schema import DataConfig, PrecisionConfig, SourceConfig
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
-    from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmarks
+    from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmarks
+    from fire_megatron.evaluation.judge import require_math_verify
     from fire_megatron.evaluation.source import open_source
-    from fire_megatron.evaluation.standalone import Options, Work
+    from fire_megatron.evaluation.standalone import EvaluationJob
+    from fire_megatron.rollout.sampling import Sampling
 
-    benchmarks = read_benchmarks([(path, None, args.limit) for path in args.benchmark])
+    require_math_verify()
+    config, parallel = _sections(args)
+    benchmarks = read_benchmarks([(entry.path, None, entry.limit) for entry in config.benchmarks])
     source = open_source(args.hf or args.checkpoint, is_hf=args.hf is not None)
     tokenizer = load_tokenizer(source.folder)
     if tokenizer.vocab_size > source.shape.vocab_size:
@@ -108,11 +113,6 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
             f"{source.folder}: the model's vocabulary of {source.shape.vocab_size} does not hold the tokenizer's "
             f"{tokenizer.vocab_size} tokens; give the tokenizer that belongs to the model"
         )
-    if not tokenizer.has_chat_template and (args.chat_template == "on" or args.system_prompt is not None):
-        option = "--chat-template on" if args.chat_template == "on" else "--system-prompt"
-        raise DataError(f"{option}: the tokenizer of {source.folder} has no chat template; leave it out")
-    if args.system_prompt is not None and args.chat_template == "off":
-        raise DataError("--system-prompt: needs a chat template and --chat-template is off; leave out one of them")
     data = DataConfig(
         train=tuple(SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
@@ -120,27 +120,29 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
         max_prompt_tokens=sys.maxsize,
         too_long="error",
     )
-    encode, room = Encoder(data, tokenizer), source.shape.max_positions - args.max_new_tokens
-    prompts = [encode_problems(benchmark, encode, room=room) for benchmark in benchmarks]
-    dtype = PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind).dtype
+    try:
+        encode = Encoder(data, tokenizer)
+    except DataError as error:
+        options = {f"data.{name}": f"--{name.replace('_', '-')}" for name in ("chat_template", "system_prompt")}
+        raise DataError(re.sub("|".join(options), lambda key: options[key[0]], str(error))) from error
+    ends, room = stop_ids(tokenizer, args.stop_token, "--stop-token"), source.shape.max_positions - args.max_new_tokens
+    tasks = []
+    for entry, benchmark in zip(config.benchmarks, benchmarks, strict=True):
+        sampling = Sampling.of(entry, seed=config.seed, stop_ids=ends)
+        prompts = encode_problems(benchmark, encode, room=room)
+        tasks.append(BenchmarkTask(benchmark, prompts, entry.samples, sampling))
+    precision = PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind)
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
-    settings = {name: getattr(args, name) for name in fixed} | {"dtype": dtype}
     folder = source.folder.absolute()
-    options = Options(
-        samples=args.samples,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        dtype=dtype,
-        tensor=args.tensor,
-        pipeline=args.pipeline,
+    return EvaluationJob(
+        source=source,
+        role=RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision),
+        tokenizer=tokenizer,
+        tasks=tasks,
+        settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},
         out=args.out or folder.parent / "evaluation" / folder.name,
         timeout=args.timeout,
     )
-    ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
-    return Work(source, tokenizer, ends, benchmarks, prompts, settings), options
 
 
 def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
@@ -150,8 +152,7 @@ def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
     from fire_megatron.train.interrupt import StopRequest
 
     stop = StopRequest().install()
-    work, options = everywhere(_read, args, world.device)
-    Evaluation(work, options, world, watch, lambda: stop.signal_name).run()
+    Evaluation(everywhere(_read, args, world.device), world, watch, lambda: stop.signal_name).run()
     stop.restore()
 
 
@@ -165,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import; mistakes in options should not.
     from fire_megatron.platform import launch
 
-    def work(_: None) -> None:
+    def work(_: object) -> None:
         world = launch.start(args.device, timeout=args.timeout)
         guarded(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
 
-    return run_command(lambda: _check(args), work)
+    return run_command(lambda: _sections(args), work)

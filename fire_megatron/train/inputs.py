@@ -18,7 +18,7 @@ from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
-from fire_megatron.evaluation.benchmarks import Benchmark, encode_problems, read_benchmarks
+from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmarks
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks
 from fire_megatron.models.build import (
@@ -31,6 +31,7 @@ from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.watch import tick
+from fire_megatron.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Inputs:
     route: dict[str, str]
     notes: tuple[str, ...]
     """What was read, for people."""
-    benchmarks: tuple[tuple[Benchmark, list[Prompt]], ...] = ()
-    """With their problems as prompts."""
+    benchmarks: tuple[BenchmarkTask, ...] = ()
 
 
 def role_layout(role: RoleConfig, num_ranks: int) -> Layout:
@@ -209,8 +209,8 @@ def _check_vocabularies(recipe: Recipe, shapes: Mapping[str, ModelShape], tokeni
 
 
 def _read_benchmarks(
-    recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer
-) -> tuple[tuple[Benchmark, list[Prompt]], ...]:
+    recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer, stop_ids: Sequence[int]
+) -> tuple[BenchmarkTask, ...]:
     """Raises DataError: a benchmark that cannot be answered, or nothing to judge answers with."""
     configs = recipe.evaluation.benchmarks
     if not configs:
@@ -228,7 +228,8 @@ def _read_benchmarks(
             prompts = encode_problems(benchmark, encode, room=shape.max_positions - config.max_new_tokens)
         except DataError as error:
             raise DataError(f"{key}.max_new_tokens: {config.max_new_tokens}: {error}") from error
-        read.append((benchmark, prompts))
+        sampling = Sampling.of(config, seed=recipe.evaluation.seed, stop_ids=stop_ids)
+        read.append(BenchmarkTask(benchmark, prompts, config.samples, sampling))
     return tuple(read)
 
 
@@ -269,6 +270,6 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     hooks = load_plugins(recipe)
     shapes, inputs = check_roles(recipe, device=device, num_ranks=num_ranks), read_inputs(recipe)
     notes = _engine_notes(recipe, device) + _check_vocabularies(recipe, shapes, inputs.tokenizer)
-    benchmarks = _read_benchmarks(recipe, shapes["student"], inputs.tokenizer)
-    notes += [f"benchmark {benchmark.name}: {len(problems)} problems" for benchmark, problems in benchmarks]
+    benchmarks = _read_benchmarks(recipe, shapes["student"], inputs.tokenizer, inputs.stop_ids)
+    notes += [f"benchmark {task.name}: {len(task.prompts)} problems" for task in benchmarks]
     return hooks, shapes, replace(inputs, notes=(*notes, *inputs.notes), benchmarks=benchmarks)

@@ -21,8 +21,8 @@ from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import TrainingRows
-from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
+from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import build_model, model_dtype, resolve_layer_spec
@@ -67,7 +67,7 @@ class StudentRun:
     hooks: list[Hook]
     order: PromptOrder
     held_out: HeldOut | None
-    exams: list[Exam]
+    benchmarks: BenchmarkRunner | None
     saver: Saver
     waiting: dist.ProcessGroup | None
     """Of the student's ranks, on the host, for what may take as long as a replica samples; None for a single one."""
@@ -333,10 +333,14 @@ def _student_run(
     )
     sampling = Sampling.of(recipe.rollout, seed=recipe.run.seed, stop_ids=inputs.stop_ids)
     held_out = _held_out(recipe, inputs, engine, sampling, router, grid)
-    exams = _exams(recipe, inputs, engine, grid, waiting, watch)
+    benchmarks = None
+    if inputs.benchmarks:
+        assert waiting is not None
+        wait = partial(watch.patiently, "waiting for the other ranks' evaluation")
+        benchmarks = BenchmarkRunner(inputs.benchmarks, inputs.tokenizer, grid, waiting, wait)
     together = waiting if grid.row_replicas > 1 else None
     return StudentRun(
-        recipe, grid, inputs, student, engine, sampling, router, hooks, order, held_out, exams, saver, together
+        recipe, grid, inputs, student, engine, sampling, router, hooks, order, held_out, benchmarks, saver, together
     )
 
 
@@ -359,19 +363,3 @@ def _held_out(
     own = recipe.evaluation
     sampling = replace(sampling, max_new_tokens=own.max_new_tokens, temperature=1.0, top_p=1.0, seed=own.seed)
     return HeldOut(inputs.held_out, engine, sampling, router, grid)
-
-
-def _exams(
-    recipe: Recipe,
-    inputs: Inputs,
-    engine: MegatronEngine,
-    grid: ModelGrid,
-    waiting: dist.ProcessGroup | None,
-    watch: Watch,
-) -> list[Exam]:
-    exams = []
-    wait = partial(watch.patiently, "waiting for the other ranks' evaluation")
-    for config, (benchmark, prompts) in zip(recipe.evaluation.benchmarks, inputs.benchmarks, strict=True):
-        sampling = Sampling.of(config, seed=recipe.evaluation.seed, stop_ids=inputs.stop_ids)
-        exams.append(Exam(benchmark, prompts, config.samples, engine, sampling, grid, inputs.tokenizer, waiting, wait))
-    return exams

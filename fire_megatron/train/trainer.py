@@ -14,7 +14,7 @@ from fire_megatron.config.errors import TrainingError, UserError
 from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.rollouts import KeptStates, Rollouts, Scores, TrainingRows
-from fire_megatron.evaluation.during import take_exams
+from fire_megatron.evaluation.during import measure_benchmarks
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.metrics.values import Last, Max, Value, merge, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects, everywhere, wait_for_all
@@ -238,7 +238,7 @@ class Trainer:
         due = bool(evaluation.every) and self.step % evaluation.every == 0
         told = self._untold
         if self._measures and (due or (last and evaluation.at_end)):
-            if self.run.exams:  # which may take long
+            if self.run.benchmarks:  # which may take long
                 self._save_if_due()
             self.last_eval = self._evaluate()
             told = told | self.last_eval
@@ -355,7 +355,7 @@ class Trainer:
     @property
     def _measures(self) -> bool:
         """Whether there is something to evaluate."""
-        return self.run.held_out is not None or bool(self.run.exams)
+        return self.run.held_out is not None or self.run.benchmarks is not None
 
     def _evaluate(self) -> dict[str, float]:
         self.watch.doing("evaluation")
@@ -368,18 +368,20 @@ class Trainer:
         counts = self.run.grid.tp_rank == 0 and self.run.grid.is_first_stage
         reduced = reduce_metrics(measured if counts else {}, group=self.run.grid.span)
         folder = self.folder.path / "evaluation" / f"step_{self.step:06d}"
-        examined = take_exams(
-            self.run.exams,
-            folder,
-            writes=self.world.is_main,
-            stopped=self._asked_to_stop,
-            asked=lambda: self.stop.signal_name is not None,
-            progress=self._progress,
-        )
+        answered: dict[str, float] | None = {}
+        if self.run.benchmarks is not None:
+            answered = measure_benchmarks(
+                self.run.benchmarks,
+                self.run.engine,
+                folder,
+                stopped=self._asked_to_stop,
+                asked=lambda: self.stop.signal_name is not None,
+                progress=self._progress,
+            )
         self.run.engine.release()  # long answers may have taken more memory than those of a step
-        if examined is None:
+        if answered is None:
             raise _Stopped
-        return reduced | examined
+        return reduced | answered
 
     def _print_table(self) -> None:
         if self.last_eval and self.world.is_main:

@@ -61,24 +61,24 @@ def test_metrics_and_files_of_every_evaluation(train, tmp_path, capsys):
 
 def test_a_stop_gives_the_evaluation_up(train, tmp_path, monkeypatch):
     """Asked to stop by the first answer, the run leaves the rest of them and continues where it was."""
-    from fire_megatron.evaluation import answering
+    from fire_megatron.evaluation import runner
     from fire_megatron.train.interrupt import StopRequest
 
     installed = []
     install = StopRequest.install
     monkeypatch.setattr(StopRequest, "install", lambda self: installed.append(self) or install(self))
-    last_boxed = answering.last_boxed
+    last_boxed = runner.last_boxed
 
     def stopping(text):
         installed[-1].signal_name = "SIGTERM"
         return last_boxed(text)
 
-    monkeypatch.setattr(answering, "last_boxed", stopping)
+    monkeypatch.setattr(runner, "last_boxed", stopping)
     only_at_2 = {"every": 2, "at_start": False, "at_end": False}
     assert train(evaluation=only_at_2, batch_size=2) == 0
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1], "step 2 is told with its evaluation"
     assert not (tmp_path / "run" / "evaluation").exists()
-    monkeypatch.setattr(answering, "last_boxed", last_boxed)
+    monkeypatch.setattr(runner, "last_boxed", last_boxed)
     assert train(evaluation=only_at_2, batch_size=2) == 0
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]

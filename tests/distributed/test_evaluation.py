@@ -17,10 +17,10 @@ from fire_megatron.config.errors import UserError
 from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.tokenizer import load_tokenizer
-from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
-from fire_megatron.evaluation.during import Exam
+from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmark
+from fire_megatron.evaluation.during import measure_benchmarks
 from fire_megatron.evaluation.generations import PARTS
-from fire_megatron.evaluation.judge import Judge
+from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.evaluation.standalone import Evaluation
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform import launch
@@ -73,9 +73,8 @@ def _arguments(folder, out):
 
 def evaluate(world, folder, out, *options, stopped=lambda: None):
     """The command as ranks that are there already run it."""
-    work, settings = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
-    watch = launch.watch(world, roles="the model", timeout=60)
-    return Evaluation(work, settings, world, watch, stopped).run()
+    job = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
+    return Evaluation(job, world, launch.watch(world, roles="the model", timeout=60), stopped).run()
 
 
 def results(folder):
@@ -114,29 +113,28 @@ def test_a_folder_that_only_rank_0_finds_wrong(world, inputs):
         evaluate(world, inputs, "other", "--tensor", "3")
 
 
-def take(world, roles, folder, path, layout, file):
-    """An exam in training's way, on a model that is loaded in some layout."""
+def measure(world, roles, folder, path, layout, out):
+    """The first benchmark in training's way, on a model that is loaded in some layout: metrics, answers, scores."""
     model, grid = roles.build(path, layout)
     tokenizer = load_tokenizer(path)
     benchmark = read_benchmark(folder / "sums.jsonl")
     prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
-    engine = MegatronEngine(model, grid)
     sampling = Sampling(max_new_tokens=16, batch_size=4, stop_ids=frozenset(tokenizer.eos_ids), seed=7)
     waiting = roles.factory.cpu_group(range(world.size), purpose="evaluation")
-    exam = Exam(benchmark, prompts, 3, engine, sampling, grid, tokenizer, waiting)
-    with Judge() as judge:
-        scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
+    runner = BenchmarkRunner([BenchmarkTask(benchmark, prompts, 3, sampling)], tokenizer, grid, waiting)
+    metrics = measure_benchmarks(runner, MegatronEngine(model, grid), out, stopped=lambda: False)
     dist.barrier()
-    return scores, file.read_text()
+    return metrics, (out / "sums.jsonl").read_text(), json.loads((out / "scores.json").read_text())["sums"]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
-def test_an_exam_in_training_is_the_command(world, inputs, sizes):
+@pytest.mark.parametrize("sizes", [{"pipeline": 2}, {"context": 2}], ids=str)
+def test_a_benchmark_in_training_is_the_command(world, inputs, sizes):
     roles = Roles(world, inputs)
     layout = Layout(**sizes, num_ranks=world.size)
-    scores, written = take(world, roles, inputs, inputs / "model", layout, inputs / f"exam{sizes}.jsonl")
+    metrics, written, scores = measure(world, roles, inputs, inputs / "model", layout, inputs / f"training{sizes}")
     assert written == (alone(inputs) / "sums.jsonl").read_text()
-    assert scores.as_dict() == json.loads((alone(inputs) / "scores.json").read_text())["benchmarks"]["sums"]
+    assert scores == json.loads((alone(inputs) / "scores.json").read_text())["benchmarks"]["sums"]
+    assert metrics["eval/sums/maj@3"] == scores["maj@3"]["value"]
 
 
 def test_replicas_that_share_experts(world, inputs):
@@ -146,7 +144,7 @@ def test_replicas_that_share_experts(world, inputs):
         make_model(path, "qwen3-moe")
     dist.barrier()
     apart, shared = (
-        take(world, roles, inputs, path, Layout(expert=size, num_ranks=world.size), inputs / f"experts{size}.jsonl")
+        measure(world, roles, inputs, path, Layout(expert=size, num_ranks=world.size), inputs / f"experts{size}")
         for size in (1, 2)
     )
     assert apart == shared

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1.0)")
     parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer (4096)")
     parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="answers that a replica samples at once"
+        "--batch-size", type=int, default=16, metavar="N", help="answers a replica samples at once (16); 0: its share"
     )
     parser.add_argument(
         "--stop-token", action="append", default=[], metavar="TOKEN",

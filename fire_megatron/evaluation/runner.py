@@ -99,7 +99,7 @@ class BenchmarkRunner:
             progress: of each task, told of sampled tokens.
 
         Raises:
-            UserError: on every rank: an answer cannot be written.
+            UserError: an answer cannot be written: on this rank alone, or on every rank once all have sampled.
         """
         pending: deque[Future[None]] = deque()
 

@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_megatron.cli.guard import guarded, run_command
+from fire_megatron.config import schema
 from fire_megatron.config.errors import DataError, RecipeError, RecipeProblems
-from fire_megatron.config.schema import (
-    DataConfig,
-    EvaluationConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RoleConfig,
-    RunConfig,
-    SourceConfig,
-)
 from fire_megatron.config.walk import build
 
 if TYPE_CHECKING:
@@ -38,36 +30,28 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", metavar="DIR", help="converted checkpoint, or a step of a run")
     model.add_argument("--hf", metavar="DIR", help="Hugging Face folder; converted for the time of loading")
-    parser.add_argument(
-        "--benchmark", nargs="+", action="extend", required=True, metavar="FILE", help="JSON Lines: problem, answer"
-    )
-    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each problem (1)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="problems of each file, from its start (all)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1.0)")
-    parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer (4096)")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="answers a replica samples at once (16); 0: its share"
-    )
-    parser.add_argument(
-        "--stop-token", action="append", default=[], metavar="TOKEN",
-        help="ends an answer besides the tokenizer's own; as in rollout.stop_tokens of the recipe; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=7, help="seeds the sampling (7)")
-    parser.add_argument("--system-prompt", metavar="TEXT", help="system message before every problem")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--benchmark", nargs="+", action="extend", required=True, metavar="FILE", help="JSON Lines: problem, answer")
+    add("--samples", type=int, default=1, metavar="K", help="answers to each problem (1)")
+    add("--limit", type=int, default=0, metavar="N", help="problems of each file, from its start (all)")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1.0)")
+    add("--max-new-tokens", type=int, default=4096, metavar="N", help="longest answer (4096)")
+    add("--batch-size", type=int, default=16, metavar="N", help="answers a replica samples at once (16); 0: its share")
+    stop = "ends an answer besides the tokenizer's own; as in rollout.stop_tokens of the recipe; may be repeated"
+    add("--stop-token", action="append", default=[], metavar="TOKEN", help=stop)
+    add("--seed", type=int, default=7, help="seeds the sampling (7)")
+    add("--system-prompt", metavar="TEXT", help="system message before every problem")
+    add(
         "--chat-template", choices=("auto", "on", "off"), default="auto", help="auto uses the tokenizer's if it has one"
     )
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel ranks of a replica (1)")
-    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages of a replica (1)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA if there")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs, else float32"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results (evaluation/NAME beside the model)")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="a rank may be waited for so long (600)"
-    )
+    add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel ranks of a replica (1)")
+    add("--pipeline", type=int, default=1, metavar="N", help="pipeline stages of a replica (1)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA if there")
+    formats = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=formats, default="auto", help="auto: bfloat16 on GPUs, else float32")
+    add("--out", type=Path, metavar="DIR", help="results (evaluation/NAME beside the model)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="a rank may be waited for so long (600)")
     return parser
 
 
@@ -75,14 +59,14 @@ _OPTIONS = {"path": "benchmark", "collective_timeout": "timeout"}
 """Keys of a recipe that options have other names for."""
 
 
-def _sections(args: argparse.Namespace) -> tuple[EvaluationConfig, ParallelConfig]:
+def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema.ParallelConfig]:
     """What a recipe would say. Raises RecipeError: an option out of its range."""
     names = ("samples", "limit", "temperature", "top_p", "max_new_tokens", "batch_size")
     benchmarks = [{"path": path, **{name: getattr(args, name) for name in names}} for path in args.benchmark]
     try:
-        build(RunConfig, {"name": "-", "dir": "-", "steps": 1, "collective_timeout": args.timeout})
-        evaluation = build(EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
-        return evaluation, build(ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
+        build(schema.RunConfig, {"name": "-", "dir": "-", "steps": 1, "collective_timeout": args.timeout})
+        evaluation = build(schema.EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
+        return evaluation, build(schema.ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
     except RecipeProblems as error:
         told = dict.fromkeys((problem.key.rpartition(".")[2], problem.text) for problem in error.problems)
         options = {name: f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name, _ in told}
@@ -113,8 +97,8 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
             f"{source.folder}: the model's vocabulary of {source.shape.vocab_size} does not hold the tokenizer's "
             f"{tokenizer.vocab_size} tokens; give the tokenizer that belongs to the model"
         )
-    data = DataConfig(
-        train=tuple(SourceConfig(path=path) for path in args.benchmark),
+    data = schema.DataConfig(
+        train=tuple(schema.SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
         system_prompt=args.system_prompt,
         max_prompt_tokens=sys.maxsize,
@@ -131,12 +115,12 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
         sampling = Sampling.of(entry, seed=config.seed, stop_ids=ends)
         prompts = encode_problems(benchmark, encode, room=room)
         tasks.append(BenchmarkTask(benchmark, prompts, entry.samples, sampling))
-    precision = PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind)
+    precision = schema.PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind)
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     folder = source.folder.absolute()
     return EvaluationJob(
         source=source,
-        role=RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision),
+        role=schema.RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision),
         tokenizer=tokenizer,
         tasks=tasks,
         settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},

@@ -174,13 +174,24 @@ def only_writer(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)
 
 
-def write_answers(folder: Path, name: str, generations: Mapping[Key, Generation]) -> None:
-    """Put all answers to a benchmark into one file, in order, and remove what parts of it there are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.jsonl", (generations[key].line() for key in sorted(generations)))
+def write_answers(folder: Path, key: str, name: str, generations: Mapping[Key, Generation]) -> None:
+    """Put all answers to a benchmark into one file, in order, and remove what parts of it there are.
+
+    Raises:
+        DataError: the folder, which the setting ``key`` names, cannot be written.
+    """
+    with writing(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{name}.jsonl", (generations[place].line() for place in sorted(generations)))
     shutil.rmtree(folder / PARTS / name, ignore_errors=True)
     with contextlib.suppress(OSError):  # while those of other benchmarks are there
         (folder / PARTS).rmdir()
+
+
+def write_scores(folder: Path, key: str, report: Mapping[str, Any]) -> None:
+    """Write ``scores.json``. Raises DataError: see :func:`write_answers`."""
+    with writing(folder, key):
+        write_whole(folder / SCORES, [json.dumps(report, indent=2), "\n"])
 
 
 def require_settings(

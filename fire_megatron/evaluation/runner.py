@@ -7,11 +7,11 @@ queue that all replicas draw from) and in where judged answers go (memory, or fi
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,20 +23,11 @@ from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.answers import last_boxed
 from fire_megatron.evaluation.benchmarks import BenchmarkTask
 from fire_megatron.evaluation.estimates import BenchmarkScores, score
-from fire_megatron.evaluation.generations import (
-    SCORES,
-    Generation,
-    Key,
-    MemoryAnswers,
-    PartFiles,
-    write_answers,
-    writing,
-)
+from fire_megatron.evaluation.generations import Generation, Key, MemoryAnswers, PartFiles, write_answers, write_scores
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, largest, on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.platform.files import write_whole
 from fire_megatron.rollout.engine import Engine, Progress
 
 _ASK_EVERY = 16
@@ -198,20 +189,16 @@ class BenchmarkRunner:
         Raises:
             DataError: on every rank: the folder cannot be written.
         """
-
-        def write(action: Callable[..., None], *what: object) -> None:
-            with writing(folder, key):
-                action(folder, *what)
-
         results: dict[str, BenchmarkScores] = {}
         for task in self.tasks:
             held = sink.held(task.name)
             whole = self._on_first(held)  # texts go to the rank that writes them and nowhere else
             answers = self._merged({place: replace(answer, text="") for place, answer in held.items()})
             results[task.name] = self._score(task, answers, judge)
-            self.on_first(lambda: write(write_answers, task.name, whole))  # noqa: B023
+            self.on_first(partial(write_answers, folder, key, task.name, whole))
         scores = {name: result.as_dict() for name, result in results.items()}
-        self.on_first(lambda: write(_write_scores, scores if about is None else {**about, "benchmarks": scores}))
+        report = scores if about is None else {**about, "benchmarks": scores}
+        self.on_first(partial(write_scores, folder, key, report))
         return results
 
     def _score(self, task: BenchmarkTask, answers: Mapping[Key, Generation], judge: Judge) -> BenchmarkScores:
@@ -257,7 +244,3 @@ def _vote_classes(row: Sequence[Generation], judge: Judge) -> list[int | None]:
     """Number of each answer's class of equal ones, None without an answer; right ones are -1."""
     wrong = iter(judge.classes([answer.answer for answer in row if not answer.correct]))
     return [-1 if answer.correct else next(wrong) for answer in row]
-
-
-def _write_scores(folder: Path, report: dict[str, Any]) -> None:
-    write_whole(folder / SCORES, [json.dumps(report, indent=2), "\n"])

@@ -92,7 +92,6 @@ def test_a_stop_gives_the_evaluation_up(train, tmp_path, monkeypatch):
     [
         ({"path": "none.jsonl"}, "evaluation.benchmarks.0.path: none.jsonl does not exist"),
         ({"path": "~/none.jsonl"}, "evaluation.benchmarks.0.path: ~/none.jsonl: ~ is not replaced here"),
-        ({"samples": 0}, "evaluation.benchmarks.0.samples"),
         ({"temperature": 0}, "evaluation.benchmarks.0.samples: 3, but at temperature 0"),
         ({"name": "a/b"}, "evaluation.benchmarks.0.name"),
         ({"name": "math"}, "evaluation.benchmarks.0.name: 'math' is a teacher's"),
@@ -103,10 +102,3 @@ def test_mistakes(train, changes, message, capsys):
     assert train(**changes) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
-
-
-def test_two_benchmarks_of_one_name(inputs, tmp_path, capsys):
-    twice = [{"path": str(inputs / "sums.jsonl")}] * 2
-    recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(inputs, tmp_path / "run", evaluation__benchmarks=twice))
-    assert main(["--recipe", str(recipe)]) == 2
-    assert "'sums' is taken by" in capsys.readouterr().err

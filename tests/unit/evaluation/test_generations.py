@@ -28,7 +28,7 @@ def write(folder, rank, *generations):
 
 
 def merge(folder):
-    write_answers(folder, "amc", PartFiles(folder, 0).held("amc"))
+    write_answers(folder, "--out", "amc", PartFiles(folder, 0).held("amc"))
 
 
 def test_parts_of_all_ranks_are_read_and_merged_in_order(tmp_path):

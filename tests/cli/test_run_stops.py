@@ -87,7 +87,7 @@ def test_metrics_of_a_run_that_saved_nothing_are_kept(tmp_path, capsys):
 
 
 def test_a_step_that_an_earlier_version_saved_before_it_was_logged(tmp_path, monkeypatch):
-    """Such a version logged a step along with its evaluation, and kept the step's metrics in the checkpoint till then."""
+    """It logged a step along with its evaluation, and kept the step's metrics in the checkpoint till then."""
     inputs = make_inputs(tmp_path, num_hidden_layers=1)
     held_out = {"prompts": [{"path": str(inputs / "code.jsonl")}], "num_prompts": 2, "max_new_tokens": 3, "every": 2}
     held_out |= {"at_start": False, "at_end": False}

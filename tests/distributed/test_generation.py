@@ -46,6 +46,7 @@ def generate_rows(model, grid, prompts, rows, *, stop_ids=(), sync_every=0, **se
     """This replica's rows by id: (tokens, log-probs, entropies, truncated)."""
     sampling = Sampling(**{"max_new_tokens": NEW_TOKENS, "seed": SEED, "stop_ids": frozenset(stop_ids), **settings})
     engine = MegatronEngine(model, grid, sync_every=sync_every)
+    engine.publish(STEP)
     made = engine.generate([prompts[i] for i in rows], rows, sampling=sampling, step=STEP)
     assert made.row_ids == tuple(rows) and made.weight_version == STEP and not model.training
     columns = zip(made.responses, made.log_probs, made.entropies, made.truncated, strict=True)

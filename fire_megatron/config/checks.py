@@ -15,8 +15,8 @@ from fire_megatron.config.fp8 import fp8_problems
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.section import nearest
 from fire_megatron.config.spans import parse_span, span_problems
-from fire_megatron.config.walk import nearest
 
 
 @dataclass(frozen=True)

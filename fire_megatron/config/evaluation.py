@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.kinds import Count, NonNegative, Size, Text
-from fire_megatron.config.section import Match, Range, Section
-
-NAME = Match(r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, ., - and _ (it becomes a part of metric and file names)")
+from fire_megatron.config.kinds import BenchmarkName, Chance, Count, NonNegative, Samples, Size, Text
+from fire_megatron.config.section import Section
 
 
-@dataclass(frozen=True)
 class BenchmarkConfig(Section):
     """Problems with right answers. The prompts are made as those of `data`, its chat template and system message."""
 
     path: Text
     """JSON Lines, or one JSON list, of objects with `problem` and `answer`."""
-    name: Annotated[str, NAME] | None = None
+    name: BenchmarkName | None = None
     """Name in metrics and files; null is the file's name without its ending."""
-    samples: Annotated[int, Range(at_least=1, below=2**16)] = 1
+    samples: Samples = 1
     """Answers to each problem."""
     limit: Count = 0
     """Take this many problems from the start of the file; 0 takes all."""
@@ -29,7 +24,7 @@ class BenchmarkConfig(Section):
     """Longest answer, in tokens; longer ones are cut, which makes most of them wrong."""
     temperature: NonNegative = 1.0
     """Divides the logits before sampling; 0 takes the likeliest token."""
-    top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    top_p: Chance = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
     batch_size: Count = 0
     """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, an

@@ -1,89 +1,96 @@
-"""What every section of a recipe is made of: frozen dataclasses whose type hints carry the allowed range.
+"""What every section of a recipe is made of: frozen pydantic models, and errors that name key, value and fix.
 
-One description of a field, its type hint (``Annotated[float, Range(above=0)]``), serves loading, validation, error
-messages and the reference page.
+One description of a field, its type hint (``Annotated[float, Gt(0)]``), serves loading, validation, error messages and
+the reference page.
 """
 
 from __future__ import annotations
 
-import re
+import difflib
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from functools import cache
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fire_megatron.config.errors import Problem, RecipeProblems, join_key
 
-INLINE = "inline"
-"""Metadata key of a dict field whose entries are written beside the section's other keys, not below a key."""
+
+def or_empty(values: Any) -> Any:
+    """Null stands for a section or mapping whose keys are all left out."""
+    return {} if values is None else values
 
 
-class Constraint(Protocol):
-    """Narrows a type hint inside ``Annotated``."""
+class Section(BaseModel):
+    """Base of every section: checks types, ranges and keys.
 
-    def accepts(self, value: Any) -> bool:
-        """Whether the value, already of the right type, is allowed."""
-        ...
+    Raises:
+        RecipeProblems: with keys relative to the section.
+    """
 
-    def __str__(self) -> str:
-        """What is allowed, to follow the type's description: ``at least 1``."""
-        ...
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
+    def __init__(self, *args: Any, **values: Any) -> None:
+        """Fields in order, or by name."""
+        assert len(args) <= len(type(self).model_fields), args
+        values |= dict(zip(type(self).model_fields, args, strict=False))
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RecipeProblems(_problems(error, type(self))) from None
 
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number."""
+    __init__.__pydantic_base_init__ = True  # pydantic makes inner sections without it, so that all problems add up
 
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
+    _or_empty = model_validator(mode="before")(or_empty)
 
-    def accepts(self, value: Any) -> bool:
-        """Whether the number lies within the bounds."""
-        return (
-            (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
-        )
+    def model_post_init(self, _: Any) -> None:
+        """Checks across fields, when each of them is in range."""
+        problems = list(self._problems())
+        if problems:
+            raise RecipeProblems(problems)
 
-    def __str__(self) -> str:
-        bounds = (
-            ("above", self.above),
-            ("at least", self.at_least),
-            ("below", self.below),
-            ("at most", self.at_most),
-        )
-        return " and ".join(f"{name} {bound}" for name, bound in bounds if bound is not None)
+    def _problems(self) -> Iterator[Problem]:
+        """What a section checks beyond the range of each field."""
+        yield from ()
 
-
-@dataclass(frozen=True)
-class NonEmpty:
-    """A string with something other than blanks in it, or a list with at least one entry."""
-
-    def accepts(self, value: Any) -> bool:
-        """Whether there is anything in it."""
-        return bool(value.strip() if isinstance(value, str) else value)
-
-    def __str__(self) -> str:
-        return "not empty"
+    def replace(self, **changes: Any) -> Self:
+        """The same section with other values, checked again."""
+        return type(self)(**dict(self) | changes)
 
 
-@dataclass(frozen=True)
-class Match:
-    """A string in which a regular expression matches from start to end."""
+def build(section: type[Section], values: Any) -> Any:
+    """Make a section from plain values, as read from YAML.
 
-    pattern: str
-    meaning: str
+    Raises:
+        RecipeProblems: everything wrong with the keys, types and ranges, in one error.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise RecipeProblems(_problems(error, section)) from None
 
-    def accepts(self, value: Any) -> bool:
-        """Whether the pattern matches the whole string."""
-        return re.fullmatch(self.pattern, value) is not None
 
-    def __str__(self) -> str:
-        return self.meaning
+def plain(value: Any, key: str = "") -> Any:
+    """Plain values (mappings, lists, scalars) that :func:`build` turns back into an equal section; a copy.
+
+    Raises:
+        RecipeProblems: a value of another type at ``key`` or below, or a key that is no string.
+    """
+    if isinstance(value, (Section, Mapping)):
+        values = dict(value)
+        for name in values:
+            if not isinstance(name, str):
+                raise RecipeProblems([_no_text(key, name)])
+        return {name: plain(item, join_key(key, name)) for name, item in values.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, join_key(key, str(i))) for i, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise RecipeProblems([Problem(key, f"{value!r} is {kind_of(value)}; it must be a value that YAML can write")])
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class Hint:
     """The type without None and annotations: a class, Literal[...], tuple[...] or dict[...]."""
     optional: bool
     """Whether None is allowed."""
-    constraints: tuple[Constraint, ...]
-    """From ``Annotated``."""
+    limits: str
+    """What is allowed, to follow the type's description: ``at least 1``."""
 
     @property
     def origin(self) -> Any:
@@ -110,36 +117,43 @@ class Hint:
     @property
     def is_section(self) -> bool:
         """Whether the value is a section of its own."""
-        return is_dataclass(self.type)
-
-    def item(self, index: int = 0) -> Any:
-        """Hint of one entry of a tuple, or of a dict's values."""
-        if self.origin is dict:
-            return self.args[1] if self.args else Any
-        return self.args[0] if self.args[-1] is Ellipsis else self.args[index]
+        return isinstance(self.type, type) and issubclass(self.type, Section)
 
     @property
     def length(self) -> int | None:
         """Number of entries of a tuple of fixed length; None where it is free."""
         return None if self.args[-1] is Ellipsis else len(self.args)
 
+    def item(self, key: Any = None) -> Any:
+        """Hint of what is at a key of a section, or of each entry of a mapping or list."""
+        return self.type.model_fields[key] if self.is_section else self.args[1 if self.origin is dict else 0]
+
+
+_LIMITS = {"ge": "at least {}", "gt": "above {}", "lt": "below {}", "le": "at most {}", "min_length": "not empty"}
+_LIMITS |= {"documentation": "{}"}
+
 
 def parse_hint(hint: Any) -> Hint:
     """Take a type hint apart."""
-    optional, constraints = False, ()
+    if isinstance(hint, Hint):
+        return hint
+    optional, limits = False, []
     while True:
+        if isinstance(hint, FieldInfo):
+            hint = hint.rebuild_annotation()
         if get_origin(hint) is Annotated:
             hint, *more = get_args(hint)
-            constraints += tuple(more)
+            limits += [
+                text.format(getattr(m, name)) for m in more for name, text in _LIMITS.items() if hasattr(m, name)
+            ]
         elif get_origin(hint) in (Union, types.UnionType):
-            arms = [arm for arm in get_args(hint) if arm is not type(None)]
-            assert len(arms) == 1, f"a recipe field has one type, or one type and None; not {hint}"
-            hint, optional = arms[0], True
+            (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+            optional = True
         else:
-            return Hint(hint, optional, constraints)
+            return Hint(hint, optional, " and ".join(limits))
 
 
-_NOUNS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+_NOUNS = {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}
 
 
 def describe(hint: Any) -> str:
@@ -147,84 +161,108 @@ def describe(hint: Any) -> str:
     parsed = parse_hint(hint)
     if parsed.origin is Literal:
         text = "one of " + ", ".join(str(choice) for choice in parsed.args)
-    elif parsed.origin is tuple and parsed.length is None:
-        text = f"a list (each entry {describe(parsed.item())})"
     elif parsed.origin is tuple:
-        text = f"a list of {parsed.length} (each entry {describe(parsed.item())})"
-    elif parsed.origin is dict or parsed.is_section:
-        text = "a mapping"
+        count = "" if parsed.length is None else f" of {parsed.length}"
+        text = f"a list{count} (each entry {describe(parsed.item())})"
     else:
-        text = _NOUNS[parsed.type]
-    text = ", ".join([text, *(str(constraint) for constraint in parsed.constraints)])
+        text = _NOUNS.get(parsed.type, "a mapping")
+    text = f"{text}, {parsed.limits}" if parsed.limits else text
     return f"{text}; or null" if parsed.optional else text
 
 
-def violations(hint: Any, value: Any, key: str) -> Iterator[Problem]:
-    """Constraints that a value of the right type breaks; nested sections have checked themselves."""
-    parsed = parse_hint(hint)
-    if value is None or parsed.is_section:
-        return
-    broken = [constraint for constraint in parsed.constraints if not constraint.accepts(value)]
-    if broken:
-        shown = list(value) if isinstance(value, tuple) else value
-        yield Problem(key, f"{shown!r} is not allowed; it must be {' and '.join(map(str, broken))}")
-    elif parsed.origin is Literal and value not in parsed.args:
-        yield Problem(key, f"{value!r} is not allowed; it must be {describe(hint)}")
-    elif parsed.origin is tuple:
-        for index, item in enumerate(value):
-            yield from violations(parsed.item(index), item, join_key(key, str(index)))
+def _no_text(key: str, name: Any) -> Problem:
+    return Problem(key, f"the key {name!r} is {kind_of(name)}; put it in quotes")
 
 
-@dataclass(frozen=True)
-class FieldSpec:
-    """A field of a section."""
-
-    name: str
-    hint: Any
-    required: bool
-    default: Any
-    """MISSING when required."""
-    inline: bool
+def kind_of(value: Any) -> str:
+    """A value's type in words."""
+    nouns = {type(None): "null", list: "a list", dict: "a mapping"} | _NOUNS
+    return nouns.get(type(value), type(value).__name__)
 
 
-def _default(entry: Field[Any]) -> Any:
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+def all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key below a section; ``NAME`` and ``0`` stand for the keys of a mapping and the entries of a list."""
+    for name, field in section.model_fields.items():
+        key, hint = join_key(prefix, name), parse_hint(field)
+        yield key
+        if hint.origin in (dict, tuple):
+            key, hint = join_key(key, "NAME" if hint.origin is dict else "0"), parse_hint(hint.item())
+        if hint.is_section:
+            yield from all_keys(hint.type, key)
 
 
-@cache
-def specs(section: type) -> Mapping[str, FieldSpec]:
-    """The fields of a section in order, by name."""
-    hints = get_type_hints(section, include_extras=True)
-    return {
-        entry.name: FieldSpec(
-            name=entry.name,
-            hint=hints[entry.name],
-            required=entry.default is MISSING and entry.default_factory is MISSING,
-            default=_default(entry),
-            inline=INLINE in entry.metadata,
-        )
-        for entry in fields(section)
-    }
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The most similar known word, if any is similar."""
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0.6)
+    return lowered[close[0]] if close else None
 
 
-@dataclass(frozen=True)
-class Section:
-    """Base of every section: checks each field against the constraints in its type hint.
+def unknown_key(prefix: str, key: Any, section: type[Section], root: type[Section]) -> Problem:
+    """The problem of a key that a section does not have, with the key that was probably meant."""
+    known, path = list(section.model_fields), join_key(prefix, str(key))
+    close = nearest(key, known)
+    if close is not None:
+        return Problem(path, "unknown key", join_key(prefix, close))
+    elsewhere = [other for other in all_keys(root) if other.rsplit(".", 1)[-1] == key]
+    if elsewhere:
+        return Problem(path, f"unknown key; did you mean {' or '.join(elsewhere[:3])}?")
+    return Problem(path, f"unknown key; the keys here are {', '.join(known)}")
 
-    Raises:
-        RecipeProblems: with keys relative to the section.
-    """
 
-    def __post_init__(self) -> None:
-        problems = [
-            problem
-            for name, spec in specs(type(self)).items()
-            for problem in violations(spec.hint, getattr(self, name), name)
-        ]
-        problems = problems or list(self._problems())
-        if problems:
-            raise RecipeProblems(problems)
+def _problems(error: ValidationError, root: type[Section]) -> Iterator[Problem]:
+    """pydantic's errors in our words."""
+    for entry in error.errors(include_url=False):
+        key, cause = ".".join(map(str, entry["loc"])), entry.get("ctx", {}).get("error")
+        if isinstance(cause, RecipeProblems):
+            yield from (problem.under(key) for problem in cause.problems)
+        else:
+            yield _problem(entry["type"], entry["loc"], entry["input"], root)
 
-    def _problems(self) -> Iterator[Problem]:
-        """What a section checks beyond the range of each field; called when all of those are in range."""
-        yield from ()
+
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
+_OUT_OF_RANGE += ("string_pattern_mismatch",)
+
+
+def _problem(kind: str, loc: tuple[Any, ...], value: Any, root: type[Section]) -> Problem:
+    """One of pydantic's errors: its type, where, and the value that it is about."""
+    *parents, last = loc or ("",)
+    prefix, key, hint = ".".join(map(str, parents)), ".".join(map(str, loc)), parse_hint(root)
+    for part in loc[: -2 if last == "[key]" else -1]:
+        hint = parse_hint(hint.item(part))
+    if last == "[key]":
+        prefix, limits = ".".join(map(str, loc[:-2])), parse_hint(hint.args[0]).limits
+        text = kind == "string_type"
+        return _no_text(prefix, value) if text else Problem(prefix, f"{value!r} is no name; it must be {limits}")
+    if kind in ("extra_forbidden", "invalid_key"):
+        return unknown_key(prefix, last, hint.type, root)
+    if kind == "missing" and hint.origin is tuple:
+        return Problem(prefix, f"{value!r} has {len(value)} entries; give {hint.length}")
+    hint = parse_hint(hint.item(last)) if loc else hint
+    wanted = describe(hint)
+    if kind == "missing":
+        return Problem(key, f"missing; give {wanted}")
+    if kind == "too_long":
+        return Problem(key, f"{value!r} has {len(value)} entries; give {hint.length}")
+    if kind == "literal_error":
+        close = nearest(value, hint.args) if isinstance(value, str) else None
+        meant = f"did you mean {close}? " if close else ""
+        return Problem(key, f"{value!r} is not a choice; {meant}it must be {wanted}")
+    if kind in _OUT_OF_RANGE:
+        return Problem(key, f"{value!r} is not allowed; it must be {hint.limits}")
+    given = "null" if value is None else f"{value!r} is {kind_of(value)}"
+    return Problem(key, f"{given}; it must be {wanted}{_fix(hint, value)}")
+
+
+def _fix(hint: Hint, value: Any) -> str:
+    """What to do about a value of the wrong type, after what it must be."""
+    scalar = isinstance(value, (str, int, float))
+    if hint.is_section:
+        return f" with keys such as {', '.join(list(hint.type.model_fields)[:3])}"
+    if hint.origin is tuple:
+        return f"; write [{value}]" if scalar else "; write [] for none"
+    if hint.type is float and scalar and not isinstance(value, (str, bool)):
+        return "; infinities and not-a-number are no settings"
+    return (
+        " (put it in quotes)" if hint.type is str and value is not None and not isinstance(value, (dict, list)) else ""
+    )

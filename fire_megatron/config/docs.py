@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 from pydantic.fields import FieldInfo
 
 from fire_megatron.config.errors import join_key
+from fire_megatron.config.messages import Hint, describe, parse_hint
 from fire_megatron.config.schema import Recipe
-from fire_megatron.config.section import Hint, Section, describe, parse_hint, plain
+from fire_megatron.config.section import Section, plain
 
 EXAMPLE = """\
 run: {name: first, dir: runs/first, steps: 20}
@@ -88,12 +89,12 @@ def _table(section: type[Section], key: str) -> Iterator[str]:
     yield "| key | allowed | default | meaning |"
     yield "|---|---|---|---|"
     for name, field in section.model_fields.items():
-        meaning = " ".join(field.description.split())
-        yield f"| {' | '.join(map(_cell, (f'`{name}`', _allowed(field, join_key(key, name)), _default(field), meaning)))} |"
+        cells = (f"`{name}`", _allowed(field, join_key(key, name)), _default(field), _line(field.description))
+        yield f"| {' | '.join(map(_cell, cells))} |"
 
 
-def _summary(section: type) -> str:
-    return " ".join((section.__doc__ or "").split())
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _pages(section: type[Section], key: str, seen: dict[type[Section], str]) -> Iterator[str]:
@@ -104,24 +105,16 @@ def _pages(section: type[Section], key: str, seen: dict[type[Section], str]) -> 
         yield f"As [{seen[section]}](#{_anchor(seen[section])})."
         return
     seen[section] = key
-    if key:
-        yield f"{_summary(section)}\n"
-    else:
-        yield ""
+    yield f"{_line(section.__doc__)}\n" if key else ""
     yield from _table(section, key)
-    yield from _variants(getattr(section, "variants", {}), key)
+    for name, variant in section.variants.items():
+        yield f"\n### {key}, name: {name}\n"
+        yield f"{_line(variant.__doc__)}\n"
+        yield from _table(variant, key)
     for name, field in section.model_fields.items():
         nested = _nested(parse_hint(field))
         if nested is not None:
             yield from _pages(nested[1], join_key(join_key(key, name), nested[0]), seen)
-
-
-def _variants(options: Mapping[str, Any], key: str) -> Iterator[str]:
-    """Keys that depend on the section's name."""
-    for name, section in options.items():
-        yield f"\n### {key}, name: {name}\n"
-        yield f"{_summary(section)}\n"
-        yield from _table(section, key)
 
 
 def reference() -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import RecipeError, RecipeProblems
+from fire_megatron.config.messages import nearest
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.schema import Recipe
-from fire_megatron.config.section import build, nearest, plain
+from fire_megatron.config.section import build, plain
 from fire_megatron.config.yaml_text import dump_yaml, parse_yaml
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.kinds import Count, List, NonNegative, Options, Percentile, Positive, Share, Size, Text
-from fire_megatron.config.section import Section, build, plain
+from fire_megatron.config.kinds import Count, NonNegative, Positive, Share, Size, Text
+from fire_megatron.config.section import List, Plain, Section, build, plain
 
 
 class FilterOptions(Section):
     """Drops the answers that their teacher finds least likely (mean log-probability of the response tokens)."""
 
-    percentile: Percentile = 20.0
+    percentile: Annotated[float, Ge(0), Lt(100)] = 20.0
     """Answers that score below this percentile are dropped; 0 keeps all."""
     scope: Literal["global", "microbatch"] = "global"
     """What the percentile is taken over: the step's whole batch, or each micro-batch as the published code does."""
@@ -45,8 +47,8 @@ BUILTIN_HOOKS: Mapping[str, type[Section]] = {"filter": FilterOptions, "reweight
 class HookConfig(Section, extra="allow"):
     """A loss hook, written as one mapping: `{name: filter, percentile: 30}`."""
 
-    __pydantic_extra__: Options
-    variants: ClassVar = BUILTIN_HOOKS
+    __pydantic_extra__: dict[str, Plain]
+    variants = BUILTIN_HOOKS
     name: Text
     """`filter`, `reweight`, or a name that a module of `run.plugins` registers."""
 

@@ -7,7 +7,8 @@ from copy import copy
 from typing import Any, Literal
 
 from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems, join_key
-from fire_megatron.config.section import Hint, describe, parse_hint, plain, unknown_key
+from fire_megatron.config.messages import Hint, describe, parse_hint, unknown_key
+from fire_megatron.config.section import plain
 from fire_megatron.config.yaml_text import parse_yaml
 
 

@@ -1,4 +1,4 @@
-"""The recipe: one frozen dataclass a section, a docstring under every field. ``docs/recipe.md`` is made from this.
+"""The recipe: one frozen model a section, a docstring under every field. ``docs/recipe.md`` is made from this.
 
 A value out of range raises as the section is built. What takes several sections, or the files that a recipe names,
 is checked in :mod:`fire_megatron.config.checks`.
@@ -7,31 +7,19 @@ is checked in :mod:`fire_megatron.config.checks`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from annotated_types import MinLen
+from annotated_types import Ge, Le, Lt
+from pydantic import field_validator
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.evaluation import BenchmarkConfig
-from fire_megatron.config.kinds import (
-    Chance,
-    Count,
-    Filled,
-    Fraction,
-    List,
-    NonNegative,
-    Options,
-    Pair,
-    Positive,
-    Ranks,
-    Seed,
-    Size,
-    TeacherName,
-    Text,
-    Threads,
-)
+from fire_megatron.config.kinds import Count, Fraction, Mass, Match, NonNegative, Positive, Seed, Size, Text
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.section import Section
+from fire_megatron.config.section import FilledDict, FilledList, List, Options, Pair, Section
+from fire_megatron.config.spans import RANKS
+
+TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (for metric names)")
+BENCHMARK_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, ., - and _ (for metric and file names)")
 
 
 class RunConfig(Section):
@@ -57,7 +45,7 @@ class RunConfig(Section):
     max_restarts: Count = 3
     """Automatic restarts (by the scripts in `slurm`, by torchrun, or by Slurm from its queue) in a row without a new
     checkpoint, after which the run refuses to be restarted. A start by hand counts from 0."""
-    threads: Threads = 0
+    threads: Annotated[int, Ge(0), Le(1024)] = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: List[Text] = ()
     """Python modules imported at the start, so that they can register hooks of their own."""
@@ -125,10 +113,11 @@ class PrecisionConfig(Section):
     fp8: FP8Config | None = None
     """Linear layers in FP8; null leaves them in `dtype`. Needs Transformer Engine on a GPU, or `fp8.emulate`."""
 
-    def model_post_init(self, _: Any) -> None:
-        """One name in what is compared and saved."""
-        if self.dtype == "bf16":
-            object.__setattr__(self, "dtype", "bfloat16")  # one name in what is compared and saved
+    @field_validator("dtype")
+    @classmethod
+    def _one_name(cls, dtype: str | None) -> str | None:
+        """In what is compared and saved."""
+        return "bfloat16" if dtype == "bf16" else dtype
 
     def on(self, kind: str) -> PrecisionConfig:
         """These formats on a device of kind ``cpu`` or ``cuda``: a null dtype is what it stands for there."""
@@ -140,7 +129,7 @@ class RoleConfig(Section):
 
     checkpoint: Text
     """Folder of a converted checkpoint; `python tools/convert.py hf-to-megatron --hf DIR --out DIR` makes one."""
-    ranks: Ranks | None = None
+    ranks: Annotated[str, RANKS] | None = None
     """Ranks that hold this role, first to last, such as `8-15`; null is all ranks. Roles on the same ranks take turns,
     roles on other ranks run at the same time. The student's start at rank 0."""
     parallel: ParallelConfig = ParallelConfig()
@@ -152,7 +141,7 @@ class RoleConfig(Section):
     `auto` takes `te` where it works. Checkpoints fit either."""
     vocab_multiple: Size = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
-    megatron: Options = {}
+    megatron: Options = {}  # noqa: RUF012 - each section gets its own
     """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
     also the switch of the routers' auxiliary losses, which are off unless set: `moe_aux_loss_coeff` and
     `moe_z_loss_coeff`."""
@@ -189,7 +178,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """The prompts."""
 
-    train: Filled[SourceConfig]
+    train: FilledList[SourceConfig]
     """Files of prompts to train on."""
     prompt_key: Text = "problem"
     """Key of a row's prompt text; a dotted path reaches into nested objects."""
@@ -223,7 +212,7 @@ class RolloutConfig(Section):
     """Longest answer, in tokens; longer ones are cut and counted as truncated."""
     temperature: NonNegative = 1.0
     """Divides the logits before sampling; 0 takes the likeliest token."""
-    top_p: Chance = 1.0
+    top_p: Mass = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
     stop_tokens: List[Text] = ()
     """Tokens that end an answer besides those of the tokenizer and the generation config."""
@@ -317,6 +306,35 @@ class CheckpointConfig(Section):
     host memory, which takes as much of that. A step counts as saved when all of it is on the disk."""
 
 
+class BenchmarkConfig(Section):
+    """Problems with right answers. The prompts are made as those of `data`, its chat template and system message."""
+
+    path: Text
+    """JSON Lines, or one JSON list, of objects with `problem` and `answer`."""
+    name: Annotated[str, BENCHMARK_NAME] | None = None
+    """Name in metrics and files; null is the file's name without its ending."""
+    samples: Annotated[int, Ge(1), Lt(2**16)] = 1
+    """Answers to each problem."""
+    limit: Count = 0
+    """Take this many problems from the start of the file; 0 takes all."""
+    max_new_tokens: Size = 1024
+    """Longest answer, in tokens; longer ones are cut, which makes most of them wrong."""
+    temperature: NonNegative = 1.0
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+    top_p: Mass = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
+    batch_size: Count = 0
+    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, an
+    answer that ends makes room for the next."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.temperature == 0 and self.samples > 1:
+            yield Problem(
+                "samples",
+                f"{self.samples}, but at temperature 0 they are all the same; leave it out, or raise temperature",
+            )
+
+
 class EvaluationConfig(Section):
     """Reverse KL to each teacher on fixed held-out prompts, and answers to benchmarks."""
 
@@ -362,7 +380,7 @@ class Recipe(Section):
     """The run as a whole."""
     student: StudentConfig
     """The model that samples and learns."""
-    teachers: Annotated[dict[TeacherName, TeacherConfig], MinLen(1)]
+    teachers: FilledDict[Annotated[str, TEACHER_NAME], TeacherConfig]
     """The models that score, by name."""
     data: DataConfig
     """The prompts."""

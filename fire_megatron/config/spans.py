@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fire_megatron.config.errors import Problem
+from fire_megatron.config.kinds import Match
+
+RANKS = Match(r"\d+(-\d+)?", "first-last, such as 8-15, or one rank in quotes")
 
 
 @dataclass(frozen=True)

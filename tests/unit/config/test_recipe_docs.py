@@ -8,8 +8,9 @@ import yaml
 from fire_megatron.config.docs import EXAMPLE, reference
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.config.loss import BUILTIN_HOOKS
+from fire_megatron.config.messages import all_keys, parse_hint
 from fire_megatron.config.schema import Recipe, TeacherConfig
-from fire_megatron.config.section import Section, all_keys, parse_hint
+from fire_megatron.config.section import Section
 from fire_megatron.config.yaml_text import parse_yaml
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipe.md"

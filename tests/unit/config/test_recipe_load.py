@@ -68,7 +68,7 @@ def test_a_section_with_nothing_below_it_takes_its_defaults(values: dict[str, An
         ("optimizer.lr", float("nan"), "optimizer.lr: nan is a number; it must be a number, above 0; infinities"),
         ("optimizer.lr", float("inf"), "infinities and not-a-number are no settings"),
         ("optimizer.lr", 10**400, "infinities and not-a-number are no settings"),
-        ("optimizer.betas", [0.9], "optimizer.betas: [0.9] has 1 entries; give 2"),
+        ("optimizer.betas", [0.9], "optimizer.betas: [0.9] is not allowed; it must be 2 entries long"),
         ("optimizer.betas", [0.9, "x"], "optimizer.betas.1: 'x' is a string"),
         ("metrics.jsonl", "yes", "metrics.jsonl: 'yes' is a string; it must be true or false"),
         ("metrics.jsonl", 1, "metrics.jsonl: 1 is a whole number; it must be true or false"),
@@ -115,7 +115,11 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ("loss.clip", 0, "loss.clip: 0 is not allowed; it must be above 0"),
         ("loss.importance.low", 2, "loss.importance.low: 2.0 is not below high, which is 2.0"),
         ("loss.hooks", [{"name": "filter", "percentile": 100}], "loss.hooks.0.percentile: 100 is not allowed"),
-        ("loss.hooks", [{"name": "filter", "scope": "world"}], "it must be one of global, microbatch"),
+        (
+            "loss.hooks",
+            [{"name": "filter", "scope": "world"}],
+            "loss.hooks.0.scope: 'world' is not a choice; it must be one of global, microbatch",
+        ),
         ("loss.hooks", [{"name": "reweight", "alpha": -1}], "loss.hooks.0.alpha: -1 is not allowed"),
         ("optimizer.lr", 0, "optimizer.lr: 0 is not allowed; it must be above 0"),
         ("optimizer.min_lr", 1, "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr"),
@@ -130,7 +134,8 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
     ],
 )
 def test_values_out_of_range(values: dict[str, Any], key: str, value: Any, expected: str) -> None:
-    assert expected in complaint(put(values, key, value))
+    message = complaint(put(values, key, value))
+    assert message.startswith(expected) and "\n" not in message, "one problem alone"
 
 
 def test_a_teachers_name_becomes_a_part_of_metric_names(values: dict[str, Any]) -> None:
@@ -267,7 +272,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_reading_a_recipe_loads_neither_torch_nor_megatron() -> None:
-    modules = ["checks", "checkpoints", "docs", "errors", "load", "overrides", "schema", "section", "yaml_text"]
+    modules = ["checks", "checkpoints", "docs", "load"]  # which import the others
     imports = ", ".join(f"fire_megatron.config.{name}" for name in modules)
     code = f"import sys, {imports}; sys.exit(bool({{'torch', 'megatron', 'numpy', 'transformers'}} & set(sys.modules)))"
     root = str(Path(__file__).resolve().parents[3])

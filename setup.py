@@ -27,6 +27,7 @@ setup(
         "transformers>=4.56",
         "safetensors",
         "sentencepiece",
+        "pydantic>=2.10",  # with annotated-types and typing-extensions
         "pyyaml",
         "nvidia-ml-py",
         "einops",  # megatron-core's communication grid

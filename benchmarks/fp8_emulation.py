@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def _pass(run: Any, recipe: Any, rows: Any, tokens: float, dtype: str, fp8: dict
     from fire_megatron.train.student import Student
 
     precision = PrecisionConfig(dtype=dtype, fp8=None if fp8 is None else FP8Config(**fp8, emulate=True))
-    role = replace(recipe.student, precision=precision)
+    role = recipe.student.replace(precision=precision)
     model = build_model(read_hf_config(role.checkpoint), role, run.grid, device=Device("cpu"))
     load_weights(model, Path(role.checkpoint), grid=run.grid)
     model.used_vocab_size = run.student.model.used_vocab_size

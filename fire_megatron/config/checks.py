@@ -10,13 +10,12 @@ from typing import Any
 
 from fire_megatron.config.checkpoints import checkpoint_problem, looked_in, read_json_object
 from fire_megatron.config.errors import Problem, RecipeProblems
-from fire_megatron.config.evaluation import BenchmarkConfig
 from fire_megatron.config.fp8 import fp8_problems
 from fire_megatron.config.loss import BUILTIN_HOOKS
+from fire_megatron.config.messages import nearest
 from fire_megatron.config.roles import roles
-from fire_megatron.config.schema import Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.schema import BenchmarkConfig, Recipe, RoleConfig, SourceConfig
 from fire_megatron.config.spans import parse_span, span_problems
-from fire_megatron.config.walk import nearest
 
 
 @dataclass(frozen=True)

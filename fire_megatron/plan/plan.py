@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def check_sizes(recipe: Recipe, shapes: Mapping[str, ModelShape]) -> None:
 def local_recipe(recipe: Recipe) -> Recipe:
     """The recipe with layers that any machine can build: of Transformer Engine's only the parameters matter here."""
     teachers = {name: planned_role(teacher) for name, teacher in recipe.teachers.items()}
-    return replace(recipe, student=planned_role(recipe.student), teachers=teachers)
+    return recipe.replace(student=planned_role(recipe.student), teachers=teachers)
 
 
 def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:

@@ -47,7 +47,7 @@ from fire_megatron.train.student import Student
 def planned_role(role: RoleConfig) -> RoleConfig:
     """A role whose layers can be built on any machine: Transformer Engine's have the same parameters."""
     settings = {k: v for k, v in role.megatron.items() if k not in ENGINE_ONLY and not k.startswith(("fp8", "fp4"))}
-    return replace(role, layer_spec="local", megatron=settings, precision=replace(role.precision, fp8=None))
+    return role.replace(layer_spec="local", megatron=settings, precision=role.precision.replace(fp8=None))
 
 
 def plan_rank(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import DataError, RecipeError, UserError
-from fire_megatron.config.evaluation import NAME
 from fire_megatron.config.roles import roles, routes
-from fire_megatron.config.schema import Recipe, RoleConfig
+from fire_megatron.config.schema import BENCHMARK_NAME, Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
@@ -217,12 +216,12 @@ def _read_benchmarks(
         return ()
     require_math_verify()
     benchmarks = read_benchmarks([(config.path, config.name, config.limit) for config in configs])
-    encode = Encoder(replace(recipe.data, max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):
         key = f"evaluation.benchmarks.{i}"
-        if not NAME.accepts(benchmark.name) or benchmark.name in recipe.teachers:
-            why = "is a teacher's" if benchmark.name in recipe.teachers else f"is not of {NAME}"
+        if not BENCHMARK_NAME.accepts(benchmark.name) or benchmark.name in recipe.teachers:
+            why = "is a teacher's" if benchmark.name in recipe.teachers else f"is not of {BENCHMARK_NAME}"
             raise DataError(f"{key}.name: {benchmark.name!r} {why}; give another name")
         try:
             prompts = encode_problems(benchmark, encode, room=shape.max_positions - config.max_new_tokens)

@@ -15,7 +15,7 @@ from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.parallel.reducer import Reducer
 
 ROWS, WIDTH = 22, 9
-FILTER, REWEIGHT = HookConfig("filter", {"percentile": 40}), HookConfig("reweight")
+FILTER, REWEIGHT = HookConfig("filter", percentile=40), HookConfig("reweight")
 PIPELINES = {
     "none": (),
     "filter": (FILTER,),
@@ -23,8 +23,8 @@ PIPELINES = {
     "both": (FILTER, REWEIGHT),
     "reversed": (REWEIGHT, FILTER),
     "published": (
-        HookConfig("filter", {"percentile": 40, "group_by": "batch"}),
-        HookConfig("reweight", {"group_by": "batch", "normalise_over": "all"}),
+        HookConfig("filter", percentile=40, group_by="batch"),
+        HookConfig("reweight", group_by="batch", normalise_over="all"),
     ),
 }
 SPLITS = ["even", "strided", "all on the first", "all on the last", "uneven"]
@@ -105,7 +105,7 @@ def test_equal_rows_on_different_ranks_share_their_fate(subgroup, world_size, ra
         student_entropy_BR=-row,
         truncated_B=torch.zeros(1, dtype=torch.bool),
     )
-    hooks = build_hooks([HookConfig("filter", {"percentile": 50})])
+    hooks = build_hooks([HookConfig("filter", percentile=50)])
     assert apply_hooks(batch, hooks, reducer=Reducer(group), micro_batch_size=1).keep_B.all()
 
 
@@ -153,7 +153,7 @@ def test_summed_gradients_are_those_of_the_whole_batch(subgroup, world_size, ran
 def test_microbatch_scope_asks_nothing_of_other_ranks(subgroup, world_size, rank):
     # Ranks hold different numbers of micro-batches: a collective would hang.
     group = subgroup(world_size)
-    hooks = build_hooks([HookConfig(name, {"scope": "microbatch"}) for name in ("filter", "reweight")])
+    hooks = build_hooks([HookConfig(name, scope="microbatch") for name in ("filter", "reweight")])
     batch = take(whole_batch(), share("uneven", rank, world_size))
     mine = apply_hooks(batch, hooks, reducer=Reducer(group), micro_batch_size=3)
     alone = apply_hooks(batch, hooks, reducer=Reducer(), micro_batch_size=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import dense
@@ -170,7 +169,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("estimator", ["sampled", "full", "topk"])
 def test_variants_do_not_depend_on_the_layout(checkpoints, world, factory, estimator, variant):
-    loss, options = replace(ESTIMATORS[estimator], hooks=()), VARIANTS[variant]
+    loss, options = ESTIMATORS[estimator].replace(hooks=()), VARIANTS[variant]
     reference, *others = layouts(world.size, pipelines=PIPELINES, contexts=CONTEXTS)
     expected = run_step(checkpoints, world, factory, reference, 2, loss, **options)
     for layout in others:
@@ -201,7 +200,7 @@ def test_output_weights_of_teachers_are_theirs_shared_or_read(checkpoints, world
             parallel = [parallel_config(x) for x in (layout, theirs)]
             role = StudentConfig(checkpoint=str(checkpoints / "student"), vocab_multiple=4, parallel=parallel[0])
             student = load_role(checkpoints / "student", role, factory.grid(layout), world)
-            own = load_role(checkpoints / "code", replace(config, parallel=parallel[1]), factory.grid(theirs), world)
+            own = load_role(checkpoints / "code", config.replace(parallel=parallel[1]), factory.grid(theirs), world)
             own.used_vocab_size = VOCABULARY
             heads = teacher_heads({"code": config}, {"code": shape}, {"code": own}, student)
             if not student.post_process:
@@ -215,7 +214,7 @@ def test_output_weights_of_teachers_are_theirs_shared_or_read(checkpoints, world
 
 @pytest.mark.parametrize("estimator", ["full", "full, log_probs", "topk"])
 def test_the_loss_is_the_dense_divergence_from_transformers_logits(checkpoints, world, factory, estimator):
-    loss, mixed = replace(ESTIMATORS[estimator], hooks=()), estimator != "topk"
+    loss, mixed = ESTIMATORS[estimator].replace(hooks=()), estimator != "topk"
     layout = layouts(world.size, pipelines=PIPELINES)[-1]
     metrics, _ = run_step(checkpoints, world, factory, layout, 2, loss, mixed=mixed)
     models = {

@@ -1,15 +1,19 @@
 # shellcheck shell=bash
-# What the sbatch scripts of this folder share; sourced by them, after their variables are set. docs/slurm.md explains.
+# The body of the sbatch scripts of this folder, which source it after they have set what is theirs. docs/slurm.md
+# explains.
 #
-# Every stage is left out when what it makes is there already, so a job that is put back in the queue goes on where it
-# was. Variables, besides those that the scripts set:
-: "${RUN_DIR:=}"              # the run's folder; empty takes the recipe's run.dir
-: "${OVERRIDES:=}"            # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
-: "${CONVERTED:=checkpoints}" # where Hugging Face folders are converted to
-: "${PROCESSES_PER_NODE:=}"   # empty: one a GPU, or one where there is none
-: "${EVALUATE_ARGS:=}"        # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
-: "${SRUN_ARGS:=}"            # more arguments of every srun: "--container-image=..."
-: "${PYTHON:=}"               # empty takes .venv/bin/python where it is, or python3
+# --dry-run after a script's name prints what would be done, also outside of Slurm. As they are, they run on the demo
+# models that `make demo` makes, with or without GPUs. Every stage is left out when what it makes is there already, so a
+# job that is put back in the queue goes on where it was. Variables, set here, in the script or in the environment:
+: "${STUDENT:=demo/hf/student}"           # Hugging Face folder, or converted checkpoint
+: "${BENCHMARKS:=data/minervamath.jsonl}" # files with 'problem' and 'answer'; set to ' ' for none
+: "${RUN_DIR:=}"                          # the run's folder; empty takes the recipe's run.dir
+: "${OVERRIDES:=}"                        # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
+: "${CONVERTED:=checkpoints}"             # where Hugging Face folders are converted to
+: "${PROCESSES_PER_NODE:=}"               # empty: one a GPU, or one where there is none
+: "${EVALUATE_ARGS:=}"                    # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
+: "${SRUN_ARGS:=}"                        # more arguments of every srun: "--container-image=..."
+: "${PYTHON:=}"                           # empty takes .venv/bin/python where it is, or python3
 
 STOPPED=75 # exit code of slurm/node.sh: the job was asked to stop
 DRY_RUN=
@@ -153,7 +157,7 @@ converted() {
     say "$role: $folder is converted already"
   else
     say "$role: converting $folder"
-    on_one_node "$PYTHON" tools/convert.py hf-to-megatron --hf "$folder" --out "$CHECKPOINT"
+    on_one_node "$PYTHON" -m fire_megatron convert hf-to-megatron --hf "$folder" --out "$CHECKPOINT"
   fi
 }
 
@@ -226,7 +230,7 @@ main() {
     say "export: $exported is there"
   else
     say "export: $exported"
-    on_one_node "$PYTHON" tools/convert.py megatron-to-hf --checkpoint "$last" --out "$exported"
+    on_one_node "$PYTHON" -m fire_megatron convert megatron-to-hf --checkpoint "$last" --out "$exported"
   fi
   say "done: $exported"
 }

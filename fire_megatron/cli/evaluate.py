@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_megatron.cli.guard import guarded, run_command
+from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -167,6 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(_: None) -> None:
         world = launch.start(args.device, timeout=args.timeout)
-        guarded(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
+        supervised(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
 
     return run_command(lambda: _check(args), work)

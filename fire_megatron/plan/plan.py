@@ -90,7 +90,7 @@ class Plan:
     """None where no GPU was named."""
 
 
-def prepare(
+def make_job(
     recipe: Recipe,
     *,
     world_size: int,
@@ -194,7 +194,7 @@ def make_plan(job: Job, say: Say = lambda text: None) -> Plan:
     """Build and run every kind of rank.
 
     Args:
-        job: from :func:`prepare`.
+        job: from :func:`make_job`.
         say: told of progress.
     """
     kinds = []

@@ -62,7 +62,7 @@ class BenchmarkReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class PrepareReport:
     """See the module."""
 
     out: str
@@ -166,9 +166,9 @@ class Tally:
         """Rows kept so far."""
         return sum(map(len, self._lengths.values()))
 
-    def report(self, out: str, length_unit: str, benchmarks: Benchmarks) -> Report:
+    def report(self, out: str, length_unit: str, benchmarks: Benchmarks) -> PrepareReport:
         """What was counted."""
-        return Report(
+        return PrepareReport(
             out=out,
             rows=sum(source.rows for source in self.sources),
             kept=self.kept,

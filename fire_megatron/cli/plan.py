@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from fire_megatron.plan.advice import advise
-    from fire_megatron.plan.gpus import GPUS
+    from fire_megatron.plan.hardware import GPUS
     from fire_megatron.plan.plan import as_json, make_job, make_plan
     from fire_megatron.plan.text import describe
 

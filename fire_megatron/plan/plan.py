@@ -17,9 +17,9 @@ from fire_megatron.models.build import check_megatron_overrides
 from fire_megatron.models.fp8.settings import check_fp8_sizes
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.plan.gpus import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
+from fire_megatron.plan.hardware import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
 from fire_megatron.plan.rank import plan_rank, planned_role
-from fire_megatron.plan.records import RankPlan
+from fire_megatron.plan.rank_plan import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
 from fire_megatron.plan.workload import Workload
 from fire_megatron.platform.device import Device
@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RankKind:
     """Ranks that are alike: the same stages of the same roles."""
 
     ranks: tuple[int, ...]
@@ -85,7 +85,7 @@ class Plan:
     """Everything that was found."""
 
     job: Job
-    kinds: tuple[Kind, ...]
+    kinds: tuple[RankKind, ...]
     time: StepTime | None
     """None where no GPU was named."""
 
@@ -201,7 +201,7 @@ def make_plan(job: Job, say: Say = lambda text: None) -> Plan:
     alike = like_ranks(job)
     for number, ranks in enumerate(alike, 1):
         say(f"rank {ranks[0]}, for {len(ranks)} alike ({number} of {len(alike)})")
-        kinds.append(plan_kind(job, ranks))
+        kinds.append(plan_rank_kind(job, ranks))
     time = None
     if job.gpu is not None:
         plans, replicas = [kind.plan for kind in kinds], job.layouts["student"].row_replicas
@@ -223,14 +223,14 @@ def like_ranks(job: Job) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in by_stage.values()]
 
 
-def plan_kind(job: Job, ranks: Sequence[int]) -> Kind:
+def plan_rank_kind(job: Job, ranks: Sequence[int]) -> RankKind:
     """The first of some ranks that are alike, for all of them."""
     plan = plan_rank(job.recipe, job.shapes, job.workload, rank=ranks[0], world_size=job.world_size, kind=job.kind)
     peaks = {name: _peak(job.recipe, plan, name) for name in plan.phases}
     capacity = None
     if job.gpu is not None:
         capacity = int((job.gpu.memory_gib - CONTEXT_GIB - plan.communicators * COMMUNICATOR_GIB) * GIB)
-    return Kind(tuple(ranks), plan, peaks, capacity)
+    return RankKind(tuple(ranks), plan, peaks, capacity)
 
 
 def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
@@ -310,7 +310,7 @@ def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _kind_json(kind: Kind) -> dict[str, Any]:
+def _kind_json(kind: RankKind) -> dict[str, Any]:
     phases = {}
     for name, phase in kind.plan.phases.items():
         trace = phase.trace

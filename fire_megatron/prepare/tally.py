@@ -12,7 +12,7 @@ import numpy as np
 
 from fire_megatron.data.rows import Reason
 from fire_megatron.metrics.table import aligned
-from fire_megatron.prepare.contamination import Benchmarks, Match
+from fire_megatron.prepare.contamination import Benchmarks, Contamination
 
 PERCENTILES = (50, 90, 99, 100)
 _LABELS = 20
@@ -156,7 +156,7 @@ class Tally:
         """Count a duplicate with another label."""
         self._other_labels[f"{kept} / {rejected}"] += 1
 
-    def contaminated(self, match: Match) -> None:
+    def contaminated(self, match: Contamination) -> None:
         """Count a row that holds a benchmark's problem."""
         self._matches[match.benchmark][match.where] += 1
         self._in_full[match.benchmark] += match.share == 1

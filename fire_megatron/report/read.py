@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.checkpoint.folder import read_marker
+from fire_megatron.config.checkpoints import is_converted
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
 from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
@@ -184,7 +184,7 @@ def _checkpoints(folder: Path, recipe: Mapping[str, Any]) -> tuple[int, ...]:
     found = (
         int(match[1])
         for path in _folders(parent)
-        if (match := _STEP_FOLDER.fullmatch(path.name)) and read_marker(path) is not None
+        if (match := _STEP_FOLDER.fullmatch(path.name)) and is_converted(path)
     )
     return tuple(sorted(found))
 

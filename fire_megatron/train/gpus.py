@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from fire_megatron.config.schema import MetricsConfig
-from fire_megatron.metrics.gpu import GpuSampler
+from fire_megatron.metrics.gpu_sampler import GpuSampler
 from fire_megatron.metrics.values import Value, from_plain, merge, to_plain
 from fire_megatron.parallel.control import Control
 from fire_megatron.platform.device import Device, gpu_identity

@@ -15,7 +15,7 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.cli.train import main
 from fire_megatron.config.schema import MetricsConfig
-from fire_megatron.metrics.gpu import GpuSampler
+from fire_megatron.metrics.gpu_sampler import GpuSampler
 from fire_megatron.metrics.values import Max, Mean, Sum
 from fire_megatron.platform.device import Device, GpuIdentity
 from fire_megatron.train import gpus

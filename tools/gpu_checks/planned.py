@@ -17,7 +17,7 @@ _MB = 2**20
 
 def planned(context: Context) -> Findings:
     """Bytes and seconds, planned over measured: 1 is a plan that is right."""
-    from fire_megatron.plan.gpus import GPUS
+    from fire_megatron.plan.hardware import GPUS
 
     card = str(context.earlier("card").get("card", "")).lower()
     gpu = next((gpu for name, gpu in GPUS.items() if name.partition("-")[0] in card), GPUS["h100"])

@@ -8,7 +8,7 @@ import pytest
 
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.roles import roles
-from fire_megatron.plan.gpus import GPUS
+from fire_megatron.plan.hardware import GPUS
 from fire_megatron.plan.plan import like_ranks, make_job, span_text
 
 ROOT = Path(__file__).resolve().parents[3]

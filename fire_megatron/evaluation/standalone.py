@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig
 from fire_megatron.data.records import Prompt

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -273,17 +274,8 @@ def _peak(recipe: Recipe, plan: RankPlan, phase: str) -> int:
 
 def span_text(ranks: Sequence[int]) -> str:
     """``0-7, 16-23``."""
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in _runs(ranks))
-
-
-def _runs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    first = last = ranks[0]
-    for rank in (*ranks[1:], None):
-        if rank is not None and rank == last + 1:
-            last = rank
-            continue
-        yield first, last
-        first = last = rank  # type: ignore[assignment]
+    spans = [[rank for _, rank in span] for _, span in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:

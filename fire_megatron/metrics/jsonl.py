@@ -43,14 +43,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step(line: str) -> int | None:
-    """The step of a whole line; None when it was cut short or is not ours."""
+def parsed(line: str | bytes) -> dict[str, Any] | None:
+    """A line's object; None where there is none, or one without a step."""
     try:
-        values = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    step = values.get("step") if isinstance(values, dict) else None
-    return step if type(step) is int else None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 def replace_json(path: Path, value: Any) -> None:
@@ -64,7 +63,7 @@ def _drop_after(path: Path, last_step: int) -> None:
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
         lines = list(stream)
-    kept = [line for line in lines if (step := _step(line)) is not None and step <= last_step]
-    if len(kept) == len(lines):
-        return
-    write_whole(path, kept)
+    whole = [(line, parsed(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, values in whole if values is not None and values["step"] <= last_step]
+    if len(kept) < len(lines):
+        write_whole(path, kept)

@@ -18,7 +18,7 @@
 STOPPED=75 # exit code of slurm/node.sh: the job was asked to stop
 DRY_RUN=
 ASKED= # whether this script itself was
-STEP=  # process id of the srun in progress
+SRUN_PID= # process id of the srun in progress
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
 
@@ -32,8 +32,8 @@ fail() {
 pass_on() {
   ASKED=1
   say "asked to stop"
-  local step=$STEP
-  while [[ -n $step ]] && kill -0 "$step" 2>/dev/null; do
+  local running=$SRUN_PID
+  while [[ -n $running ]] && kill -0 "$running" 2>/dev/null; do
     scancel --signal=USR1 "$SLURM_JOB_ID" || true
     sleep 20
   done &
@@ -48,7 +48,7 @@ requeue() {
 
 # Run an srun, or print it, and leave its exit code in CODE; does not come back when the job was asked to stop. srun runs
 # in the background, since bash hears signals only between commands.
-step() {
+run_srun() {
   if [[ -n $DRY_RUN ]]; then
     printf '%q ' srun "$@"
     echo
@@ -56,18 +56,18 @@ step() {
     return
   fi
   srun "$@" &
-  STEP=$!
+  SRUN_PID=$!
   local again
   while true; do
     CODE=0
-    wait "$STEP" || CODE=$?
-    kill -0 "$STEP" 2>/dev/null || break
+    wait "$SRUN_PID" || CODE=$?
+    kill -0 "$SRUN_PID" 2>/dev/null || break
   done
-  # A signal may have ended the last wait, and not the step.
+  # A signal may have ended the last wait, and not srun.
   again=0
-  wait "$STEP" 2>/dev/null || again=$?
+  wait "$SRUN_PID" 2>/dev/null || again=$?
   [[ $again -eq 127 ]] || CODE=$again
-  STEP=
+  SRUN_PID=
   if [[ $CODE -eq $STOPPED || (-n $ASKED && $CODE -ne 0) ]]; then
     requeue
   fi
@@ -75,7 +75,7 @@ step() {
 
 # One process on the first node.
 on_one_node() {
-  step --nodes=1 --ntasks=1 $SRUN_ARGS bash slurm/node.sh "$@"
+  run_srun --nodes=1 --ntasks=1 $SRUN_ARGS bash slurm/node.sh "$@"
   [[ $CODE -eq 0 ]] || exit "$CODE"
 }
 
@@ -88,7 +88,7 @@ on_all_nodes() {
   # Which node holds the rendezvous is said, not guessed: a node's name in Slurm need not be its host name. Nothing but
   # a node's own srun task knows its number, hence the inner shell.
   local launch='exec bash slurm/node.sh "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
-  step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  run_srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     --output="$LOGS/$stage-node%n-%N.log" --open-mode=append $SRUN_ARGS \
     bash -c "$launch" "$PYTHON" \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES_PER_NODE" \

@@ -64,5 +64,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(bar_format="{desc} [{elapsed}]", disable=not sys.stderr.isatty(), leave=False) as bar:
         plan = make_plan(job, say=bar.set_description_str)
         advice = advise(plan, say=bar.set_description_str)
-    print(as_json(plan, [a.as_dict() for a in advice]) if args.json else describe(plan, advice))
+    print(as_json(plan, advice) if args.json else describe(plan, advice))
     return 0 if all(kind.fits for kind in plan.kinds) else 4

@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         "--benchmark", nargs="+", action="extend", default=[], metavar="FILE", help="refuse its problems"
     )
     held_out.add_argument("--benchmark-key", metavar="KEY", help="key of its problems")
-    held_out.add_argument("--overlap", type=float, metavar="SHARE", help="of a problem's words that refuses a row")
+    held_out.add_argument(
+        "--overlap", type=float, default=argparse.SUPPRESS, metavar="SHARE",
+        help="of a problem's words that refuses a row",
+    )  # fmt: skip
     outputs = parser.add_argument_group("other outputs")
     outputs.add_argument("--rejects", type=Path, metavar="FILE", help="rejected rows with their reasons, .jsonl")
     outputs.add_argument("--report", type=Path, metavar="FILE", help="the report as JSON")
@@ -72,16 +75,10 @@ def _options(args: argparse.Namespace) -> PromptFileOptions:
     from fire_megatron.prepare.prompt_file import PromptFileOptions
     from fire_megatron.prepare.row_keys import KeyChoice
 
-    as_they_are = ("out", "label", "labels", "tokenizer", "max_prompt_tokens", "benchmark_key", "rejects", "report")
-    return PromptFileOptions(
-        inputs=tuple(args.inputs),
-        keys=KeyChoice(args.prompt_key, args.messages_key, args.label_key, args.answer_key),
-        label_map=dict(args.map),
-        benchmarks=tuple(args.benchmark),
-        overwrite=args.overwrite,
-        **{name: getattr(args, name) for name in as_they_are},
-        **({} if args.overlap is None else {"overlap": args.overlap}),
-    )
+    values = vars(args)
+    keys = KeyChoice(*(values.pop(f"{name}_key") for name in ("prompt", "messages", "label", "answer")))
+    benchmarks, label_map = values.pop("benchmark"), dict(values.pop("map"))
+    return PromptFileOptions(keys=keys, label_map=label_map, benchmarks=benchmarks, **values)
 
 
 @telling_mistakes

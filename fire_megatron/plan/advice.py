@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import UserError
@@ -33,10 +32,6 @@ class Advice:
     """Peak bytes."""
     after: int
     fits: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def advise(plan: Plan, say: Callable[[str], None] = lambda text: None) -> list[Advice]:

@@ -278,8 +278,8 @@ def span_text(ranks: Sequence[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
-def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
-    """The plan for programs."""
+def as_json(plan: Plan, advice: Sequence[Any]) -> str:
+    """The plan for programs, and what :func:`fire_megatron.plan.advice.advise` made of it."""
     job = plan.job
     return json.dumps(
         {
@@ -296,7 +296,7 @@ def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
             },
             "kinds": [_kind_json(kind) | {"host_bytes": on_host(job.recipe, kind.plan)} for kind in plan.kinds],
             "seconds": None if plan.time is None else asdict(plan.time) | {"total": plan.time.total},
-            "advice": list(advice),
+            "advice": list(map(asdict, advice)),
         },
         indent=1,
     )

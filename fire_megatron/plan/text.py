@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from fire_megatron.config.roles import roles
 from fire_megatron.metrics.table import aligned
 from fire_megatron.plan.advice import Advice
 from fire_megatron.plan.plan import GIB, Plan, RankKind, held, on_host, span_text
 from fire_megatron.plan.timing import assumptions, communication, seconds
+
+_table = partial(aligned, indent="  ")
 
 
 def describe(plan: Plan, advice: Sequence[Advice]) -> str:
@@ -23,7 +26,7 @@ def describe(plan: Plan, advice: Sequence[Advice]) -> str:
         *(f"  {note}" for note in job.notes),
         "",
         "Roles",
-        *_table(_role_rows(plan)),
+        *_table(list(_role_rows(plan))),
     ]
     for kind in plan.kinds:
         lines += ["", *_rank_kind(plan, kind)]
@@ -39,11 +42,6 @@ def gib(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
     return f"{size:.0f} B"
-
-
-def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns aligned, the first to the left."""
-    return [f"  {line}" for line in aligned(list(rows), left=(0,))]
 
 
 def _role_rows(plan: Plan) -> Iterable[Sequence[str]]:

@@ -48,7 +48,7 @@ class _Problem:
     words: int
 
 
-class Benchmarks:
+class BenchmarkProblems:
     """The problems that training must not see."""
 
     def __init__(self, paths: Sequence[Path], *, key: str | None = None, overlap: float = OVERLAP) -> None:

@@ -56,7 +56,7 @@ class RunData:
     recipe: Mapping[str, Any]
     """The latest recipe as plain values; empty where it cannot be read."""
     metrics: tuple[Mapping[str, Any], ...]
-    """Lines of metrics.jsonl by step, one each."""
+    """What metrics.jsonl says, by step, one mapping each."""
     samples: SampleLines
     """Lines of samples.jsonl by step, as many as were asked for."""
     num_samples: int
@@ -110,7 +110,9 @@ def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> Run
     notes: list[str] = []
     text = _text(folder / RECIPE_FILE)
     recipe, changes = _recipes(folder, text, notes)
-    metrics = {line["step"]: line for line in _whole_lines(folder / METRICS_FILE, notes)}
+    metrics: dict[int, dict[str, Any]] = {}
+    for line in _whole_lines(folder / METRICS_FILE, notes):
+        metrics[line["step"]] = metrics.get(line["step"], {}) | line  # an evaluation has a line of its own
     samples, total = _samples(folder / SAMPLES_FILE, (max_samples, max_tokens), notes)
     section = recipe.get("run")
     status = read_json_object(folder / _STATUS_FILE) or {}

@@ -11,7 +11,7 @@ from fire_megatron.parallel.control import Control
 from fire_megatron.platform.device import Device, gpu_identity
 
 
-class RunGpus:
+class GpuReadings:
     """This rank's part. Samples between ``with`` and its end."""
 
     def __init__(self, device: Device, config: MetricsConfig, control: Control | None) -> None:

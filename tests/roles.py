@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from models import make_hf, save_megatron
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.schema import FP8Config, ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig

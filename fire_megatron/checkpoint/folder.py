@@ -59,7 +59,7 @@ def require_checkpoint(directory: str | Path) -> Path:
     if any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder}: is a Hugging Face checkpoint; convert it first: "
-            f"python tools/convert.py hf-to-megatron --hf {folder} --out {folder}-megatron"
+            f"fire-megatron convert hf-to-megatron --hf {folder} --out {folder}-megatron"
         )
     raise CheckpointError(f"{folder}: is not a complete checkpoint ({MARKER} or {WEIGHTS}/.metadata is missing)")
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_megatron.cli.guard import guarded, run_command
+from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
 from fire_megatron.config.errors import DataError, RecipeError, RecipeProblems
-from fire_megatron.config.walk import build
+from fire_megatron.config.section import build
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import EvaluationJob
@@ -152,6 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(_: object) -> None:
         world = launch.start(args.device, timeout=args.timeout)
-        guarded(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
+        supervised(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
 
     return run_command(lambda: _sections(args), work)

@@ -128,7 +128,7 @@ class RoleConfig(Section):
     """A model with a job."""
 
     checkpoint: Text
-    """Folder of a converted checkpoint; `python tools/convert.py hf-to-megatron --hf DIR --out DIR` makes one."""
+    """Folder of a converted checkpoint; `fire-megatron convert hf-to-megatron --hf DIR --out DIR` makes one."""
     ranks: Annotated[str, RANKS] | None = None
     """Ranks that hold this role, first to last, such as `8-15`; null is all ranks. Roles on the same ranks take turns,
     roles on other ranks run at the same time. The student's start at rank 0."""

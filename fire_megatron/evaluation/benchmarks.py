@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
+from fire_megatron.data.rows import read_rows, shown
 from fire_megatron.rollout.sampling import Sampling
 
 _EXAMPLES = 5

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.schema import RoleConfig
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.benchmarks import BenchmarkTask

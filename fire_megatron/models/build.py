@@ -24,8 +24,14 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from fire_megatron.config.errors import LayoutError, RecipeError
 from fire_megatron.config.schema import PrecisionConfig, RoleConfig
 from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
-from fire_megatron.models.fp8.emulation import EmulatedFP8, check_device
-from fire_megatron.models.fp8.settings import SET_BY_PRECISION, check_fp8, engine_fp8, fp8_settings, own_amax_group
+from fire_megatron.models.fp8.settings import (
+    SET_BY_PRECISION,
+    check_device,
+    check_fp8,
+    engine_fp8,
+    fp8_settings,
+    own_amax_group,
+)
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention, RMSNorm
@@ -356,6 +362,8 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     )
     fp8 = role.precision.fp8
     if fp8 is not None and fp8.emulate:
+        from fire_megatron.models.fp8.emulation import EmulatedFP8
+
         model.emulated_fp8 = EmulatedFP8(
             model.decoder.layers, fp8, num_layers=shape.num_layers, ep_rank=grid.pg.ep.rank()
         )

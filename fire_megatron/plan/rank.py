@@ -28,7 +28,7 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan import pieces as scale
 from fire_megatron.plan.decoding import decode_step
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
-from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
+from fire_megatron.plan.rank_plan import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank

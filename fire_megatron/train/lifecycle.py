@@ -22,7 +22,7 @@ from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Checkpoints
 from fire_megatron.train.ending import end_tables
-from fire_megatron.train.gpus import RunGpus
+from fire_megatron.train.gpu_readings import GpuReadings
 from fire_megatron.train.guard import NONFINITE
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import Stopped, StopRequest
@@ -79,7 +79,7 @@ class Trainer:
             self.logger.log(self.step, self._unlogged)
         if self.setup.run is not None:
             self.run.phases.show = lambda text: self.logger.progress(f"step {self.step + 1}: {text}")
-        self.gpus = RunGpus(world.device, recipe.metrics, self.setup.control)
+        self.gpus = GpuReadings(world.device, recipe.metrics, self.setup.control)
 
     @property
     def run(self) -> Run:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig

@@ -269,7 +269,7 @@ def checkpoint_missing(box):
     box.recipe["student"]["checkpoint"] = "absent"
 
 
-@case("teachers.math.checkpoint", "Hugging Face folder", "tools/convert.py hf-to-megatron --hf {hf}")
+@case("teachers.math.checkpoint", "Hugging Face folder", "fire-megatron convert hf-to-megatron --hf {hf}")
 def checkpoint_not_converted(box):
     source = box.inputs / "math-hf"
     box.names["hf"] = box.folder / "hf-model"

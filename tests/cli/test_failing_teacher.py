@@ -162,7 +162,7 @@ def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, who
     assert expected in runs.complaint()
     status, log = read_status(runs.folder / "run"), runs.log.read_text()
     assert status.state == "failed" and runs.complaint().endswith(status.error), "the verdict, not what follows from it"
-    assert ('cli/guard.py", line' in log) == (mode == "raise"), "a traceback where it tells something"
+    assert ('cli/supervision.py", line' in log) == (mode == "raise"), "a traceback where it tells something"
     records = list((runs.folder / "run" / "flight_recorder").glob("*/rank_0"))
     assert len(records) == (number is not None)
     assert all(f"The last collectives of each rank: {path.parent}/rank_*" in status.error for path in records)

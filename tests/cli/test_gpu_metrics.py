@@ -15,10 +15,10 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.cli.train import main
 from fire_megatron.config.schema import MetricsConfig
-from fire_megatron.metrics.gpu import GpuSampler
+from fire_megatron.metrics.gpu_sampler import GpuSampler
 from fire_megatron.metrics.values import Max, Mean, Sum
 from fire_megatron.platform.device import Device, GpuIdentity
-from fire_megatron.train import gpus
+from fire_megatron.train import gpu_readings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def nvml(monkeypatch):
     """NVML of a GPU that this process is told to have."""
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(gpus, "gpu_identity", lambda device: GpuIdentity((UUID,), BUS_ID))
+    monkeypatch.setattr(gpu_readings, "gpu_identity", lambda device: GpuIdentity((UUID,), BUS_ID))
     return fake
 
 
@@ -86,12 +86,12 @@ import os, sys
 from nvml import BUS_ID, UUID, FakeNvml
 from fire_megatron.cli.train import main
 from fire_megatron.platform.device import GpuIdentity
-from fire_megatron.train import gpus
+from fire_megatron.train import gpu_readings
 
 rank = int(os.environ["RANK"])
 sys.modules["pynvml"] = fake = FakeNvml()
 fake.readings |= {"Temperature": 50 + 20 * rank, "PowerUsage": 100_000 * (1 + rank)}
-gpus.gpu_identity = lambda device: GpuIdentity((UUID,), BUS_ID)
+gpu_readings.gpu_identity = lambda device: GpuIdentity((UUID,), BUS_ID)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -123,10 +123,10 @@ def test_ranks_without_the_student_report_theirs(monkeypatch):
     control = SimpleNamespace(report=told.append, reports=lambda: [told.pop(0) for _ in range(len(told))])
     own = iter([{"gpu/temperature_c": Max(70.0), "gpu/energy_j": Sum(5.0)}, {}, {"gpu/temperature_c": Max(60.0)}])
     monkeypatch.setattr(GpuSampler, "values", lambda self: next(own))
-    ranks = [gpus.RunGpus(Device("cpu"), MetricsConfig(), control) for _ in range(2)]
+    ranks = [gpu_readings.GpuReadings(Device("cpu"), MetricsConfig(), control) for _ in range(2)]
     ranks[1].report()
     ranks[1].report()
     assert len(told) == 1, "nothing seen is nothing sent"
     assert ranks[0].values() == {"gpu/temperature_c": Max(70.0), "gpu/energy_j": Sum(5.0)}
     monkeypatch.setattr(GpuSampler, "values", lambda self: {"gpu/utilization": Mean(50, 1)})
-    assert gpus.RunGpus(Device("cpu"), MetricsConfig(), None).values() == {"gpu/utilization": Mean(50, 1)}
+    assert gpu_readings.GpuReadings(Device("cpu"), MetricsConfig(), None).values() == {"gpu/utilization": Mean(50, 1)}

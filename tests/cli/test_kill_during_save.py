@@ -18,8 +18,8 @@ import pytest
 import torch
 from tiny_run import make_inputs, tiny_recipe
 
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.checkpoint.steps import find_latest, saved_steps
-from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.platform import launch
 from fire_megatron.train.lifecycle import Trainer

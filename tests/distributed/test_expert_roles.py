@@ -25,7 +25,7 @@ from roles import (
 from steps import save_state
 from tiny_run import make_inputs, read_metrics, tiny_recipe
 
-from fire_megatron.checkpoint.training import load_training_state
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.data.records import Prompt

@@ -16,7 +16,7 @@ from models import VOCABULARY
 from roles import Roles, Spec, layouts, share, whole_gradients
 from steps import save_state
 
-from fire_megatron.checkpoint.training import load_training_state
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
 from fire_megatron.data.records import Prompt

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fire_megatron.metrics.gpu import GpuSampler, find_gpu
+from fire_megatron.metrics.gpu_sampler import GpuSampler, find_gpu
 from fire_megatron.platform.capabilities import capability_report
 from fire_megatron.platform.device import compute_device, gpu_identity, select_device
 

@@ -37,19 +37,10 @@ from fire_megatron.models.fp8.linear import (
 )
 from fire_megatron.models.fp8.quantize import delayed_scale
 from fire_megatron.models.packed_linear import Linear
-from fire_megatron.platform.device import Device, compute_device
+from fire_megatron.platform.device import compute_device
 
 _LOCAL_EXPERT = re.compile(r"(?<=local_experts\.)\d+")
 _ROUNDING = {"tensorwise": Tensorwise, "blockwise": Blockwise, "mxfp8": MX}
-
-
-def check_device(config: FP8Config | None, device: Device) -> None:
-    """Raises RecipeError: a GPU is asked to emulate."""
-    if config is not None and config.emulate and device.is_cuda:
-        raise RecipeError(
-            "precision.fp8.emulate: true is FP8 on a CPU, and this run is on a GPU; remove it, and Transformer Engine "
-            "computes in FP8, or set run.device: cpu"
-        )
 
 
 class Scales:

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FP8Config, RoleConfig
 from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.platform.device import Device
 
 SET_BY_PRECISION = (
     "fp8", "fp8_recipe", "fp8_param", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",
@@ -43,6 +44,15 @@ def engine_fp8(role: RoleConfig) -> FP8Config | None:
     """A role's FP8 settings where Transformer Engine computes in FP8; None without FP8 and where it is emulated."""
     fp8 = role.precision.fp8
     return None if fp8 is None or fp8.emulate else fp8
+
+
+def check_device(config: FP8Config | None, device: Device) -> None:
+    """Raises RecipeError: a GPU is asked to emulate."""
+    if config is not None and config.emulate and device.is_cuda:
+        raise RecipeError(
+            "precision.fp8.emulate: true is FP8 on a CPU, and this run is on a GPU; remove it, and Transformer Engine "
+            "computes in FP8, or set run.device: cpu"
+        )
 
 
 def fp8_settings(role: RoleConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from models import save_megatron
 
 from fire_megatron.checkpoint.checksums import CHECKSUMS
-from fire_megatron.checkpoint.load import check_tensors, load_weights
+from fire_megatron.checkpoint.loading import check_tensors, load_weights
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.checkpoint.torch_dist import METADATA, ShardReader, ShardWriter, read_common, write_metadata
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint

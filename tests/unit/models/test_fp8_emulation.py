@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import VOCABULARY, save_megatron
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, StudentConfig
 from fire_megatron.data.packing import pack_rows

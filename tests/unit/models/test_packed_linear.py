@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import save_megatron
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.hf_config import read_hf_config

@@ -6,7 +6,7 @@ import pytest
 
 from fire_megatron.config.schema import Recipe
 from fire_megatron.config.section import build
-from fire_megatron.plan.gpus import (
+from fire_megatron.plan.hardware import (
     BANDWIDTH,
     GPUS,
     GRAPH_LAUNCH_S,
@@ -17,7 +17,7 @@ from fire_megatron.plan.gpus import (
     LOOK_S,
     PRODUCTS,
 )
-from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
+from fire_megatron.plan.rank_plan import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.timing import seconds, step_time
 from fire_megatron.plan.trace import Collective, Trace
 from fire_megatron.plan.workload import Workload

@@ -9,7 +9,7 @@ import torch
 from models import VOCABULARY, save_megatron
 from recorded_graph import pretend_graphs
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import TrainingError
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.data.records import Prompt

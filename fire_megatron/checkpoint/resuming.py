@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from fire_megatron.checkpoint.amax import read_amax
 from fire_megatron.checkpoint.folder import WEIGHTS
-from fire_megatron.checkpoint.load import check_tensors, open_checkpoint, read_parameter
+from fire_megatron.checkpoint.loading import check_tensors, open_checkpoint, read_parameter
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice, set_steps_taken, state_names
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.steps import OPTIMIZER

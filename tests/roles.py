@@ -70,6 +70,13 @@ def layouts(
     ]
 
 
+def telling_layouts(size: int, **options: Any) -> list[Layout]:
+    """The layouts that say something: of 2 ranks each dimension alone, of 4 each two of them together, data parallelism
+    being one of them."""
+    every = layouts(size, **{"pipelines": (1, 2, 3), "contexts": (1, 2), **options})
+    return every if size % 4 else [layout for layout in every if layout.data < size or layout.expert > 1]
+
+
 EXPERTS = {"qwen3-moe": (1, 2), "qwen3-moe-mixed": (1, 2)}
 """Expert-parallel sizes of the families that have experts."""
 
@@ -99,6 +106,10 @@ class Spec:
         return make_hf(self.family, seed=self.seed, **dict(self.changes))
 
 
+_CHECKPOINTS: dict[Path, dict[Spec, Path]] = {}
+"""What is converted, by folder."""
+
+
 class Roles:
     """Builds roles. Every rank calls it alike; checkpoints are converted once, by rank 0."""
 
@@ -106,17 +117,17 @@ class Roles:
         """Args: folder: one that all ranks see."""
         self.world, self.folder = world, folder
         self.factory = GridFactory(timeout=60)
-        self._checkpoints: dict[Spec, Path] = {}
 
     def checkpoint(self, spec: Spec) -> Path:
         """The converted checkpoint of a model."""
-        if spec not in self._checkpoints:
-            path = self.folder / str(len(self._checkpoints))
+        made = _CHECKPOINTS.setdefault(self.folder, {})
+        if spec not in made:
+            path = self.folder / str(len(made))
             if self.world.is_main:
                 save_megatron(spec.family, path, seed=spec.seed, **dict(spec.changes))
             dist.barrier()
-            self._checkpoints[spec] = path
-        return self._checkpoints[spec]
+            made[spec] = path
+        return made[spec]
 
     def build(
         self,

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from experts import AUXILIARY, SPEC, draw_rows, expert_layouts, make_student, run_step
 from models import save_megatron
 from roles import (
-    Roles,
     Spec,
     assert_same_state,
     hf_response_logits,
@@ -38,11 +37,6 @@ from fire_megatron.train.trainer import Trainer
 
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/", "router/")
 """Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
-
-
-@pytest.fixture(scope="module")
-def roles(world, tmp_path_factory):
-    return Roles(world, Path(share(str(tmp_path_factory.mktemp("models")))))
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])

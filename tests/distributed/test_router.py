@@ -3,16 +3,15 @@
 import itertools
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from models import VOCABULARY
-from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, make_router, reference, score, share
+from roles import Spec, hf_response_logits, layouts, log_prob_and_entropy, make_router, reference, score
+from steps import make_rollouts
 
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.parallel.collectives import all_gather_stacked
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.teachers.teacher import Teacher
@@ -28,11 +27,6 @@ SPECS = {
 ROUTE = {"algebra": "math", "geometry": "math", "python": "code", "small talk": "chat"}
 LABELS = ("algebra", "python", "geometry", "small talk", "python", "algebra", "python")
 ROWS = 11
-
-
-@pytest.fixture(scope="module")
-def roles(world, tmp_path_factory):
-    return Roles(world, Path(share(str(tmp_path_factory.mktemp("models")))))
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +59,8 @@ def make_rows():
 
 def rollouts_of(rows, mine):
     """A replica's rollouts: the rows ``mine``, in that order, with made-up student statistics."""
-    return Rollouts(
-        row_ids=tuple(mine),
-        prompts=tuple(Prompt(i, rows[i][0], tuple(rows[i][1].tolist()), "") for i in mine),
-        responses=tuple(rows[i][2] for i in mine),
-        log_probs=tuple(torch.zeros(len(rows[i][2])) for i in mine),
-        entropies=tuple(torch.zeros(len(rows[i][2])) for i in mine),
-        truncated=tuple(False for _ in mine),
-        weight_version=0,
-    )
+    prompts = [Prompt(i, label, tuple(prompt.tolist()), "") for i, (label, prompt, _) in enumerate(rows)]
+    return make_rollouts(mine, prompts, [response for *_, response in rows])
 
 
 def deal(rows, replicas, seed):

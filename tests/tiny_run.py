@@ -51,6 +51,14 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
+def train(inputs: Path, run_dir: Path, *overrides: str, **changes: Any) -> int:
+    """Exit code of the training command, in this process, on :func:`tiny_recipe`; the recipe lies beside the run."""
+    from fire_megatron.cli.train import main
+
+    recipe = write_recipe(run_dir.with_suffix(".yaml"), tiny_recipe(inputs, run_dir, **changes))
+    return main(["--recipe", str(recipe), *overrides])
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -6,25 +6,16 @@ import math
 
 import pytest
 import torch
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from tiny_run import read_metrics, train
 
 from fire_megatron.checkpoint.steps import saved_steps
-from fire_megatron.cli.train import main
 from fire_megatron.train.status import read_status
 from fire_megatron.train.student import Student
 
 
-def test_losses_that_are_not_finite_end_the_run(tmp_path, capsys):
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
-    values = tiny_recipe(
-        inputs,
-        tmp_path / "run",
-        run__steps=8,
-        optimizer={"lr": 1e30, "clip_grad": 0.0, "guard": {"max_skipped": 2}},
-        checkpoint={"every": 2},
-    )
-    recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    assert main(["--recipe", str(recipe)]) == 2
+def test_losses_that_are_not_finite_end_the_run(tiny, tmp_path, capsys):
+    optimizer = {"lr": 1e30, "clip_grad": 0.0, "guard": {"max_skipped": 2}}
+    assert train(tiny, tmp_path / "run", run__steps=8, optimizer=optimizer, checkpoint={"every": 2}) == 2
     message = capsys.readouterr().err
     assert "step 4: 3 updates in a row" in message and "optimizer.guard.max_skipped=2" in message
     assert "optimizer.lr (1e+30)" in message and "Traceback" not in message
@@ -36,20 +27,14 @@ def test_losses_that_are_not_finite_end_the_run(tmp_path, capsys):
     assert (status.state, status.hopeless) == ("failed", True) and "3 updates in a row" in status.error
 
 
-def test_a_run_that_ends_ruined_is_no_success(tmp_path):
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
-    values = tiny_recipe(inputs, tmp_path / "run", run__steps=2, optimizer={"lr": 1e30, "clip_grad": 0.0})
-    assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 2
+def test_a_run_that_ends_ruined_is_no_success(tiny, tmp_path):
+    assert train(tiny, tmp_path / "run", run__steps=2, optimizer={"lr": 1e30, "clip_grad": 0.0}) == 2
     assert saved_steps(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-def test_one_bad_gradient_is_left_out(tmp_path, monkeypatch, distributed):
+def test_one_bad_gradient_is_left_out(tiny, tmp_path, monkeypatch, distributed):
     """The update is skipped, with the weights and the optimizer as they were, and the step is not saved."""
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
-    values = tiny_recipe(
-        inputs, tmp_path / "run", checkpoint={"every": 1, "keep": 9}, optimizer={"distributed": distributed}
-    )
     accumulate, weights = Student.accumulate_gradients, []
 
     def poisoned(self, *args, **kwargs):
@@ -60,7 +45,8 @@ def test_one_bad_gradient_is_left_out(tmp_path, monkeypatch, distributed):
         return report
 
     monkeypatch.setattr(Student, "accumulate_gradients", poisoned)
-    assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
+    checkpoint, optimizer = {"every": 1, "keep": 9}, {"distributed": distributed}
+    assert train(tiny, tmp_path / "run", checkpoint=checkpoint, optimizer=optimizer) == 0
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped/nonfinite"] for line in lines] == [0, 1, 0, 0]
     assert [line["skipped/total"] for line in lines] == [0, 1, 1, 1]
@@ -71,14 +57,12 @@ def test_one_bad_gradient_is_left_out(tmp_path, monkeypatch, distributed):
     assert read_status(tmp_path / "run").state == "done"
 
 
-def test_metrics_of_a_run_that_saved_nothing_are_kept(tmp_path, capsys):
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
-    values = tiny_recipe(inputs, tmp_path / "run", checkpoint__final=False, run__steps=1, metrics__samples=1)
-    recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    assert main(["--recipe", str(recipe)]) == 0
+def test_metrics_of_a_run_that_saved_nothing_are_kept(tiny, tmp_path, capsys):
+    changes = {"checkpoint__final": False, "run__steps": 1, "metrics__samples": 1}
+    assert train(tiny, tmp_path / "run", **changes) == 0
     first = (tmp_path / "run" / "metrics.jsonl").read_text()
     for attempt in (1, 2):
-        assert main(["--recipe", str(recipe)]) == 0
+        assert train(tiny, tmp_path / "run", **changes) == 0
         assert f"metrics.old{attempt}.jsonl" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.old1.jsonl").read_text() == first
     assert (tmp_path / "run" / "samples.old2.jsonl").exists()

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
-
+from processes import call
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
@@ -36,15 +30,7 @@ CASES = [
 def test_same_tensors_as_the_checkpoint(family, tensor, context, options, experts, save_config, tmp_path):
     save_config(family)
     layout = [f"--tensor={tensor}", f"--context={context}"]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "te_names.py"), str(tmp_path), *layout, *options],
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(call(Path(__file__).with_name("te_names.py"), tmp_path, *layout, *options).splitlines()[-1])
     assert "TELayerNormColumnParallelLinear" in report["layers"], "these are not Transformer Engine's layers"
     assert experts is None or {experts, "Router"} <= {*report["layers"]}
     assert report["found"] == report["wanted"]
@@ -79,5 +65,4 @@ theirs = get_batch_on_this_cp_rank(torch.tensor(starts), tokens[None], labels[No
 ours = zigzag(starts, 3, 1)
 assert len(ours) == 16 and torch.equal(theirs[0].flatten(), tokens[ours]), (theirs, ours)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call("-c", code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ROOT, call, free_ports
 
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
 
-ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -101,7 +100,7 @@ def test_srun_without_a_meeting_point(launcher, leave):
 
 
 def test_a_rank_that_does_not_come(launcher, leave):
-    launcher(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    launcher(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
     with pytest.raises(LayoutError, match="rank 0"):
         launch.raise_on_any_rank("a problem", timeout=1)
 
@@ -210,8 +209,7 @@ def test_a_process_started_by_a_run_tells_its_defaults_from_the_users_settings(e
         f"print(*(os.environ[name] for name in {(*RECORDS, 'TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC')}))\n"
         "assert os.environ['TORCH_GLOO_LAZY_INIT'] == '0'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    present, older, patience = done.stdout.split()
+    present, older, patience = call("-c", code).split()
     assert present == older and present.startswith("/other/") and patience == "1125"
 
 
@@ -263,13 +261,6 @@ launch.stop()
 CPU, leave."""
 
 
-def free_port():
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_tasks_of_srun():
     """As srun starts them: Slurm's variables, and a meeting point that the sbatch script exports."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN, *SLURM, *MEETING)}
@@ -279,7 +270,7 @@ def test_two_tasks_of_srun():
         "MASTER_ADDR": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    common["MASTER_PORT"] = str(free_port())
+    common["MASTER_PORT"] = str(free_ports(1)[0])
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from processes import command, environment, free_ports
 
 from fire_megatron.platform import watch as watch_module
 from fire_megatron.platform.flight_recorder import failed_collective
@@ -71,16 +71,13 @@ class Processes:
 
     def __init__(self, *behaviours, timeout=TIMEOUT):
         """Starts them and waits until all of them work."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         self.started = [
             subprocess.Popen(
-                [sys.executable, "-c", PROCESS, str(r), str(len(behaviours)), str(port), behaviour, str(timeout)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+                command("-c", PROCESS, rank, len(behaviours), port, behaviour, timeout),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
             )
-            for r, behaviour in enumerate(behaviours)
+            for rank, behaviour in enumerate(behaviours)
         ]  # fmt: skip
         for process in self.started:
             assert process.stdout.readline() == "ready\n", process.stderr.read()

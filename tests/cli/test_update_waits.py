@@ -25,7 +25,6 @@ EXPERTS = {"experts": [1, 2, {"expert": 2}, {}]}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     cases = json.dumps(CASES | EXPERTS)
-    cases = json.dumps(CASES | EXPERTS)
     return json.loads(call(update_on_paper.__file__, tmp_path_factory.mktemp("paper"), read=cases))
 
 

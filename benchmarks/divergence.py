@@ -142,7 +142,7 @@ def _worker(task: dict) -> None:
         result = function()
         if task["side"] != "products":
             result.backward()
-            value = float(result)
+            value = float(result.detach())
             student.grad = weight.grad = None
         seconds.append(time.perf_counter() - started)
     print(json.dumps({"seconds": min(seconds), "mb": _status_mb("VmHWM") - before, "value": value}))

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from models import VOCABULARY
 from roles import load_role, parallel_config, whole_gradients
-from steps import ROUTE, ROWS, rollouts_of, rows
+from steps import ROUTE, ROWS, TEACHERS, rollouts_of, rows
 
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, StudentConfig, TeacherConfig
@@ -55,7 +55,7 @@ class Cast:
             mixed: whether some rows learn from both teachers.
             micro_batch_tokens: packs rows by tokens, where it is not 0.
         """
-        teachers = teachers if isinstance(teachers, dict) else dict.fromkeys(ROUTE, teachers)
+        teachers = teachers if isinstance(teachers, dict) else dict.fromkeys(TEACHERS, teachers)
         self.loss, self.mixed, self.grid = loss, mixed, factory.grid(student)
         self.budget, self.micro_batch_size = micro_batch_tokens, micro_batch_size
         grids = {name: factory.grid(layout) for name, layout in teachers.items()}
@@ -136,9 +136,10 @@ class Cast:
         dist.all_gather_object(parts, own, group=self.grid.span)
         return {row: pair for part in parts for row, pair in part.items()}
 
-    def step(self, count=ROWS):
-        """Scores, metrics and whole gradients of a step, the same on all of the student's ranks."""
-        rollouts = rollouts_of(replica_rows(count, self.grid), self.mixed)
+    def step(self, count=ROWS, rollouts=None):
+        """Scores, metrics and whole gradients of a step, the same on all of the student's ranks; of the first rows of
+        :func:`steps.rows`, or of rollouts that were sampled."""
+        rollouts = rollouts or rollouts_of(replica_rows(count, self.grid), self.mixed)
         scores = self.score(rollouts, count)
         hooks = build_hooks(self.loss.hooks)
         kept, _, selected = select(

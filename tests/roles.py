@@ -17,33 +17,12 @@ from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.schema import FP8Config, ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
-from fire_megatron.data.rollouts import Rollouts, Scores
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import launch
-from fire_megatron.teachers.pool import TeacherPool
-from fire_megatron.teachers.router import Session, TeacherRouter
-from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
-
-
-def make_router(
-    teachers: dict[str, Teacher], route: dict[str, str], grid: ModelGrid, factory: GridFactory, **options: Any
-) -> TeacherRouter:
-    """A router to teachers that all ranks hold."""
-    infos = {name: teacher.info for name, teacher in teachers.items()}
-    pool = TeacherPool(infos, teachers, student_grid=grid, factory=factory)
-    return TeacherRouter(pool, route, student_grid=grid, **options)
-
-
-def score(router: TeacherRouter, rollouts: Rollouts, *, keep_states: bool = False) -> Scores:
-    """Finished rollouts scored in one go; every rank of the student calls it with its own, of any number."""
-    by_row = dict(zip(rollouts.row_ids, rollouts.prompts, strict=True))
-    session = Session(router, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
-    session.send(rollouts.row_ids, rollouts.responses)
-    return session.finish(rollouts)
 
 
 def share(value: Any) -> Any:
@@ -77,8 +56,9 @@ def telling_layouts(size: int, **options: Any) -> list[Layout]:
     return every if size % 4 else [layout for layout in every if layout.data < size or layout.expert > 1]
 
 
-EXPERTS = {"qwen3-moe": (1, 2), "qwen3-moe-mixed": (1, 2)}
-"""Expert-parallel sizes of the families that have experts."""
+def expert_sizes(family: str, size: int) -> tuple[int, ...]:
+    """Expert-parallel sizes of a family: on 4 ranks beside another split."""
+    return (1,) if "moe" not in family else (1, 2) if size < 4 else (2,)
 
 
 def parallel_config(layout: Layout, *, sequence: bool | None = None) -> ParallelConfig:

@@ -17,7 +17,8 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.train.student import Student
 
 ROWS = 9
-ROUTE = {"math": "math", "code": "code"}
+TEACHERS = ("math", "code")
+ROUTE = {"math": "math", "algebra": "math", "code": "code"}
 
 
 def write_checkpoints(folder: Path) -> None:

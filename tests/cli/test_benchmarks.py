@@ -20,7 +20,7 @@ MATH = REPOSITORY / "recipes" / "data" / "math.jsonl"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Converted student, math and code, and beside each its Hugging Face folder (``-hf``)."""
-    return make_inputs(tmp_path_factory.mktemp("benchmarks"), num_hidden_layers=1)
+    return make_inputs(tmp_path_factory.mktemp("benchmarks"), num_hidden_layers=5)
 
 
 @pytest.fixture

@@ -84,7 +84,8 @@ def generate(model, grid, prompts, rows, *, stop_ids=(), batch_size=0):
 def test_generation_of_uneven_rows(roles, world_size):
     prompts = [Prompt(i, "math", tuple(p.tolist()), "") for i, p in enumerate(draw_rows(7)[0])]
     expected = None
-    for layout in expert_layouts(world_size):
+    *_, split, spread = every = expert_layouts(world_size)
+    for layout in every:
         model, grid = roles.build(SPEC, layout)
         model.eval()
         whole = generate(model, grid, prompts, range(7))
@@ -102,6 +103,8 @@ def test_generation_of_uneven_rows(roles, world_size):
             cut[row] = tokens[: ends[0] + 1] if ends else tokens
         assert len({len(tokens) for tokens in cut.values()}) > 2
         assert generate(model, grid, prompts, range(7), stop_ids=stops) == cut, layout
+        if layout not in (split, spread):
+            continue
         assert generate(model, grid, prompts, range(7), stop_ids=stops, batch_size=2) == cut, layout
         # Fewer rows than replicas, and none at all.
         assert generate(model, grid, prompts, [4], stop_ids=stops) == {4: cut[4]}, layout

@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
 from recorded_graph import pretend_graphs
-from roles import EXPERTS, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference, share, telling_layouts
+from roles import (
+    Spec,
+    expert_sizes,
+    hf_response_logits,
+    layouts,
+    log_prob_and_entropy,
+    reference,
+    share,
+    telling_layouts,
+)
 
 from fire_megatron.checkpoint.convert import hf_to_megatron
 from fire_megatron.data.records import Prompt
@@ -21,7 +30,6 @@ from fire_megatron.rollout import engine as engines
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampler import uniforms
 from fire_megatron.rollout.sampling import Sampling
-from fire_megatron.teachers.teacher import Teacher
 
 SEED, STEP = 5, 3
 PROMPT_LENGTHS = (1, 9, 3, 14, 6, 2, 11)
@@ -107,7 +115,7 @@ PAIRED = {"llama3-tied", "mistral-window", "qwen3-moe-mixed"}
 )
 def test_greedy_equals_transformers(roles, world_size, family):
     spec, prompts = Spec(family), draw_prompts()
-    for layout in telling_layouts(world_size, experts=EXPERTS.get(family, (1,))):
+    for layout in telling_layouts(world_size, experts=expert_sizes(family, world_size)):
         model, grid = roles.build(spec, layout)
         made = generate(model.eval(), grid, prompts, temperature=0)
         assert all(len(tokens) == NEW_TOKENS and truncated for tokens, _, _, truncated in made.values())
@@ -225,21 +233,6 @@ def test_decode_steps_as_graphs(roles, world_size, monkeypatch):
         assert graphs and all(graph.replays for graph in graphs), layout
 
 
-@pytest.mark.parametrize("family", ["llama3-tied", "mistral-window"])
-def test_log_probs_are_those_of_scoring(roles, world_size, family):
-    prompts = draw_prompts()
-    for layout in telling_layouts(world_size):
-        model, grid = roles.build(Spec(family), layout)
-        made = generate(model.eval(), grid, prompts)
-        teacher = Teacher("self", model, grid, micro_batch_tokens=48)
-        log_probs, entropies, _ = teacher.score(
-            [torch.tensor(p.token_ids) for p in prompts], [made[row][0] for row in range(len(prompts))]
-        )
-        for row, (_, ours, ours_entropy, _) in made.items():
-            torch.testing.assert_close(ours, log_probs[row], rtol=0, atol=2e-5)
-            torch.testing.assert_close(ours_entropy, entropies[row], rtol=0, atol=2e-5)
-
-
 def greedy_by_transformers(folder, texts, new_tokens):
     """Prompts and greedy continuations of a Hugging Face folder in float32, one unpadded row at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -272,10 +265,11 @@ def test_greedy_smollm2_equals_transformers(roles, world_size, world):
         "def fibonacci(n):\n",
         "Water boils at a lower temperature on a mountain because",
     )
-    path, pairs = roles.folder / "smollm2", None
+    # A model of this size takes seconds on every rank.
+    path, pairs, length = roles.folder / "smollm2", None, 32 if world_size == 2 else 12
     if world.is_main:
         hf_to_megatron(SMOLLM2, path)
-        pairs = greedy_by_transformers(SMOLLM2, texts, 32)
+        pairs = greedy_by_transformers(SMOLLM2, texts, length)
     pairs = share(pairs)
     prompts = [Prompt(i, "math", tuple(prompt), "") for i, (prompt, _) in enumerate(pairs)]
     tensor = 3 if world_size % 3 == 0 else 1  # 9 query heads, 3 key/value heads
@@ -284,7 +278,7 @@ def test_greedy_smollm2_equals_transformers(roles, world_size, world):
         shapes.append(Layout(num_ranks=2))
     for layout in shapes:
         model, grid = roles.build(path, layout)
-        made = generate(model.eval(), grid, prompts, temperature=0, max_new_tokens=32)
+        made = generate(model.eval(), grid, prompts, temperature=0, max_new_tokens=length)
         assert [made[row][0].tolist() for row in range(len(texts))] == [continuation for _, continuation in pairs]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
-from roles import EXPERTS, Spec, hf_logits, layouts, reference, telling_layouts
+from roles import Spec, expert_sizes, hf_logits, layouts, reference, telling_layouts
 
 from fire_megatron.data.packing import pack_rows, whole_tokens
 from fire_megatron.models.pipeline import run_pipeline
@@ -67,7 +67,7 @@ def largest_difference(model, grid, rows, hf):
 def test_logits_equal_transformers(roles, world_size, family):
     spec, rows = Spec(family), draw_rows()
     contexts = (1, 2, 4) if "window" in family else (1, 2)
-    for layout in telling_layouts(world_size, contexts=contexts, experts=EXPERTS.get(family, (1,))):
+    for layout in telling_layouts(world_size, contexts=contexts, experts=expert_sizes(family, world_size)):
         model, grid = roles.build(spec, layout)
         assert largest_difference(model, grid, rows, reference(spec)) < TOLERANCE, layout
 

@@ -31,7 +31,12 @@ pytestmark = pytest.mark.world_size(4)
 
 PROMPT, RESPONSE = 12, 5
 CASES = {
-    "tp2-pp2": {"student__parallel": {"tensor": 2, "pipeline": 2}},
+    "tp2-pp2-bf16-topk": {
+        "student__parallel": {"tensor": 2, "pipeline": 2},
+        "student__precision": {"dtype": "bfloat16"},
+        "loss__estimator": "topk",
+        "loss__top_k": 8,
+    },
     "tp2-dp2-moving": {"student__parallel": {"tensor": 2}, "optimizer__mini_batches": 2},
     "pp2-dp2-tokens": {"student__parallel": {"pipeline": 2}, "optimizer__micro_batch_tokens": 40},
     "cp2-dp2": {"student__parallel": {"context": 2}, "teachers__math__parallel": {"pipeline": 2}},
@@ -40,7 +45,6 @@ CASES = {
         "loss__estimator": "full",
         "student__megatron": {"recompute_granularity": "selective"},
     },
-    "dp4-bf16-topk": {"loss__estimator": "topk", "loss__top_k": 8, "student__precision": {"dtype": "bfloat16"}},
 }
 
 

@@ -7,34 +7,26 @@ from dataclasses import replace
 import dense
 import pytest
 import torch
+import torch.distributed as dist
 from cast import ESTIMATORS, Cast, assert_same_gradients
 from models import EOS, VOCABULARY, make_hf
 from roles import (
     hf_response_logits,
     layouts,
     load_role,
-    make_router,
     parallel_config,
-    score,
     telling_layouts,
-    whole_gradients,
 )
 from steps import ROWS, rows
 
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, StudentConfig, TeacherConfig
+from fire_megatron.config.schema import StudentConfig, TeacherConfig
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.parallel.reducer import Reducer
-from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.heads import teacher_heads
-from fire_megatron.teachers.teacher import Teacher
-from fire_megatron.train.rebalance import rebalance
-from fire_megatron.train.select import select
-from fire_megatron.train.student import Student
 
 
 def run_step(folder, world, factory, layout, micro_batch_size, loss=None, teachers=None, *, count=ROWS, **options):
@@ -178,30 +170,19 @@ def test_bytes_that_teachers_send(checkpoints, world, factory):
                 assert metrics[f"teacher/{name}/bytes_per_token_of_logits"] == 4 * VOCABULARY
 
 
-def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory):
-    grid = factory.grid(layouts(world.size)[-1])
-    role = StudentConfig(
-        checkpoint=str(checkpoints / "student"),
-        parallel=parallel_config(grid.layout),
-    )
-    model = load_role(checkpoints / "student", role, grid, world)
-    twin = load_role(checkpoints / "student", role, grid, world)
-    teacher = Teacher("twin", twin, grid, micro_batch_tokens=24)
-    router = make_router({"twin": teacher}, {"math": "twin", "code": "twin"}, grid, factory)
-    prompts, _ = rows()
-    mine = replica_rows(ROWS, grid)
+def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory, folder):
+    for name in ("student", "math", "code") if world.is_main else ():
+        (folder / name).symlink_to(checkpoints / "student")
+    dist.barrier()
+    layout = layouts(world.size)[-1]
+    cast = Cast(folder, world, factory, layout, layout, LossConfig(hooks=()))
+    prompts, mine = rows()[0], replica_rows(ROWS, cast.grid)
     sampling = Sampling(max_new_tokens=9, stop_ids=frozenset([EOS]), seed=5)
-    rollouts = MegatronEngine(model, grid).generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)
-    scores = score(router, rollouts)
-    for student_log_prob, teacher_log_prob in zip(rollouts.log_probs, scores.log_probs, strict=True):
-        torch.testing.assert_close(student_log_prob, teacher_log_prob, rtol=0, atol=2e-5)
-    student = Student(
-        model, grid, loss=LossConfig(), optimizer=OptimizerConfig(distributed=False), precision=PrecisionConfig()
-    )
-    kept, _, metrics = select(rollouts, scores, router.names, [], micro_batch_size=1, grid=grid)
-    part = rebalance(kept, prompts, router.target, grid=grid, memory=HostMemory())
-    student.accumulate_gradients(part, tokens=student.count_tokens(part, Reducer(grid.pg.dp)))
-    if mine:
-        assert metrics["teacher/twin/reverse_kl"].result == pytest.approx(0, abs=1e-5)
-    for key, gradient in whole_gradients(student, grid).items():
-        assert gradient.abs().max() < 1e-4, key
+    engine = MegatronEngine(cast.model, cast.grid)
+    rollouts = engine.generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)
+    scores, metrics, gradients = cast.step(rollouts=rollouts)
+    for row, log_probs in zip(mine, rollouts.log_probs, strict=True):
+        torch.testing.assert_close(log_probs, scores[row][0], rtol=0, atol=2e-5)
+    for name in ("math", "code"):
+        assert metrics[f"teacher/{name}/reverse_kl"] == pytest.approx(0, abs=1e-5)
+    assert max(gradient.abs().max() for gradient in gradients.values()) < 1e-4

@@ -1,5 +1,5 @@
-"""A rank of test_watching_ranks.py: watches others and is watched, and behaves as it is told. Imports what a fork of a
-fresh process has already."""
+"""A rank of tests/cli/test_watching_ranks.py: watches others and is watched, and behaves as it is told. It imports only
+what the process that it is a fork of has imported already."""
 
 from __future__ import annotations
 

@@ -21,10 +21,9 @@ from fire_megatron.platform import launch
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.platform.offload import Offload
 from fire_megatron.teachers.heads import teacher_heads
+from fire_megatron.teachers.messages import StateKind
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
-from fire_megatron.teachers.service import serve_student
-from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.rebalance import rebalance
@@ -74,8 +73,7 @@ class Cast:
                 models[name] = load_role(folder / name, configs[name], grid, world)
                 models[name].used_vocab_size = VOCABULARY
                 away = Offload(models[name].parameters, constant=True) if offload else None
-                members[name] = Teacher(name, models[name], grid, micro_batch_tokens=24, state_kind=kind, offload=away)
-                assert members[name].info == infos[name]
+                members[name] = Teacher(models[name], grid, micro_batch_tokens=24, state_kind=kind, offload=away)
         heads = {}
         if self.model is not None:
             self.model.used_vocab_size = VOCABULARY
@@ -116,7 +114,7 @@ class Cast:
             self.router.announce(do="stop", error=None)
         else:
             transfer = Transfer(self.pool, self.grid, self.control)
-            assert serve_student(self.pool, transfer, self.control, idle=int) is None
+            assert self.pool.obey(self.control, transfer.serve, idle=int) is None
         dist.barrier()
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -142,10 +140,10 @@ class Cast:
         rollouts = rollouts or rollouts_of(replica_rows(count, self.grid), self.mixed)
         scores = self.score(rollouts, count)
         hooks = build_hooks(self.loss.hooks)
-        kept, _, selected = select(
-            rollouts, scores, self.router.names, hooks, micro_batch_size=self.micro_batch_size, grid=self.grid
+        selected = select(
+            rollouts, scores, hooks, self.router.names, micro_batch_size=self.micro_batch_size, grid=self.grid
         )
-        kept = rebalance(kept, rows(self.mixed)[0], self.router.target, grid=self.grid, memory=HostMemory())
+        kept = rebalance(selected.rows, rows(self.mixed)[0], self.router.target, grid=self.grid, memory=HostMemory())
         part, traffic = self.router.attach(kept, scores.kept)
         if self.budget:
             packed = [sorted(pack.rows) for pack in self.student.packs(part)]
@@ -154,7 +152,7 @@ class Cast:
         tokens = self.student.count_tokens(part, Reducer(self.grid.pg.dp))
         metrics = self.student.accumulate_gradients(part, tokens=tokens)
         if self.grid.tp_rank == 0 and self.grid.is_first_stage:  # each row once, as in the trainer
-            metrics = selected | metrics
+            metrics = selected.metrics | metrics
         metrics = reduce_metrics(traffic | metrics, group=self.grid.span)
         return self.gathered(scores, rollouts), metrics, whole_gradients(self.student, self.grid)
 

@@ -130,11 +130,13 @@ def test_each_row_is_scored_once_by_its_teacher_in_order_and_evenly(casts, monke
     shuffle.shuffle(order)
     loads = {}
     computed = {name: [] for name in SPECS}
+    named = {id(teacher): name for name, teacher in cast.pool.teachers.items()}
     real = Teacher._score_share
 
     def listening(teacher, prompts, responses, lengths, share, *rest):
-        computed[teacher.info.name] += [(tuple(prompts[i].tolist()), tuple(responses[i].tolist())) for i in share]
-        loads[teacher.info.name] = loads.get(teacher.info.name, 0) + sum(lengths[i] for i in share)
+        name = named[id(teacher)]
+        computed[name] += [(tuple(prompts[i].tolist()), tuple(responses[i].tolist())) for i in share]
+        loads[name] = loads.get(name, 0) + sum(lengths[i] for i in share)
         return real(teacher, prompts, responses, lengths, share, *rest)
 
     def work():

@@ -143,7 +143,7 @@ def test_without_transformer_engine_one_line_says_so_and_runs_go_on(monkeypatch,
     """It works on a GPU only, so here it is as if it were absent; float8 then has nothing to run on."""
     from gpu_checks import commands
 
-    monkeypatch.setattr("fire_megatron.platform.select_device", lambda setting: Device("cpu"))
+    monkeypatch.setattr("fire_megatron.platform.device.select_device", lambda setting: Device("cpu"))
     context = Context("cuda", str(tmp_path), str(tmp_path))
     check = next(check for check in CHECKS if check.name == "transformer_engine")
     result = work(check, context)

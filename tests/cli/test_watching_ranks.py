@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,8 @@ FORKS.set_forkserver_preload(["torch.distributed", "fire_megatron.parallel.contr
 class Ranks:
     """Some ranks, each with a behaviour of its own."""
 
-    def __init__(self, folder: Path, *behaviours: str, timeout: float = TIMEOUT) -> None:
+    def __init__(self, folder: Path, port: int, *behaviours: str, timeout: float = TIMEOUT) -> None:
         """Starts them and waits until all of them work."""
-        (port,) = free_ports(1)
         size = len(behaviours)
         self.files = [str(folder / f"{port}-{rank}") for rank in range(size)]
         self.started = [
@@ -189,12 +189,14 @@ def running(tmp_path_factory):
     """Every course, in a thread of its own; no process is left behind."""
     folder, made = tmp_path_factory.mktemp("watch"), []
 
-    def start(*behaviours, **options):
-        made.append(Ranks(folder, *behaviours, **options))
+    def start(port, *behaviours, **options):
+        made.append(Ranks(folder, port, *behaviours, **options))
         return made[-1]
 
+    # Drawn together: a port that is free again might be given to two.
+    ports = dict(zip(COURSES, free_ports(len(COURSES)), strict=True))
     with ThreadPoolExecutor(len(COURSES)) as pool:
-        yield {name: pool.submit(function, start) for name, function in COURSES.items()}
+        yield {name: pool.submit(function, partial(start, ports[name])) for name, function in COURSES.items()}
     for process in (process for ranks in made for process in ranks.started):
         process.kill()
         process.join()

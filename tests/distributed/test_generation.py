@@ -282,6 +282,7 @@ def test_greedy_smollm2_equals_transformers(roles, world_size, world):
         assert [made[row][0].tolist() for row in range(len(texts))] == [continuation for _, continuation in pairs]
 
 
+@pytest.mark.two_ranks
 def test_finished_rows_are_handed_over_while_others_are_sampled(roles, world_size):
     spec, prompts = Spec("qwen3"), draw_prompts()
     for layout in layouts(world_size):

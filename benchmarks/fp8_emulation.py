@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import sides
+from fire_megatron.metrics.jsonl import read_metrics
 
 REPOSITORY = sides.REPOSITORY
 RECIPE = REPOSITORY / "recipes" / "smollm2_two_teachers.yaml"
@@ -208,7 +209,7 @@ def _run(args: argparse.Namespace, changes: dict[str, Any]) -> list[dict[str, fl
     with tempfile.TemporaryDirectory() as name:
         settings = {**_settings(args, Path(name)), "student.precision.dtype": "bfloat16", "run.threads": 1, **changes}
         sides.train(1 if args.toy else 2, settings, recipe=RECIPE, toy=args.toy)
-        return [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(Path(name) / "run")
 
 
 def _held_out(lines: list[dict[str, float]]) -> list[float]:

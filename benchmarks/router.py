@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import sides
+from fire_megatron.metrics.jsonl import read_metrics
 
 RECIPES = sides.REPOSITORY / "recipes"
 DATA = RECIPES / "data"
@@ -89,7 +90,7 @@ def _run(args: argparse.Namespace, way: str) -> dict[str, float]:
             **(dict.fromkeys(overrides, "0-0") if args.toy else overrides),
         }
         sides.train(1 if args.toy else 4, settings, recipe=RECIPES / "smollm2_two_teachers.yaml", toy=args.toy)
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+        lines = read_metrics(folder / "run")[1:]
     return _summary(lines)
 
 

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import sides
 from benchmarks.products import phase_seconds
+from fire_megatron.metrics.jsonl import read_metrics
 
 HERE = Path(__file__).resolve().parent
 FIRE_HOOKS = "[{name: filter, percentile: 20}, {name: reweight}]"
@@ -85,7 +86,7 @@ def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
             "loss.hooks": hooks,
         }
         sides.train(1, overrides, recipe=HERE / "step.yaml", toy=args.toy, threads=args.threads)
-        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(Path(run))
     return _summary(
         [line["time/step"] for line in lines],
         max(line["memory/peak_mb"] for line in lines),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 from models import save_megatron, write_prompts
+
+from fire_megatron.metrics.jsonl import read_metrics
+
+__all__ = ["make_inputs", "read_metrics", "tiny_recipe", "train", "write_recipe"]
 
 
 def make_inputs(folder: Path, **student: Any) -> Path:
@@ -57,8 +60,3 @@ def train(inputs: Path, run_dir: Path, *overrides: str, **changes: Any) -> int:
 
     recipe = write_recipe(run_dir.with_suffix(".yaml"), tiny_recipe(inputs, run_dir, **changes))
     return main(["--recipe", str(recipe), *overrides])
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -115,13 +115,7 @@ def test_what_measures_starts_as_a_run_does(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("gpu_tests_on_gpu", "pytest"),
-        ("models", "transformers"),
-        ("step_against_trl", "trl"),
-        ("export", "transformers"),
-    ],
+    ("name", "module"), [("gpu_tests_on_gpu", "pytest"), ("step_against_trl", "trl"), ("export", "transformers")]
 )
 def test_what_is_not_installed_is_named_and_nothing_has_failed(monkeypatch, tmp_path, name, module):
     real = importlib.util.find_spec

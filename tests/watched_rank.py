@@ -35,6 +35,7 @@ def run(files: str, rank: int, size: int, port: int, behaviour: str, timeout: fl
     if behaviour == "end":
         time.sleep(0.5 * rank)  # one after the other, rank 0 first
     elif behaviour == "fail":
+        time.sleep(1.0)  # the others are at work
         watch.fail("made up")
         watch.close(farewell=5.0)
         os._exit(7)

@@ -40,7 +40,7 @@ class Ranks:
         for process in self.started:
             process.start()
         deadline = time.monotonic() + 90
-        while not all("ready" in self.said(rank, ".out") for rank in range(size)):
+        while not all("ready" in self.said(rank, ".out") or self.started[rank].exitcode for rank in range(size)):
             assert time.monotonic() < deadline, [self.said(rank, ".err") for rank in range(size)]
             time.sleep(0.02)
 

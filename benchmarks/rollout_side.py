@@ -110,6 +110,10 @@ def main() -> None:
         if number:  # the first makes what is made once
             seconds.append(time.perf_counter() - started)
             tokens.append(sum(lengths))
+    if sys.argv[1] == "megatron":
+        from fire_megatron.platform import launch
+
+        launch.stop()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_mb": peak, "lengths": sorted(lengths)}))
 

@@ -1,16 +1,14 @@
 """Evaluating on several ranks gives what one process gives, byte by byte, in any layout and after a change of it."""
 
 import json
-import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from boxed_models import make_model, write_benchmark
-from roles import Roles, share
+from processes import command, environment
+from roles import Roles
 
 from fire_megatron.cli.evaluate import _parser, _read
 from fire_megatron.config.errors import UserError
@@ -27,15 +25,13 @@ from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
 DATA = DataConfig(train=(SourceConfig(path="none"),))
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
-def inputs(world, tmp_path_factory):
-    folder = Path(share(str(tmp_path_factory.mktemp("evaluation"))))
+def inputs(world, folder):
     if not world.is_main:
         dist.barrier()
         yield folder
@@ -51,10 +47,9 @@ def inputs(world, tmp_path_factory):
 
 def _alone(folder, log):
     """One plain process, from the command line, meanwhile."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    command = ["-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", "5"]
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    variables = {name: value for name, value in environment().items() if name not in LAUNCHER}
+    words = command("-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", 5)
+    return subprocess.Popen(words, env=variables, stdout=log, stderr=log)
 
 
 def alone(folder):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import call
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "fire_megatron"
@@ -236,3 +237,13 @@ def test_a_file_against_the_rules_is_found(path: str, source: str) -> None:
 )
 def test_a_file_within_the_rules_passes(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+LIGHT = ("models.hf_config", "data.prompts", "data.order", "prepare.prepare", "report.page", "cli.main")
+"""What recipes are checked with, and what commands start with that need no model."""
+
+
+def test_what_needs_no_model_starts_without_the_seconds_that_torch_takes() -> None:
+    imports = ", ".join(f"fire_megatron.{name}" for name in LIGHT)
+    heavy = "{'torch', 'megatron', 'transformers', 'sentencepiece', 'pyarrow'}"
+    assert call("-c", f"import sys, {imports}; print(sorted({heavy} & set(sys.modules)))") == "[]\n"

@@ -17,24 +17,16 @@ from fire_megatron.models.fp8.quantize import E4M3, E5M2, quantize, quantize_blo
 from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("grid")
 TENSORWISE = FP8Config(recipe="tensorwise", emulate=True)
 RECIPES = [
     TENSORWISE.replace(recipe=recipe, format=fmt)
     for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
     for fmt in ("hybrid", "e4m3")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def grid():
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60).grid(Layout())
-    launch.stop()
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def _layering(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
     if not here:
         return
     if here not in HEIGHT:
-        yield 1, f"{here}/ is not one of the layers of DESIGN.md"
+        yield 1, f"{here}/ is not one of the layers"
         return
     for line, name in _imports(path, tree):
         parts = name.split(".")

@@ -51,7 +51,8 @@ def _missing_files(page: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_files_exist(page):
     text = page.read_text("utf-8")
-    assert not _broken_links(page, text) + _missing_files(page, text)
+    missing = _broken_links(page, text) + _missing_files(page, text)
+    assert not missing, "\n".join(missing)
 
 
 def test_what_does_not_exist_is_found():

@@ -16,7 +16,7 @@ from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.roles import keeps_cache, resolved, roles
-from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
+from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.records import Prompt
@@ -38,6 +38,7 @@ from fire_megatron.platform.launch import World
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.watch import Watch
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
@@ -60,6 +61,8 @@ class StudentRun:
     inputs: Inputs
     student: Student
     engine: MegatronEngine
+    sampling: Sampling
+    """Of a step."""
     router: TeacherRouter
     hooks: list[Hook]
     order: PromptOrder
@@ -321,20 +324,20 @@ def _student_run(
     engine = MegatronEngine(
         model,
         grid,
-        recipe.rollout,
-        stop_ids=inputs.stop_ids,
-        seed=recipe.run.seed,
+        sync_every=recipe.rollout.sync_every,
+        cuda_graphs=recipe.rollout.cuda_graphs,
         keep_cache=keeps_cache(recipe, on_gpu=compute_device().type == "cuda"),
     )
     order = PromptOrder(
         len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
     )
-    held_out, exams = (
-        _held_out(recipe, inputs, model, router, grid),
-        _exams(recipe, inputs, model, grid, waiting, watch),
-    )
+    sampling = Sampling.of(recipe.rollout, seed=recipe.run.seed, stop_ids=inputs.stop_ids)
+    held_out = _held_out(recipe, inputs, engine, sampling, router, grid)
+    exams = _exams(recipe, inputs, engine, grid, waiting, watch)
     together = waiting if grid.row_replicas > 1 else None
-    return StudentRun(recipe, grid, inputs, student, engine, router, hooks, order, held_out, exams, saver, together)
+    return StudentRun(
+        recipe, grid, inputs, student, engine, sampling, router, hooks, order, held_out, exams, saver, together
+    )
 
 
 def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], loaded: Mapping[str, _Loaded]) -> dict[str, OutputLayer]:
@@ -348,20 +351,20 @@ def _heads(recipe: Recipe, shapes: Mapping[str, ModelShape], loaded: Mapping[str
     return teacher_heads(recipe.teachers, named, lent, loaded["student"].model)
 
 
-def _held_out(recipe: Recipe, inputs: Inputs, model: FireGPT, router: TeacherRouter, grid: ModelGrid) -> HeldOut | None:
+def _held_out(
+    recipe: Recipe, inputs: Inputs, engine: MegatronEngine, sampling: Sampling, router: TeacherRouter, grid: ModelGrid
+) -> HeldOut | None:
     if not inputs.held_out:
         return None
-    config: RolloutConfig = replace(
-        recipe.rollout, max_new_tokens=recipe.evaluation.max_new_tokens, temperature=1.0, top_p=1.0
-    )
-    engine = MegatronEngine(model, grid, config, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
-    return HeldOut(inputs.held_out, engine, router, grid)
+    own = recipe.evaluation
+    sampling = replace(sampling, max_new_tokens=own.max_new_tokens, temperature=1.0, top_p=1.0, seed=own.seed)
+    return HeldOut(inputs.held_out, engine, sampling, router, grid)
 
 
 def _exams(
     recipe: Recipe,
     inputs: Inputs,
-    model: FireGPT,
+    engine: MegatronEngine,
     grid: ModelGrid,
     waiting: dist.ProcessGroup | None,
     watch: Watch,
@@ -369,13 +372,6 @@ def _exams(
     exams = []
     wait = partial(watch.patiently, "waiting for the other ranks' evaluation")
     for config, (benchmark, prompts) in zip(recipe.evaluation.benchmarks, inputs.benchmarks, strict=True):
-        rollout = replace(
-            recipe.rollout,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            batch_size=config.batch_size,
-        )
-        engine = MegatronEngine(model, grid, rollout, stop_ids=inputs.stop_ids, seed=recipe.evaluation.seed)
-        exams.append(Exam(benchmark, prompts, config.samples, engine, grid, inputs.tokenizer, waiting, wait))
+        sampling = Sampling.of(config, seed=recipe.evaluation.seed, stop_ids=inputs.stop_ids)
+        exams.append(Exam(benchmark, prompts, config.samples, engine, sampling, grid, inputs.tokenizer, waiting, wait))
     return exams

@@ -290,7 +290,13 @@ class Trainer:
         with self._timed("rollout"):
             session = run.router.open(own, mine, total=len(prompts), keep_states=True)
             rollouts = run.engine.generate(
-                own, mine, step=step, progress=progress, finished=session.send, group_size=session.group_size
+                own,
+                mine,
+                sampling=run.sampling,
+                step=step,
+                progress=progress,
+                finished=session.send,
+                group_size=session.group_size,
             )
         self._wait_for_replicas()
         if self._asked_to_stop():
@@ -353,7 +359,6 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.watch.doing("evaluation")
-        self.run.engine.release()  # engines of the evaluation take memory of their own
         measured: dict[str, Value] = {}
         if self.run.held_out is not None:
             most = (
@@ -371,6 +376,7 @@ class Trainer:
             asked=lambda: self.stop.signal_name is not None,
             progress=self._progress,
         )
+        self.run.engine.release()  # long answers may have taken more memory than those of a step
         if examined is None:
             raise _Stopped
         return reduced | examined

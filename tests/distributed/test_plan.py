@@ -86,13 +86,13 @@ def measured(recipe, world):
     watch = launch.watch(world, roles="", timeout=60)
     run = prepare(resolved(recipe, world.device.kind), world, watch, lambda text: None).student
     student, grid, engine = run.student, run.grid, run.engine
-    engine.stop_ids = frozenset()
+    sampling = replace(run.sampling, stop_ids=frozenset())
     total = recipe.rollout.prompts_per_step
     mine = replica_rows(total, grid)
     prompts = [Prompt(i, "math", tuple((i + j) % 50 + 3 for j in range(PROMPT)), "") for i in mine]
     phases: dict[str, Trace] = {}
     engine.keep_cache = True  # to be measured
-    phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, step=0))
+    phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, sampling=sampling, step=0))
     kv_cache = engine._decoder.cache.nbytes
     engine._decoder = None
     for name, teacher in run.router.pool.teachers.items():

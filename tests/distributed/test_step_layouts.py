@@ -17,7 +17,6 @@ from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
     OptimizerConfig,
     PrecisionConfig,
-    RolloutConfig,
     StudentConfig,
     TeacherConfig,
 )
@@ -31,6 +30,7 @@ from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.heads import teacher_heads
 from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher
@@ -268,10 +268,10 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     twin = load_role(checkpoints / "student", role, grid, world)
     teacher = Teacher("twin", twin, grid, micro_batch_tokens=24)
     router = make_router({"twin": teacher}, {"math": "twin", "code": "twin"}, grid, factory)
-    engine = MegatronEngine(model, grid, RolloutConfig(prompts_per_step=ROWS, max_new_tokens=9), stop_ids=[EOS], seed=5)
     prompts, _ = rows()
     mine = replica_rows(ROWS, grid)
-    rollouts = engine.generate([prompts[i] for i in mine], mine, step=0)
+    sampling = Sampling(max_new_tokens=9, stop_ids=frozenset([EOS]), seed=5)
+    rollouts = MegatronEngine(model, grid).generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)
     scores = score(router, rollouts)
     for student_log_prob, teacher_log_prob in zip(rollouts.log_probs, scores.log_probs, strict=True):
         torch.testing.assert_close(student_log_prob, teacher_log_prob, rtol=0, atol=2e-5)

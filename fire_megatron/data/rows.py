@@ -1,4 +1,4 @@
-"""What a row of a prompt file must be, whoever reads it: its values by dotted keys, its text, chat and weights."""
+"""What a row of a prompt file must be for every reader: its values by dotted keys, its text, chat and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fire_megatron.data.files import shown
 
 
 class Reason(StrEnum):
-    """Why a row cannot be used, in the order in which it is looked at."""
+    """Why a row cannot be used, in the order of the checks."""
 
     INVALID_JSON = "invalid JSON"
     NO_PROMPT = "no prompt"

@@ -1,7 +1,8 @@
-"""What the documentation names exists: links, their anchors, files of the repository; and the files of a step."""
+"""What the documentation names exists: links, their anchors, files of the repository, and the files of a step."""
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -66,3 +67,42 @@ def test_what_does_not_exist_is_found():
 def test_every_page_is_in_the_readme():
     linked = set(_LINK.findall((ROOT / "README.md").read_text("utf-8")))
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+PACKAGE = ROOT / "fire_megatron"
+MOST = 12
+"""Files that a step is followed through."""
+
+
+def _imported(path: Path) -> set[Path]:
+    """The package's modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+    return {file for file in files if file.is_relative_to(PACKAGE) and file.exists()}
+
+
+def _reached(path: Path) -> set[Path]:
+    """A file and all that is imported by way of it."""
+    reached, open_ = {path}, [path]
+    while open_:
+        fresh = _imported(open_.pop()) - reached
+        reached |= fresh
+        open_ += fresh
+    return reached
+
+
+def test_a_step_is_followed_through_few_files():
+    """The table of docs/architecture.md is all that there is to a step: what the loop imports is on the page, and
+    what the table names is reached from the loop."""
+    loop, page = PACKAGE / "train" / "loop.py", (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    section = page.split("## Follow one batch")[1].split("\n## ")[0]
+    listed = {PACKAGE / name for name in re.findall(r"^\| \w+ \| `([\w/]+\.py)` \|", section, flags=re.M)}
+    assert loop in listed and len(listed) <= MOST, sorted(map(str, listed))
+    on_page = {PACKAGE / name for name in _FILE.findall(page)}
+    assert _imported(loop) <= on_page, sorted(map(str, _imported(loop) - on_page))
+    assert listed <= _reached(loop), sorted(map(str, listed - _reached(loop)))

@@ -32,6 +32,11 @@ class HeldOut:
         """Args: prompts: the fixed prompts; sampling: with the evaluation's own seed and length, at temperature 1."""
         self.prompts, self.engine, self.sampling, self.router, self.grid = list(prompts), engine, sampling, router, grid
 
+    @property
+    def own_rows(self) -> int:
+        """Answers that this replica samples."""
+        return len(replica_rows(len(self.prompts), self.grid))
+
     def measure(
         self, progress: Progress | None = None, sampled: Callable[[], object] = lambda: None
     ) -> dict[str, Value]:

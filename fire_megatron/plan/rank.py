@@ -36,7 +36,7 @@ from fire_megatron.platform.device import Device, compute_device
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.rollout.sampling import Sampling
-from fire_megatron.teachers.states import StateKind, split_columns
+from fire_megatron.teachers.messages import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.train.inputs import role_layout, used_vocabulary
 from fire_megatron.train.objective import MicroBatch
@@ -89,7 +89,6 @@ class _Rank:
         self.models = {path: self._model(path) for path in self.grids}
         self.teachers = {
             name: Teacher(
-                name,
                 self.models[path],
                 self.grids[path],
                 micro_batch_tokens=config.micro_batch_tokens,

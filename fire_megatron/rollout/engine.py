@@ -96,8 +96,13 @@ class MegatronEngine:
         self._kind = device_kind(compute_device())
         self.sync_every = sync_every or SYNC_EVERY[self._kind]
         self.graphs = Graphs(uses_graphs(cuda_graphs, model, on_gpu=compute_device().type == "cuda"))
+        self.weight_version = 0
         self._decoder: Decoder | None = None
         self._addresses: tuple[int, ...] = ()
+
+    def publish(self, version: int) -> None:
+        """Take note that the model's weights are those after so many steps. None is copied: they are what trains."""
+        self.weight_version = version
 
     def generate(
         self,
@@ -116,7 +121,7 @@ class MegatronEngine:
             prompts: this replica's rows.
             row_ids: each row's place in the step's global batch; with seed, step and position it fixes the sample.
             sampling: how; it may differ from call to call.
-            step: optimizer step whose weights are sampled.
+            step: of the run; with it come other samples.
             progress: told of sampled tokens.
             finished: is given rows as they are finished, on every rank of the replica alike.
             group_size: rows given at a time; 0 gives all of them at the end.
@@ -154,7 +159,7 @@ class MegatronEngine:
             log_probs=log_probs,
             entropies=entropies,
             truncated=tuple(not len(r) or int(r[-1]) not in sampling.stop_ids for r in responses),
-            weight_version=step,
+            weight_version=self.weight_version,
         )
 
     def release(self) -> None:

@@ -34,7 +34,7 @@ from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.teacher import Teacher
-from fire_megatron.train.trainer import Trainer
+from fire_megatron.train.lifecycle import Trainer
 
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/", "router/")
 """Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
@@ -56,7 +56,7 @@ def test_scores_of_uneven_rows(roles, world_size, count):
         if sequence is False and layout.tensor == 1:
             continue
         model, grid = roles.build(SPEC, layout, sequence=sequence)
-        teacher = Teacher("math", model, grid, micro_batch_tokens=12)
+        teacher = Teacher(model, grid, micro_batch_tokens=12)
         scored = teacher.score(prompts, responses)
         for ours, entropy, (log_prob, expected_entropy) in zip(
             scored.log_probs, scored.entropies, expected, strict=True
@@ -71,7 +71,7 @@ def test_weights_that_are_not_normalised(roles, world_size, top_k):
     spec, (prompts, responses) = Spec("qwen3-moe", changes=changes), draw_rows(3)
     for layout in expert_layouts(world_size)[-2:]:
         model, grid = roles.build(spec, layout)
-        scored = Teacher("math", model, grid, micro_batch_tokens=64).score(prompts, responses)
+        scored = Teacher(model, grid, micro_batch_tokens=64).score(prompts, responses)
         for prompt, response, ours in zip(prompts, responses, scored.log_probs, strict=True):
             logits = hf_response_logits(reference(spec), prompt, response)
             torch.testing.assert_close(ours.double(), log_prob_and_entropy(logits, response)[0], rtol=0, atol=3e-5)

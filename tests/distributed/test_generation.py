@@ -229,7 +229,7 @@ def test_log_probs_are_those_of_scoring(roles, world_size, family):
     for layout in layouts(world_size, contexts=(1, 2)):
         model, grid = roles.build(Spec(family), layout)
         made = generate(model.eval(), grid, prompts)
-        teacher = Teacher("self", model, grid, micro_batch_tokens=48)
+        teacher = Teacher(model, grid, micro_batch_tokens=48)
         log_probs, entropies, _ = teacher.score(
             [torch.tensor(p.token_ids) for p in prompts], [made[row][0] for row in range(len(prompts))]
         )

@@ -48,10 +48,10 @@ def agreement(context: Context) -> Findings:
         head = _output_layer_error(here, student, training)
         del student
         texts = (rollouts.prompt_tokens, rollouts.responses)
-        scored = Teacher("t", model, here.grid, micro_batch_tokens=8192).score(*texts)
+        scored = Teacher(model, here.grid, micro_batch_tokens=8192).score(*texts)
         del model, engine
         exact_model = here.model(name, dtype="float32", spec="local", sharp=SHARP)
-        exact = Teacher("t", exact_model, here.grid, micro_batch_tokens=2048).score(*texts)
+        exact = Teacher(exact_model, here.grid, micro_batch_tokens=2048).score(*texts)
     sides = {"engine": rollouts.log_probs, "trainer": trainer, "teacher": scored.log_probs}
     pairs = {f"{side}_from_float32": (values, exact.log_probs) for side, values in sides.items()}
     pairs |= {

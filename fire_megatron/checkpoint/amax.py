@@ -54,7 +54,7 @@ def _emulated(model: FireGPT) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read_emulated(reader: ShardReader, model: FireGPT) -> None:
-    """The part of :func:`read_amax` for emulated scaling, which goes on from a history of any length."""
+    """The part of :func:`read_amax` for emulated scaling, which continues from a history of any length."""
     scales = _scales(model)
     if scales is None:
         return

@@ -19,7 +19,7 @@ Checked = TypeVar("Checked")
 
 
 class Note(Protocol):
-    """Is told why a run fails; ``hopeless`` when to try again would be in vain."""
+    """Is told why a run fails; ``hopeless`` when another attempt would fail too."""
 
     def __call__(self, reason: str, *, hopeless: bool = False) -> None:
         """Note it."""

@@ -87,7 +87,7 @@ def _list_entries(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, A
 
 
 class Reason(StrEnum):
-    """Why a row cannot be used, in the order in which it is looked at."""
+    """Why a row cannot be used, in the order of the checks."""
 
     INVALID_JSON = "invalid JSON"
     NO_PROMPT = "no prompt"

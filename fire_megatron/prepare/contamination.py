@@ -20,9 +20,9 @@ from fire_megatron.prepare.same_text import plain, words
 RUN = 8
 """Words of a run; a problem of fewer words is compared whole. The smallest n of GPT-3's."""
 OVERLAP = 0.7
-"""Share of a problem's words in shared runs from which on it counts as found; docs/data.md has what it rests on."""
+"""A problem is found when at least this share of its words is in shared runs; docs/data.md has the evidence."""
 _COMMON_SHARE, _COMMON_LEAST = 0.1, 10
-"""A run in at least this share of a benchmark's problems, and this many, is nobody's own: an instruction."""
+"""A run in at least this share of a benchmark's problems, and this many, is an instruction, not a problem."""
 
 
 @dataclass(frozen=True)

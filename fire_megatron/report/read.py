@@ -232,7 +232,7 @@ def _head(line: bytes) -> tuple[int, int] | None:
 
 
 def _samples(path: Path, bounds: tuple[int, int], notes: list[str]) -> tuple[SampleLines, int]:
-    """The lines that are chosen, by step, and how many there are. Each of those is parsed, to see that it can be."""
+    """The chosen lines by step, and how many lines there are. Each chosen line is parsed, to see that it can be."""
     places: dict[int, list[tuple[int, int]]] = {}
     damaged = 0
     for offset, line in _lines(path):

@@ -93,7 +93,7 @@ class Checkpoints:
         return None
 
     def _tell_format(self, folder: Path) -> None:
-        """A step fits any format, so a run goes on in another; which nobody may have asked for, where a recipe leaves
+        """A step fits any format, so a run continues in another, which may be unintended where a recipe leaves
         it to the device, or to the defaults of a version."""
         saved, now = (read_marker(folder) or {}).get("dtype"), self.recipe.student.precision.dtype
         if saved not in (None, now):

@@ -1,4 +1,4 @@
-"""What a run reads besides weights, and all that can be wrong with it before a model is built."""
+"""What a run reads besides weights, and every check that can be made before a model is built."""
 
 from __future__ import annotations
 

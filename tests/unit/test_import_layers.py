@@ -221,7 +221,7 @@ def test_a_file_against_the_rules_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("fire_megatron/__init__.py", "from fire_megatron.train import trainer"),
+        ("fire_megatron/__init__.py", "from fire_megatron.train import loop"),
         ("fire_megatron/train/a.py", "from fire_megatron.rollout.engine import Engine\nfrom . import step"),
         ("fire_megatron/train/__main__.py", "from fire_megatron.cli.train import main"),
         ("fire_megatron/platform/a.py", "import os, torch\ntorch.cuda.synchronize()\nos.environ['RANK']"),

@@ -37,8 +37,8 @@ class RunConfig(Section):
     """Where to compute; `auto` takes CUDA when there is a GPU."""
     collective_timeout: Positive = 600.0
     """Seconds that a rank may wait for others, or show no progress, before the run ends with an error that names it and
-    says where each rank is. Sampling may take longer as long as it gets on. Also the loading of the largest model must
-    fit in, since roles with less to load wait for it."""
+    says where each rank is. Sampling may take longer while it makes progress. Loading the largest model must
+    take less, since roles with less to load wait for it."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues from the newest whole checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""
@@ -80,7 +80,7 @@ class FP8Config(Section):
     first_last_bf16: Count = 0
     """Layers at each end of the model that stay in `precision.dtype`; not with `delayed`."""
     amax_history: Size = 1024
-    """Passes whose largest magnitudes `delayed` looks back on: micro-batches on a GPU, updates where emulated."""
+    """Passes whose largest magnitudes `delayed` considers: micro-batches on a GPU, updates where emulated."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """Which of them `delayed` scales by."""
     margin: Count = 0
@@ -221,13 +221,13 @@ class RolloutConfig(Section):
     row that ends makes room for the next. It bounds the memory for keys and values, and changes a sample by rounding
     alone: the same in float32, while in bfloat16 a near tie may fall otherwise."""
     sync_every: Count = 0
-    """Tokens that are sampled before the host looks at them; until then, rows that have ended go on. It changes samples
+    """Tokens that are sampled before the host looks at them; until then, ended rows continue. It changes samples
     no more than `batch_size` does. 0 picks: 16 on a GPU, which then need not wait for the host, 1 on a CPU."""
     cuda_graphs: bool = True
     """Whether a decode step on a GPU is a CUDA graph; models with experts have none."""
     keep_cache: bool | None = None
     """Whether the memory for keys and values is kept from step to step, and with it the CUDA graphs, which otherwise
-    are captured anew in each step. null keeps it on a GPU where no role has `offload`."""
+    are captured again in each step. null keeps it on a GPU where no role has `offload`."""
     group_size: Count = 0
     """Answers of a data-parallel replica that go to teachers on other ranks together, as soon as they are finished and
     while the rest is being sampled; 0 sends a quarter of them at a time."""
@@ -302,8 +302,8 @@ class CheckpointConfig(Section):
     final: bool = True
     """Whether to save after the last step."""
     async_save: bool = False
-    """Whether to write while the training goes on: each rank first copies its share of weights and optimizer state to
-    host memory, which takes as much of that. A step counts as saved when all of it is on the disk."""
+    """Whether to write while training continues: each rank first copies its share of weights and optimizer state to
+    host memory, which takes as much host memory. A step counts as saved when all of it is on the disk."""
 
 
 class BenchmarkConfig(Section):
@@ -353,7 +353,7 @@ class EvaluationConfig(Section):
     at_end: bool = True
     """Whether to evaluate after the last step."""
     seed: Seed = 7
-    """Seeds the sampling, alike at every evaluation."""
+    """Seeds the sampling, in the same way at every evaluation."""
 
 
 class MetricsConfig(Section):

@@ -71,10 +71,10 @@ def majority(classes: Sequence[int | None], correct: Sequence[bool]) -> float:
 
 
 def bootstrap(values_P: Sequence[float] | np.ndarray) -> Estimate:
-    """Mean over problems and its percentile interval (Efron 1979) over problems drawn anew from these.
+    """Mean over problems and its percentile interval (Efron 1979) over problems resampled from these.
 
-    It tells how far the score may be from that on other problems of the kind; samples are not drawn anew, but how much
-    they vary is a part of how much problems do. The same values give the same interval, on every machine.
+    It estimates how far the score may be from that on other problems of the kind; samples are not resampled, but
+    their spread is part of the spread of problems. The same values give the same interval, on every machine.
     """
     values = np.asarray(values_P, dtype=np.float64)
     problems = len(values)

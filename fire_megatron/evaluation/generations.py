@@ -158,7 +158,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     the process too, whatever ends it.
 
     Raises:
-        DataError: another one is at work there.
+        DataError: another evaluation is running there.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class HeldOut:
 
         Args:
             progress: told of sampled tokens.
-            sampled: called when this replica has sampled its rows, before the ranks go on together.
+            sampled: called when this replica has sampled its rows, before the ranks continue together.
         """
         mine = replica_rows(len(self.prompts), self.grid)
         prompts = [self.prompts[i] for i in mine]

@@ -125,7 +125,7 @@ class Judge:
             [sys.executable, "-P", "-m", "fire_megatron.evaluation.judge_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Sets are ordered by hashes in places; a verdict shall not depend on that.
+            # Sets are ordered by hashes in places; a verdict must not depend on that.
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for the run, which ends this one
         )

@@ -1,9 +1,9 @@
 """The process that judges: reads JSON a line, first the CPU seconds that a judgement may take, then pairs of ``[right,
 given]``; answers ``true`` or ``false``.
 
-Algebra on what a model wrote may take for ever or all memory, within C code that no Python signal handler interrupts.
+Algebra on what a model wrote may take forever or all memory, within C code that no Python signal handler interrupts.
 Here that costs one process: it ends itself when a judgement has used its CPU time, whatever else the machine does, so
-that a verdict depends on load as little as it can. ``Judge`` (judge.py) starts it and starts it anew.
+that a verdict depends on load as little as it can. ``Judge`` (judge.py) starts and restarts it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Processes that watch one another, with the store in rank 0 as under srun: who is blamed, who leaves, and how.
 
-Most of the time they wait, so all courses run side by side, in forks of a process that has done the imports.
+Most of the time they wait, so courses run side by side, in forks of a process that has done the imports.
 """
 
 from __future__ import annotations
@@ -157,12 +157,12 @@ def silence_tells_sooner_after_a_failed_collective(start):
 @course
 def a_rank_that_lives_but_does_not_get_on_ends_the_run(start):
     """Others that get on, or wait for those that do, are not blamed."""
-    ranks = start("waiting", "work", "busy", timeout=4.0)
+    ranks = start("waiting", "work", "busy", timeout=6.0)
     codes, seconds = ranks.codes()
-    assert codes == [EXIT_CODE] * 3 and seconds < 10
+    assert codes == [EXIT_CODE] * 3 and seconds < 14
     [line], *others = ranks.errors()
     assert others == [[], []], "told once"
-    assert "no progress for" in line and "run.collective_timeout (4 s)" in line
+    assert "no progress for" in line and "run.collective_timeout (6 s)" in line
     stalled, rest = line.split("Stalled: ")[1].split("Others: ")
     assert "rank 1 (role1): working for" in stalled and "rank 0" not in stalled
     assert "rank 0 (role0): waiting for others" in rest and "in parallel/control.py:" in rest
@@ -186,7 +186,7 @@ def who_waits_for_one_that_gets_on_may_wait(start):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """Every course, in a thread of its own; no process is left behind."""
+    """Every course, a few at a time; no process is left behind."""
     folder, made = tmp_path_factory.mktemp("watch"), []
 
     def start(port, *behaviours, **options):
@@ -195,7 +195,7 @@ def running(tmp_path_factory):
 
     # Drawn together: a port that is free again might be given to two.
     ports = dict(zip(COURSES, free_ports(len(COURSES)), strict=True))
-    with ThreadPoolExecutor(len(COURSES)) as pool:
+    with ThreadPoolExecutor(4) as pool:  # more would starve one another on two cores
         yield {name: pool.submit(function, partial(start, ports[name])) for name, function in COURSES.items()}
     for process in (process for ranks in made for process in ranks.started):
         process.kill()

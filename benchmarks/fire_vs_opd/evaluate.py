@@ -29,8 +29,8 @@ def _world_and_grids() -> tuple[Any, Any]:
 def _load(checkpoint: Path) -> tuple[Any, Any]:
     """The model and its grid."""
     from fire_megatron.checkpoint.load import load_weights
+    from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.models.build import build_model
-    from fire_megatron.models.hf_config import read_hf_config
     from fire_megatron.train.inputs import role_layout
 
     world, grids = _world_and_grids()

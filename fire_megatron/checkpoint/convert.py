@@ -22,7 +22,7 @@ from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, is_ignore
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.platform.files import new_folder, write_json
 from fire_megatron.platform.watch import tick
 

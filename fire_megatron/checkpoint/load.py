@@ -14,8 +14,8 @@ from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform.watch import tick

@@ -8,7 +8,7 @@ from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.config.hf_config import ModelShape
 
 
 def open_whole(folder: str | Path, shape: ModelShape) -> ShardReader:

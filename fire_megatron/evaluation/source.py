@@ -12,7 +12,7 @@ from fire_megatron.checkpoint.convert import HFReader, hf_to_megatron
 from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 
 _PIECE = 64 * 1024
 _ANSWERS_DEPEND_ON = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")

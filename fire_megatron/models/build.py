@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.schema import PrecisionConfig, RoleConfig
 from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
 from fire_megatron.models.fp8.emulation import EmulatedFP8, check_device
 from fire_megatron.models.fp8.settings import SET_BY_PRECISION, check_fp8, engine_fp8, fp8_settings, own_amax_group
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention, RMSNorm
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.capabilities import detect_capabilities

@@ -17,9 +17,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.data.packing import Pack
 from fire_megatron.metrics.values import Mean, Value
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.platform.device import compute_device
 
 if not hasattr(moe_utils, "te_general_gemm"):

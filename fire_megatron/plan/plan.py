@@ -11,11 +11,11 @@ from typing import Any
 from fire_megatron.config.checkpoints import is_converted
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.models.build import check_megatron_overrides
 from fire_megatron.models.fp8.settings import check_fp8_sizes
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.plan.gpus import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
 from fire_megatron.plan.rank import plan_rank, planned_role

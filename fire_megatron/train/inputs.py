@@ -11,6 +11,7 @@ from pathlib import Path
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.evaluation import NAME
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
@@ -26,7 +27,6 @@ from fire_megatron.models.build import (
     resolve_layer_spec,
     transformer_config,
 )
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.launch import World

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.errors import RecipeError, UserError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe, RoleConfig, RolloutConfig
 from fire_megatron.config.spans import Span
@@ -27,7 +28,6 @@ from fire_megatron.fire.hooks import Hook
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import build_model, model_dtype, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid

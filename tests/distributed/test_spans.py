@@ -22,6 +22,7 @@ from roles import (
 )
 from steps import ROUTE, ROWS, rollouts_of, rows, write_checkpoints
 
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, StudentConfig, TeacherConfig
 from fire_megatron.data.records import Prompt
@@ -29,7 +30,6 @@ from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.metrics.values import reduce_metrics
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.parallel.reducer import Reducer

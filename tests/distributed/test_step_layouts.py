@@ -13,6 +13,7 @@ from models import EOS, VOCABULARY, make_hf
 from roles import hf_response_logits, layouts, load_role, make_router, parallel_config, score, share, whole_gradients
 from steps import ROUTE, ROWS, rollouts_of, rows, write_checkpoints
 
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
     OptimizerConfig,
@@ -26,7 +27,6 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.metrics.values import reduce_metrics
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform.host import HostMemory

@@ -20,8 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.schema import FP8Config, RoleConfig
-from fire_megatron.models.hf_config import ModelShape
 
 SET_BY_PRECISION = (
     "fp8", "fp8_recipe", "fp8_param", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from fire_megatron.checkpoint.maps import tensor_map
-from fire_megatron.models.hf_config import read_hf_config
+from fire_megatron.config.hf_config import read_hf_config
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD_GB = 0.02

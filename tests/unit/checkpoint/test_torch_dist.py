@@ -21,9 +21,9 @@ from fire_megatron.checkpoint.load import check_tensors, load_weights
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.checkpoint.torch_dist import METADATA, ShardReader, ShardWriter, read_common, write_metadata
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device

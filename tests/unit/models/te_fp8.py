@@ -20,12 +20,12 @@ from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
 from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig, RoleConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
 from fire_megatron.models.fp8.settings import token_multiple, unsupported
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import Layout

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, StudentConfig
 from fire_megatron.models import build
 from fire_megatron.models.build import (
@@ -21,7 +22,6 @@ from fire_megatron.models.build import (
     rotary_frequencies,
     transformer_config,
 )
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import launch
 from fire_megatron.platform.capabilities import Capability

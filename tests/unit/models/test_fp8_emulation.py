@@ -10,13 +10,13 @@ from models import VOCABULARY, save_megatron
 
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, StudentConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models.build import build_model
 from fire_megatron.models.fp8.emulation import EmulatedFP8, Scales
 from fire_megatron.models.fp8.linear import EmulatedLinear
 from fire_megatron.models.fp8.quantize import E4M3, E5M2, quantize, quantize_blocks
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import GridFactory, Layout

@@ -12,7 +12,7 @@ import torch
 from models import FAMILIES
 
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ExpertShape, ModelShape, read_config_json, read_hf_config
+from fire_megatron.config.hf_config import ExpertShape, ModelShape, read_config_json, read_hf_config
 
 SHAPE = ModelShape(
     family="llama",
@@ -198,7 +198,7 @@ def test_no_such_folder(tmp_path):
 
 def test_reading_a_shape_imports_no_torch():
     """A recipe is checked before the seconds that torch takes."""
-    code = "import sys, fire_megatron.models.hf_config; assert 'torch' not in sys.modules"
+    code = "import sys, fire_megatron.config.hf_config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -76,6 +76,13 @@ class ModelShape:
         """Whether a layer, from 0, is one of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
+    @property
+    def mlp_widths(self) -> dict[str, int]:
+        """Width of the gate in every kind of MLP that layers have, by its name in messages."""
+        dense = self.experts is None or bool(self.experts.dense_layers)
+        widths = {"the MLP": self.ffn} if dense else {}
+        return widths | ({"an expert's MLP": self.experts.ffn} if self.experts else {})
+
 
 @dataclass(frozen=True)
 class Family:

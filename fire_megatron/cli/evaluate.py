@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_megatron.cli.guard import guarded, run_command
-from fire_megatron.config.errors import DataError, RecipeError
+from fire_megatron.config.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import Options, Work
@@ -87,32 +87,44 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+_OPTIONS = {"parallel": "--tensor, --pipeline", "checkpoint": "--checkpoint or --hf"}
+
+
+def _option(key: str) -> str:
+    """The option of a key that the recipe of a run has it by."""
+    return _OPTIONS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    """Raises RecipeError: all of them, if there are any."""
+    text = "\n".join(map(str, problems))
+    if text:
+        raise RecipeError(text)
+
+
 def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
     """Everything but the weights.
 
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.config.schema import DataConfig, PrecisionConfig, SourceConfig
+    from fire_megatron.config.checks import role_problems
+    from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, template
+    from fire_megatron.config.rules.facts import Role
+    from fire_megatron.config.schema import DataConfig, ParallelConfig, PrecisionConfig, RoleConfig, SourceConfig
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
-    from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmarks
+    from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
     from fire_megatron.evaluation.source import open_source
     from fire_megatron.evaluation.standalone import Options, Work
+    from fire_megatron.models.build import this_machine
+    from fire_megatron.platform import launch
 
-    benchmarks = read_benchmarks([(path, None, args.limit) for path in args.benchmark])
+    _refuse(Problem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
+    _refuse(benchmark_names((f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark))
+    benchmarks = [read_benchmark(path, limit=args.limit) for path in args.benchmark]
     source = open_source(args.hf or args.checkpoint, is_hf=args.hf is not None)
     tokenizer = load_tokenizer(source.folder)
-    if tokenizer.vocab_size > source.shape.vocab_size:
-        raise DataError(
-            f"{source.folder}: the model's vocabulary of {source.shape.vocab_size} does not hold the tokenizer's "
-            f"{tokenizer.vocab_size} tokens; give the tokenizer that belongs to the model"
-        )
-    if not tokenizer.has_chat_template and (args.chat_template == "on" or args.system_prompt is not None):
-        option = "--chat-template on" if args.chat_template == "on" else "--system-prompt"
-        raise DataError(f"{option}: the tokenizer of {source.folder} has no chat template; leave it out")
-    if args.system_prompt is not None and args.chat_template == "off":
-        raise DataError("--system-prompt: needs a chat template and --chat-template is off; leave out one of them")
     data = DataConfig(
         train=tuple(SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
@@ -120,9 +132,26 @@ def _read(args: argparse.Namespace, device: Device) -> tuple[Work, Options]:
         max_prompt_tokens=sys.maxsize,
         too_long="error",
     )
+    dtype = PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind).dtype
+    role = RoleConfig(
+        str(source.folder),
+        parallel=ParallelConfig(args.tensor, args.pipeline),
+        precision=PrecisionConfig(dtype),
+    )
+    ranks = launch.launched_world_size()
+    model = Role(
+        _option,
+        role,
+        trains=False,
+        shape=source.shape,
+        ranks=ranks,
+        kind=device.kind,
+        machine=this_machine(device),
+        tokenizer=tokenizer,
+    )
+    _refuse([*role_problems(model), *template(data, tokenizer, _option)])
     encode, room = Encoder(data, tokenizer), source.shape.max_positions - args.max_new_tokens
     prompts = [encode_problems(benchmark, encode, room=room) for benchmark in benchmarks]
-    dtype = PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind).dtype
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     settings = {name: getattr(args, name) for name in fixed} | {"dtype": dtype}
     folder = source.folder.absolute()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.config.checkpoints import looked_in
 from fire_megatron.config.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -245,9 +246,9 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
     folder = Path(directory)
     path = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
+        raise CheckpointError(f"{folder} does not exist{looked_in(folder)}; correct the path")
     if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {CONFIG_FILE}, so it is not a checkpoint folder")
+        raise CheckpointError(f"{path} is missing; give the folder of a model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -36,7 +36,7 @@ from fire_megatron.evaluation.generations import (
 )
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.source import Source
-from fire_megatron.models.build import build_model, transformer_config
+from fire_megatron.models.build import build_model
 from fire_megatron.parallel.collectives import all_gather_objects, everywhere, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import launch
@@ -96,7 +96,7 @@ class Evaluation:
         self.work, self.options, self.world, self.watch, self.stopped = work, options, world, watch, stopped
         self.store, self._keys = launch.store(), f"evaluation/{next(_NUMBERS)}"
         self.factory = GridFactory(timeout=options.timeout)
-        layout = everywhere(Layout, tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size)
+        layout = Layout(tensor=options.tensor, pipeline=options.pipeline, num_ranks=world.size)
         self.grid: ModelGrid = self.factory.grid(layout)
         group = self.factory.cpu_group(range(world.size))
         assert group is not None
@@ -260,7 +260,6 @@ class Evaluation:
             precision=PrecisionConfig(dtype=options.dtype),
         )
         shape = source.shape
-        everywhere(transformer_config, shape, role, self.grid.layout, device=self.world.device)
         folder = options.out / ".converted"
         try:
             self._on_main(source.converted, folder)

@@ -189,7 +189,7 @@ def model_keys(recipe: Recipe, grids: Mapping[str, ModelGrid], device: Device) -
             layout,
             sequence,
             role.precision,
-            resolve_layer_spec(role.layer_spec, device, role=path),
+            resolve_layer_spec(role.layer_spec, device),
             role.vocab_multiple,
             json.dumps(role.megatron, sort_keys=True),
         )

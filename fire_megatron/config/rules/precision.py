@@ -60,7 +60,7 @@ def _engine(role: Role) -> Iterator[Problem]:
     if missing:
         yield Problem(
             f"{name}.recipe",
-            f"{settings.recipe!r} does not work on this machine ({missing}); take another recipe (tensorwise works on "
+            f"{settings.recipe!r} does not work on this GPU ({missing}); take another recipe (tensorwise works on "
             f"every GPU with FP8), or leave out {name}",
         )
     if dtype != "bfloat16":

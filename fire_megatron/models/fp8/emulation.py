@@ -23,7 +23,6 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FP8Config
 from fire_megatron.models.fp8.linear import (
     MX,
@@ -37,21 +36,12 @@ from fire_megatron.models.fp8.linear import (
     format_of,
 )
 from fire_megatron.models.fp8.quantize import delayed_scale
-from fire_megatron.platform.device import Device, compute_device
+from fire_megatron.platform.device import compute_device
 
 Linear = ColumnParallelLinear | RowParallelLinear
 
 _LOCAL_EXPERT = re.compile(r"(?<=local_experts\.)\d+")
 _ROUNDING = {"tensorwise": Tensorwise, "blockwise": Blockwise, "mxfp8": MX}
-
-
-def check_device(config: FP8Config | None, device: Device) -> None:
-    """Raises RecipeError: a GPU is asked to emulate."""
-    if config is not None and config.emulate and device.is_cuda:
-        raise RecipeError(
-            "precision.fp8.emulate: true is FP8 on a CPU, and this run is on a GPU; remove it, and Transformer Engine "
-            "computes in FP8, or set run.device: cpu"
-        )
 
 
 class Scales:
@@ -142,16 +132,9 @@ class EmulatedFP8:
             config: the role's; ``first_last_bf16`` layers at each end of the model stay as they are.
             num_layers: of the whole model.
             ep_rank: place among the ranks that share the experts out.
-
-        Raises:
-            RecipeError: no layer is left to emulate.
         """
         kept = config.first_last_bf16
-        if 2 * kept >= num_layers:
-            raise RecipeError(
-                f"precision.fp8.first_last_bf16: {kept} at each end of a model of {num_layers} layers leaves none in "
-                "FP8; lower it"
-            )
+        assert 2 * kept < num_layers
         self.layers: dict[str, Linear] = {}
         """Every layer in FP8 of this rank by its layer's global number from 0 on and its name there."""
         keys: set[str] = set()

@@ -79,13 +79,13 @@ def _ours(student, teacher, weight, teacher_weight) -> Callable[[], object]:
 
     from fire_megatron.losses.divergences import build_divergence
     from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
-    from fire_megatron.losses.token_losses import DivergenceSettings, Segment, Shard, full_loss
+    from fire_megatron.losses.token_losses import DivergenceSettings, Segment, VocabShard, full_loss
 
     settings, tokens = DivergenceSettings(build_divergence("reverse_kl")), len(student)
 
     def loss():
         segment = Segment([OutputLayer(teacher_weight)], [teacher], torch.ones(tokens, 1))
-        shard = Shard(None, 0, len(weight))
+        shard = VocabShard(None, 0, len(weight))
         token_loss = full_loss([segment], torch.ones(tokens), settings, shard=shard, tokens=tokens)
         return chunked_linear_loss(student, weight, token_loss)[0]
 

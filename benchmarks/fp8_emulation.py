@@ -163,9 +163,10 @@ def _compare(ours: dict[str, Any], baseline: dict[str, Any]) -> str:
 def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
     """Every way on the same answers of a model; prints the table."""
     from fire_megatron.config.load import load_recipe
+    from fire_megatron.train.lifecycle import Trainer
+    from fire_megatron.train.loop import open_scoring, sample, score
     from fire_megatron.train.rebalance import rebalance
     from fire_megatron.train.select import select
-    from fire_megatron.train.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as name:
         settings = {**_settings(args, Path(name)), "student.checkpoint": args.models / student}
@@ -173,9 +174,12 @@ def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
         recipe = load_recipe(RECIPE, overrides)
         trainer = Trainer(recipe, world)
         run = trainer.run
-        rollouts, scores, _ = trainer._sample_and_score(0)
-        rows, *_ = select(rollouts, scores, run.router.names, run.hooks, micro_batch_size=4, grid=run.grid)
-        rows = rebalance(rows, run.prompts(0), run.router.target, grid=run.grid, memory=run.memory)
+        asked = run.own_rows(0)
+        scoring = open_scoring(run, asked)
+        rollouts = sample(run, asked, scoring, 0)
+        scores = score(run, scoring, rollouts)
+        selected = select(rollouts, scores, run.hooks, run.router.names, micro_batch_size=4, grid=run.grid)
+        rows = rebalance(selected.rows, run.prompts(0), run.router.target, grid=run.grid, memory=run.memory)
         rows, _ = run.router.attach(rows, scores.kept)
         tokens = float(sum(len(r) for r in rows.rollouts.responses))
         ways = {"bfloat16": ("bfloat16", None), "float32": ("float32", None)}

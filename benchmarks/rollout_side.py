@@ -23,12 +23,13 @@ def megatron(job: dict[str, Any]) -> Answers:
 
     from fire_megatron.checkpoint.load import load_weights
     from fire_megatron.config.hf_config import read_hf_config
-    from fire_megatron.config.schema import PrecisionConfig, RolloutConfig, StudentConfig
+    from fire_megatron.config.schema import PrecisionConfig, StudentConfig
     from fire_megatron.data.records import Prompt
     from fire_megatron.models.build import build_model
     from fire_megatron.parallel.grid import GridFactory, Layout
     from fire_megatron.platform import launch
     from fire_megatron.rollout.engine import MegatronEngine
+    from fire_megatron.rollout.sampling import Sampling
 
     world = launch.start("cpu", threads=job["threads"])
     role = StudentConfig(checkpoint=job["megatron"], precision=PrecisionConfig(dtype="float32"))
@@ -36,11 +37,11 @@ def megatron(job: dict[str, Any]) -> Answers:
     model = build_model(read_hf_config(Path(job["hf"])), role, grid, device=world.device)
     load_weights(model, Path(job["megatron"]), grid=grid)
     prompts = [Prompt(i, "math", tuple(ids), "") for i, ids in enumerate(job["prompts"])]
-    config = RolloutConfig(
-        prompts_per_step=len(prompts), max_new_tokens=job["new_tokens"], batch_size=job["batch_size"]
+    engine, names = MegatronEngine(model, grid), ("batch_size", "seed")
+    sampling = Sampling(
+        max_new_tokens=job["new_tokens"], stop_ids=frozenset(job["stop_ids"]), **{name: job[name] for name in names}
     )
-    engine = MegatronEngine(model, grid, config, stop_ids=job["stop_ids"], seed=job["seed"])
-    return lambda: [len(r) for r in engine.generate(prompts, range(len(prompts)), step=0).responses]
+    return lambda: [len(r) for r in engine.generate(prompts, range(len(prompts)), sampling=sampling, step=0).responses]
 
 
 def transformers(job: dict[str, Any]) -> Answers:

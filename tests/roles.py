@@ -24,16 +24,22 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import launch
 from fire_megatron.teachers.pool import TeacherPool
-from fire_megatron.teachers.router import Session, TeacherRouter
-from fire_megatron.teachers.teacher import Teacher
+from fire_megatron.teachers.router import Scoring, TeacherRouter
+from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.train.student import Student
+
+
+def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
+    """What every rank knows of a teacher whose weights stay on the device."""
+    config, used = teacher.model.config, teacher.model.used_vocab_size
+    return TeacherInfo(name, teacher.grid.layout, config.hidden_size, config.params_dtype, used, teacher.state_kind)
 
 
 def make_router(
     teachers: dict[str, Teacher], route: dict[str, str], grid: ModelGrid, factory: GridFactory, **options: Any
 ) -> TeacherRouter:
     """A router to teachers that all ranks hold."""
-    infos = {name: teacher.info for name, teacher in teachers.items()}
+    infos = {name: teacher_info(name, teacher) for name, teacher in teachers.items()}
     pool = TeacherPool(infos, teachers, student_grid=grid, factory=factory)
     return TeacherRouter(pool, route, student_grid=grid, **options)
 
@@ -41,7 +47,7 @@ def make_router(
 def score(router: TeacherRouter, rollouts: Rollouts, *, keep_states: bool = False) -> Scores:
     """Finished rollouts scored in one go; every rank of the student calls it with its own, of any number."""
     by_row = dict(zip(rollouts.row_ids, rollouts.prompts, strict=True))
-    session = Session(router, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
+    session = Scoring(router, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
     session.send(rollouts.row_ids, rollouts.responses)
     return session.finish(rollouts)
 

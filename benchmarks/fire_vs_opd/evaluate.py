@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fire_vs_opd.tasks import MAX_NEW_TOKENS, is_right
-from fire_megatron.config.schema import RolloutConfig, StudentConfig
+from fire_megatron.config.schema import StudentConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import load_tokenizer
 
@@ -53,6 +53,7 @@ def evaluate(checkpoint: Path, problems: dict[str, list[str]]) -> dict[str, Any]
         ``seconds``.
     """
     from fire_megatron.rollout.engine import MegatronEngine
+    from fire_megatron.rollout.sampling import Sampling
 
     started = time.perf_counter()
     model, grid = _load(checkpoint)
@@ -61,10 +62,10 @@ def evaluate(checkpoint: Path, problems: dict[str, list[str]]) -> dict[str, Any]
     prompts = [Prompt(i, label, tuple(tokenizer.encode(text)), text) for i, (label, text) in enumerate(rows)]
     accuracy: dict[str, dict[str, float]] = {label: {} for label in problems}
     examples: dict[str, list[str]] = {label: [] for label in problems}
+    engine, stop_ids = MegatronEngine(model, grid), frozenset(tokenizer.eos_ids)
     for way, temperature in TEMPERATURES.items():
-        config = RolloutConfig(prompts_per_step=1, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature)
-        engine = MegatronEngine(model, grid, config, stop_ids=tokenizer.eos_ids, seed=_SEED)
-        rollouts = engine.generate(prompts, range(len(prompts)), step=0)
+        sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=temperature, seed=_SEED, stop_ids=stop_ids)
+        rollouts = engine.generate(prompts, range(len(prompts)), sampling=sampling, step=0)
         right: dict[str, list[bool]] = {label: [] for label in problems}
         for (label, problem), response, cut in zip(rows, rollouts.responses, rollouts.truncated, strict=True):
             text = tokenizer.decode(response.tolist())

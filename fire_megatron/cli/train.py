@@ -50,8 +50,8 @@ def _train(recipe: Recipe, world: World) -> None:
     """Train, with an eye on the other ranks."""
     from fire_megatron.train.inputs import rank_roles
     from fire_megatron.train.interrupt import StopRequest
+    from fire_megatron.train.lifecycle import Trainer
     from fire_megatron.train.status import note_failure
-    from fire_megatron.train.trainer import Trainer
 
     def note(reason: str, *, hopeless: bool = False) -> None:
         if world.is_main:

@@ -27,7 +27,7 @@ class Rollouts:
     truncated: tuple[bool, ...]
     """[B] whether the row ended at ``max_new_tokens`` instead of a stop token."""
     weight_version: int
-    """Optimizer step whose weights sampled these rows."""
+    """Steps whose updates were in the weights that sampled these rows."""
 
     def __post_init__(self) -> None:
         rows = len(self.row_ids)
@@ -49,7 +49,7 @@ class Rollouts:
         """[B] tokens of prompt and response together."""
         return tuple(len(p.token_ids) + len(r) for p, r in zip(self.prompts, self.responses, strict=True))
 
-    def select(self, rows: Sequence[int]) -> Rollouts:
+    def take(self, rows: Sequence[int]) -> Rollouts:
         """The rows at these indices, in this order."""
         return Rollouts(
             row_ids=tuple(self.row_ids[i] for i in rows),
@@ -149,7 +149,7 @@ class TrainingRows:
     def take(self, rows: Sequence[int]) -> TrainingRows:
         """The rows at these indices, in this order."""
         return TrainingRows(
-            rollouts=self.rollouts.select(rows),
+            rollouts=self.rollouts.take(rows),
             targets=tuple(self.targets[i] for i in rows),
             teacher_log_probs=tuple(self.teacher_log_probs[i] for i in rows),
             weights=tuple(self.weights[i] for i in rows),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.answers import last_boxed
@@ -22,6 +21,7 @@ from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import largest
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import Engine, Progress
+from fire_megatron.rollout.sampling import Sampling
 
 Sink = Callable[[str, Generation], None]
 """Takes a benchmark's name and an answer to it, in a thread of its own."""
@@ -38,20 +38,13 @@ class Row(NamedTuple):
     sample: int
 
 
-class SamplingEngine(Engine, Protocol):
-    """A rollout engine that says what ends an answer."""
-
-    config: RolloutConfig
-    stop_ids: frozenset[int]
-    seed: int
-
-
 class Answerer:
     """Samples rows on this rank's replica. The rank that speaks for the replica judges and hands over."""
 
     def __init__(
         self,
-        engine: SamplingEngine,
+        engine: Engine,
+        sampling: Sampling,
         grid: ModelGrid,
         tokenizer: Tokenizer,
         benchmarks: Sequence[Benchmark],
@@ -61,7 +54,7 @@ class Answerer:
         sink: Sink,
     ) -> None:
         """Args: prompts: of each benchmark's problems; sink: is given each answer as soon as it is finished."""
-        self.engine, self.grid, self.tokenizer = engine, grid, tokenizer
+        self.engine, self.sampling, self.grid, self.tokenizer = engine, sampling, grid, tokenizer
         self.benchmarks, self.prompts = benchmarks, prompts
         self.judge, self.sink = judge, sink
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")
@@ -83,6 +76,7 @@ class Answerer:
         self.engine.generate(
             [self.prompts[row.benchmark][row.problem] for row in rows],
             list(by_id),
+            sampling=self.sampling,
             step=0,
             progress=progress,
             finished=finished,
@@ -104,13 +98,13 @@ class Answerer:
             Generation(
                 problem=row.problem,
                 sample=row.sample,
-                seed=self.engine.seed,
+                seed=self.sampling.seed,
                 text=text,
                 answer=answer,
                 right=right,
                 correct=self.judge.equal(right, answer),
                 tokens=len(response),
-                truncated=not response or response[-1] not in self.engine.stop_ids,
+                truncated=not response or response[-1] not in self.sampling.stop_ids,
             ),
         )
 

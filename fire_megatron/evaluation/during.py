@@ -19,7 +19,6 @@ from fire_megatron.evaluation.answering import (
     Answerer,
     Interrupted,
     Row,
-    SamplingEngine,
     asking,
     own_votes,
     score_answers,
@@ -32,7 +31,8 @@ from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks, wait_for_all
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform.files import write_whole
-from fire_megatron.rollout.engine import Progress
+from fire_megatron.rollout.engine import Engine, Progress
+from fire_megatron.rollout.sampling import Sampling
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -45,7 +45,8 @@ class Exam:
     benchmark: Benchmark
     prompts: list[Prompt]
     samples: int
-    engine: SamplingEngine
+    engine: Engine
+    sampling: Sampling
     grid: ModelGrid
     tokenizer: Tokenizer
     waiting: dist.ProcessGroup
@@ -119,13 +120,13 @@ class Exam:
         rows = [Row(0, problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]
         mine = [rows[i] for i in replica_rows(len(rows), self.grid)]
         most, together = -(-len(rows) // self.grid.row_replicas), self.grid.layout.expert > 1
-        size = (self.engine.config.batch_size if together else 0) or most
+        size = (self.sampling.batch_size if together else 0) or most
         made: dict[tuple[int, int], Generation] = {}
 
         def sink(_: str, generation: Generation) -> None:
             made[generation.key] = generation
 
-        parts = (self.engine, self.grid, self.tokenizer, [self.benchmark], [self.prompts])
+        parts = (self.engine, self.sampling, self.grid, self.tokenizer, [self.benchmark], [self.prompts])
         with Answerer(*parts, judge=judge, sink=sink) as answerer:
             for start in range(0, most, size):
                 if self._all_stopped(stopped):
@@ -175,7 +176,7 @@ def take_exams(
     with Judge() as judge:
         for exam in exams:
             name = exam.benchmark.name
-            told = progress(name, exam.own_rows * exam.engine.config.max_new_tokens)
+            told = progress(name, exam.own_rows * exam.sampling.max_new_tokens)
             file = folder / f"{name}.jsonl"
             scores = exam.take(judge, file, writes=writes, stopped=stopped, asked=asked, progress=told)
             if scores is None:

@@ -14,6 +14,7 @@ from fire_megatron.metrics.table import ruled
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import Engine, Progress
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.router import TeacherRouter
 
 
@@ -25,9 +26,16 @@ def replica_rows(rows: int, grid: ModelGrid) -> list[int]:
 class HeldOut:
     """Measures the student on the same prompts each time."""
 
-    def __init__(self, prompts: Sequence[Prompt], engine: Engine, router: TeacherRouter, grid: ModelGrid) -> None:
-        """Args: prompts: the fixed prompts; engine: samples with the evaluation's own seed and length."""
-        self.prompts, self.engine, self.router, self.grid = list(prompts), engine, router, grid
+    def __init__(
+        self, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, router: TeacherRouter, grid: ModelGrid
+    ) -> None:
+        """Args: prompts: the fixed prompts; sampling: with the evaluation's own seed and length, at temperature 1."""
+        self.prompts, self.engine, self.sampling, self.router, self.grid = list(prompts), engine, sampling, router, grid
+
+    @property
+    def own_rows(self) -> int:
+        """Answers that this replica samples."""
+        return len(replica_rows(len(self.prompts), self.grid))
 
     def measure(
         self, progress: Progress | None = None, sampled: Callable[[], object] = lambda: None
@@ -42,7 +50,13 @@ class HeldOut:
         prompts = [self.prompts[i] for i in mine]
         session = self.router.open(prompts, mine, total=len(self.prompts))
         rollouts = self.engine.generate(
-            prompts, mine, step=0, progress=progress, finished=session.send, group_size=session.group_size
+            prompts,
+            mine,
+            sampling=self.sampling,
+            step=0,
+            progress=progress,
+            finished=session.send,
+            group_size=session.group_size,
         )
         sampled()
         scores = session.finish(rollouts)

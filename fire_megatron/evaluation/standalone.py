@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig, RolloutConfig
+from fire_megatron.config.schema import ParallelConfig, PrecisionConfig, RoleConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer
 from fire_megatron.evaluation.answering import Answerer, Interrupted, Row, asking, own_votes, score_answers
@@ -44,6 +44,7 @@ from fire_megatron.platform.files import write_whole
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.watch import Watch
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 
 _FOLDER_DELAY = 120.0
 """Seconds after which a folder on another machine shows what other ranks have written."""
@@ -187,6 +188,13 @@ class Evaluation:
         """Answer the rows, or as many as there is time for."""
         options, work = self.options, self.work
         engine = self._engine()
+        sampling = Sampling(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            stop_ids=frozenset(work.stop_ids),
+        )
         parts: dict[str, PartWriter] = {}
 
         def sink(name: str, generation: Generation) -> None:
@@ -198,7 +206,7 @@ class Evaluation:
         with (
             ExitStack() as files,
             Answerer(
-                engine, self.grid, work.tokenizer, work.benchmarks, work.prompts, judge=self.judge, sink=sink
+                engine, sampling, self.grid, work.tokenizer, work.benchmarks, work.prompts, judge=self.judge, sink=sink
             ) as answerer,
             self._progress(len(pending)),
         ):
@@ -269,13 +277,7 @@ class Evaluation:
         finally:
             if self.world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
-        rollout = RolloutConfig(
-            prompts_per_step=1,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-        )
-        return MegatronEngine(model, self.grid, rollout, stop_ids=self.work.stop_ids, seed=options.seed)
+        return MegatronEngine(model, self.grid)
 
     # ---- scores -----------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from fire_megatron.platform.device import device_kind
 
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """``(logits_CV, which tokens) -> (scalar, report_RC)``: the chunk's share of the loss, differentiable with respect to
-the logits, and R numbers a token to be reported, without gradient. It may let backward write over the logits."""
+the logits, and F figures a token to be reported, without gradient. It may let backward write over the logits."""
 
 _CHUNK = {"cpu": (2**26, 256, 1), "cuda": (2**27, 8192, 64)}
 """Most logits and most tokens of a chunk, enough for the products to run at full speed, and what its tokens are a
@@ -145,7 +145,7 @@ def chunked_linear_loss(
         chunk_tokens: most tokens of a chunk; 0 picks a number for the device.
 
     Returns:
-        The loss, a scalar of at least float32, and the reports [R, N].
+        The loss, a scalar of at least float32, and the reports [F, N].
     """
     if not torch.is_grad_enabled():
         hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
@@ -185,9 +185,9 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         # Saved tensors are let go of before the weight's gradient is accumulated, which can then take their memory.
         ctx.save_for_backward(grad_NH, grad_VH)
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
-        report_RN = torch.cat(reports, -1)
-        ctx.mark_non_differentiable(report_RN)
-        return torch.stack(losses).sum(), report_RN
+        report_FN = torch.cat(reports, -1)
+        ctx.mark_non_differentiable(report_FN)
+        return torch.stack(losses).sum(), report_FN
 
     @staticmethod
     @once_differentiable

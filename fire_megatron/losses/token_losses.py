@@ -1,6 +1,6 @@
 """The estimators as losses on chunks of logits, to be fused with the output layer (``losses/fused.py``).
 
-Shapes: N response tokens of a micro-batch, C tokens of a chunk, V vocabulary entries of this shard, K teachers of a
+Shapes: N response tokens of a micro-batch, C tokens of a chunk, V vocabulary entries of this shard, M teachers of a
 mixture.
 """
 
@@ -27,7 +27,7 @@ DIVERGENCE_REPORT = ("loss", "loss/divergence")
 
 
 @dataclass(frozen=True)
-class Shard:
+class VocabShard:
     """This rank's part of the vocabulary."""
 
     group: dist.ProcessGroup | None
@@ -55,14 +55,14 @@ class Segment:
     """Consecutive tokens that learn from the same teachers."""
 
     layers: Sequence[OutputLayer]
-    """K output layers, each this rank's shard of the vocabulary."""
+    """M output layers, each this rank's shard of the vocabulary."""
     hidden: Sequence[torch.Tensor]
-    """K times [N of the segment, hidden size of the teacher]."""
-    weight_NK: torch.Tensor
+    """M times [N of the segment, hidden size of the teacher]."""
+    weight_NM: torch.Tensor
     """Weight of each teacher at each token."""
 
     def __len__(self) -> int:
-        return len(self.weight_NK)
+        return len(self.weight_NM)
 
 
 def _slice(segments: Sequence[Segment], part: slice) -> tuple[Segment, slice]:
@@ -76,7 +76,7 @@ def _slice(segments: Sequence[Segment], part: slice) -> tuple[Segment, slice]:
 
 
 def sampled_loss(
-    target_N: torch.Tensor, estimate: Callable[[torch.Tensor, slice], SampledLoss], *, shard: Shard, tokens: float
+    target_N: torch.Tensor, estimate: Callable[[torch.Tensor, slice], SampledLoss], *, shard: VocabShard, tokens: float
 ) -> TokenLoss:
     """``estimator: sampled``: a loss of the sampled tokens' log-probabilities. Reports :data:`SAMPLED_REPORT`.
 
@@ -109,7 +109,7 @@ def full_loss(
     weight_N: torch.Tensor,
     settings: DivergenceSettings,
     *,
-    shard: Shard,
+    shard: VocabShard,
     tokens: float,
 ) -> TokenLoss:
     """``estimator: full``: the exact divergence from the teachers, whose logits are formed chunk by chunk. Reports
@@ -132,7 +132,7 @@ def full_loss(
             [layer.logits(hidden[within]) for layer, hidden in zip(segment.layers, segment.hidden, strict=True)],
             kind=settings.divergence,
             group=shard.group,
-            weight_TK=segment.weight_NK[within],
+            weight_TM=segment.weight_NM[within],
             mixture=settings.mixture,
             temperature=settings.temperature,
             teacher_temperature=settings.teacher_temperature,
@@ -145,7 +145,7 @@ def full_loss(
 
 
 def topk_loss(
-    teacher: TopK, weight_N: torch.Tensor, settings: DivergenceSettings, *, shard: Shard, tokens: float
+    teacher: TopK, weight_N: torch.Tensor, settings: DivergenceSettings, *, shard: VocabShard, tokens: float
 ) -> TokenLoss:
     """``estimator: topk``: the divergence on the teacher's top-k and a bucket for the rest. Reports
     :data:`DIVERGENCE_REPORT`.

@@ -1,6 +1,6 @@
 """Exact divergences between a student and its teacher over a sharded vocabulary, with closed-form gradients.
 
-Shapes: T tokens, V columns of this shard, C tokens of a block, K teachers of a mixture, R distributions to normalise
+Shapes: T tokens, V columns of this shard, C tokens of a block, M teachers of a mixture, D distributions to normalise
 (the student's and those of the teachers). Student and teachers are sharded alike: column v of this rank is the same
 vocabulary entry in all of them.
 """
@@ -45,7 +45,7 @@ def divergence(
     *,
     kind: Divergence,
     group: dist.ProcessGroup | None,
-    weight_TK: torch.Tensor | None = None,
+    weight_TM: torch.Tensor | None = None,
     mixture: str = "distributions",
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
@@ -63,10 +63,10 @@ def divergence(
 
     Args:
         student_logits_TV: [T, V] this rank's shard; float32, bfloat16, float16, or float64 (then computed in float64).
-        teacher_logits_TV: [T, V] the teacher's, of any float dtype; or one such tensor for each of K teachers.
+        teacher_logits_TV: [T, V] the teacher's, of any float dtype; or one such tensor for each of M teachers.
         kind: from :func:`fire_megatron.losses.divergences.build_divergence`.
         group: the ranks that hold the other shards; None when V is the whole vocabulary.
-        weight_TK: [T, K] weight of each teacher at each token, summing to 1; not read with one teacher.
+        weight_TM: [T, M] weight of each teacher at each token, summing to 1; not read with one teacher.
         mixture: what the weights mix: ``distributions`` (sum of w_k p_k) or ``log_probs`` (the normalised product of
             p_k^w_k).
         temperature: divides the student's logits.
@@ -86,14 +86,14 @@ def divergence(
     teachers = [teacher_logits_TV] if isinstance(teacher_logits_TV, torch.Tensor) else list(teacher_logits_TV)
     assert teachers and all(t.shape == student_logits_TV.shape for t in teachers), [t.shape for t in teachers]
     assert (len(teachers) == 1) or (
-        weight_TK is not None and weight_TK.shape == (len(student_logits_TV), len(teachers))
+        weight_TM is not None and weight_TM.shape == (len(student_logits_TV), len(teachers))
     )
     assert mixture in ("distributions", "log_probs"), mixture
     assert block_tokens or not (reuse_logits and is_sharded(group)), "ranks would cut blocks by their own width"
     options = _Options(
         kind, group, temperature, teacher_temperature, mixture == "log_probs", block_tokens, reuse_logits
     )
-    weights = None if len(teachers) == 1 else weight_TK.to(compute_dtype(student_logits_TV))
+    weights = None if len(teachers) == 1 else weight_TM.to(compute_dtype(student_logits_TV))
     return _Divergence.apply(student_logits_TV, options, mask_T, weights, *(t.detach() for t in teachers))
 
 
@@ -109,11 +109,11 @@ class _Distribution(NamedTuple):
 
 @dataclass(frozen=True)
 class _Models:
-    """The student and its teachers, as R distributions read block by block."""
+    """The student and its teachers, as D distributions read block by block."""
 
     student_TV: torch.Tensor
     teachers_TV: tuple[torch.Tensor, ...]
-    weight_TK: torch.Tensor | None
+    weight_TM: torch.Tensor | None
     options: _Options
 
     @property
@@ -122,25 +122,25 @@ class _Models:
 
     @property
     def distributions(self) -> int:
-        """R: a product of distributions is normalised as one."""
+        """D: a product of distributions is normalised as one."""
         return 2 if self.options.by_log_prob else 1 + len(self.teachers_TV)
 
     def temperatures(self) -> list[float]:
-        """[R]"""
+        """[D]"""
         return [self.options.temperature] + [self.options.teacher_temperature] * (self.distributions - 1)
 
     def logits(self, part: slice) -> list[torch.Tensor]:
-        """R logits [C, V] of a block; those that are no mixture are views."""
+        """D logits [C, V] of a block; those that are no mixture are views."""
         teachers = [t[part] for t in self.teachers_TV]
-        if self.options.by_log_prob and self.weight_TK is not None:
+        if self.options.by_log_prob and self.weight_TM is not None:
             # Logits differ from log-probabilities by a constant a token, which the normaliser takes out again.
-            weights = self.weight_TK[part].unbind(-1)
+            weights = self.weight_TM[part].unbind(-1)
             terms = (t.to(self.dtype).clamp_min(FLOOR) * w[:, None] for t, w in zip(teachers, weights, strict=True))
             teachers = [sum(terms)]
         return [self.student_TV[part], *teachers]
 
     def begin(self, part: slice) -> list[_Distribution]:
-        """The normalisers' local parts of a block, R of them."""
+        """The normalisers' local parts of a block, D of them."""
         rows = []
         for logits, temperature in zip(self.logits(part), self.temperatures(), strict=True):
             if logits.dtype == torch.float64:
@@ -151,19 +151,19 @@ class _Models:
         return rows
 
     def finish(
-        self, part: slice, rows: list[_Distribution], peak_RT: torch.Tensor, log_total_RT: torch.Tensor
+        self, part: slice, rows: list[_Distribution], peak_DT: torch.Tensor, log_total_DT: torch.Tensor
     ) -> tuple[Terms, torch.Tensor]:
         """The divergence's terms of a block and the student's probabilities, from :meth:`begin` and the normalisers."""
         reads_t = self.options.kind.reads_t
         for r, (row, temperature) in enumerate(zip(rows, self.temperatures(), strict=True)):
-            offset_C1 = ((peak_RT[r, part] - row.peak_C) / temperature + log_total_RT[r, part])[:, None]
+            offset_C1 = ((peak_DT[r, part] - row.peak_C) / temperature + log_total_DT[r, part])[:, None]
             offset_C1.clamp_max_(-FLOOR)  # infinite for a shard without mass and a temperature below 1
             row.log_CV.sub_(offset_C1)
             if r == 0 or (reads_t and len(rows) == 2):
                 row.weight_CV.mul_(offset_C1.neg_().exp_())
         log_t, t = rows[1].log_CV, rows[1].weight_CV
         if len(rows) > 2:
-            log_w = self.weight_TK[part].log().clamp_min(FLOOR).t()[:, :, None]
+            log_w = self.weight_TM[part].log().clamp_min(FLOOR).t()[:, :, None]
             log_t = torch.logsumexp(torch.stack([row.log_CV for row in rows[1:]]).add_(log_w), 0).clamp_min_(FLOOR)
             t = log_t.exp() if reads_t else None
         return self.options.kind.terms(rows[0].log_CV, rows[0].weight_CV, log_t, t), rows[0].weight_CV
@@ -178,28 +178,28 @@ class _Divergence(torch.autograd.Function):
         student_TV: torch.Tensor,
         options: _Options,
         mask_T: torch.Tensor | None,
-        weight_TK: torch.Tensor | None,
+        weight_TM: torch.Tensor | None,
         *teachers_TV: torch.Tensor,
     ) -> torch.Tensor:
-        models = _Models(student_TV, teachers_TV, weight_TK, options)
+        models = _Models(student_TV, teachers_TV, weight_TM, options)
         tokens, group, cut = len(student_TV), options.group, options.block_tokens
-        peak_RT, log_total_RT = student_TV.new_zeros(2, models.distributions, tokens, dtype=models.dtype).unbind()
+        peak_DT, log_total_DT = student_TV.new_zeros(2, models.distributions, tokens, dtype=models.dtype).unbind()
         sums_2T = student_TV.new_zeros(2, tokens, dtype=models.dtype)
         # Filled on the device: a copy from the host would wait for all that it still has to do.
         shape = (models.distributions, 1)
-        temperature_R1 = student_TV.new_full(shape, options.teacher_temperature, dtype=models.dtype)
-        temperature_R1[0].fill_(options.temperature)
+        temperature_D1 = student_TV.new_full(shape, options.teacher_temperature, dtype=models.dtype)
+        temperature_D1[0].fill_(options.temperature)
         # Before each collective: all blocks, so that there are few; or one, while it is in cache.
         one_by_one = options.reuse_logits or not is_sharded(group)
         for span in blocks(student_TV, cut) if one_by_one else [slice(0, tokens)]:
             for part in blocks(student_TV, cut, span):
                 rows = models.begin(part)
-                peak_RT[:, part] = torch.stack([row.peak_C for row in rows])
-                log_total_RT[:, part] = torch.stack([row.weight_CV.sum(-1) for row in rows])
-            peak, totals = combine(peak_RT[:, span], log_total_RT[None, :, span], temperature_R1, group)
-            peak_RT[:, span], log_total_RT[:, span] = peak, totals[0].log()
+                peak_DT[:, part] = torch.stack([row.peak_C for row in rows])
+                log_total_DT[:, part] = torch.stack([row.weight_CV.sum(-1) for row in rows])
+            peak, totals = combine(peak_DT[:, span], log_total_DT[None, :, span], temperature_D1, group)
+            peak_DT[:, span], log_total_DT[:, span] = peak, totals[0].log()
             for part in blocks(student_TV, cut, span):
-                terms, s_CV = models.finish(part, rows if one_by_one else models.begin(part), peak_RT, log_total_RT)
+                terms, s_CV = models.finish(part, rows if one_by_one else models.begin(part), peak_DT, log_total_DT)
                 sums_2T[:, part] = torch.stack((terms.value_C, terms.inner_C))
             sums = sums_2T[:, span].contiguous()
             all_reduce(sums, dist.ReduceOp.SUM, group)
@@ -211,7 +211,7 @@ class _Divergence(torch.autograd.Function):
         if options.reuse_logits:
             ctx.save_for_backward(student_TV, mask_T)
         else:
-            ctx.save_for_backward(student_TV, mask_T, weight_TK, peak_RT, log_total_RT, inner_T, *teachers_TV)
+            ctx.save_for_backward(student_TV, mask_T, weight_TM, peak_DT, log_total_DT, inner_T, *teachers_TV)
         value_T = value_T.clamp_min(0)  # rounding can leave equal distributions just below
         return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0)
 
@@ -224,11 +224,11 @@ class _Divergence(torch.autograd.Function):
         if options.reuse_logits:
             grad_TV = student_TV.mul_(scale_T[:, None])
             return (grad_TV if mask_T is None else grad_TV.masked_fill_(~mask_T[:, None], 0), *nothing)
-        weight_TK, peak_RT, log_total_RT, inner_T, *teachers_TV = rest
-        models = _Models(student_TV, tuple(teachers_TV), weight_TK, options)
+        weight_TM, peak_DT, log_total_DT, inner_T, *teachers_TV = rest
+        models = _Models(student_TV, tuple(teachers_TV), weight_TM, options)
         grad_TV = torch.empty_like(student_TV)
         for part in blocks(student_TV, options.block_tokens):
-            terms, s_CV = models.finish(part, models.begin(part), peak_RT, log_total_RT)
+            terms, s_CV = models.finish(part, models.begin(part), peak_DT, log_total_DT)
             grad_CV = terms.h_CV.addcmul_(s_CV, inner_T[part, None], value=-1).mul_(scale_T[part, None])
             if mask_T is not None:
                 grad_CV.masked_fill_(~mask_T[part, None], 0)

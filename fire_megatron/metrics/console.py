@@ -125,7 +125,8 @@ class _Bar:
         evaluated = evaluation_summary(metrics)
         if evaluated:
             self.message(f"step {step}/{self._bar.total}  {evaluated}")
-        self._bar.set_postfix_str(summary(metrics), refresh=False)
+        if trained := summary(metrics):
+            self._bar.set_postfix_str(trained, refresh=False)
         self._bar.update(step - self._bar.n)
         self._bar.refresh()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,14 +14,15 @@ from fire_megatron.platform.files import write_whole
 class JsonlFile:
     """Appends one object a line, each flushed, and on opening forgets what a resumed run is about to redo."""
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
+    def __init__(self, path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> None:
         """Open for appending.
 
         Args:
             path: the file; made when missing.
-            last_step: lines of later steps are dropped, and so is a line that was cut short; the rest stays as it is.
+            stays: tells of each line, which has a ``step``, whether it stays as it is. The others are dropped, and so
+                is a line that was cut short.
         """
-        _drop_after(path, last_step)
+        _keep(path, stays)
         self._stream: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -43,14 +44,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step(line: str) -> int | None:
-    """The step of a whole line; None when it was cut short or is not ours."""
+def _whole(line: str) -> dict[str, Any] | None:
+    """The values of a line; None when it was cut short or is not ours."""
     try:
         values = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
-    step = values.get("step") if isinstance(values, dict) else None
-    return step if type(step) is int else None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 def replace_json(path: Path, value: Any) -> None:
@@ -58,13 +58,13 @@ def replace_json(path: Path, value: Any) -> None:
     write_whole(path, [json.dumps(finite(value), indent=2, ensure_ascii=False), "\n"])
 
 
-def _drop_after(path: Path, last_step: int) -> None:
-    """Rewrite the file without lines of later steps, in one rename."""
+def _keep(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrite the file without the other lines, in one rename."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
         lines = list(stream)
-    kept = [line for line in lines if (step := _step(line)) is not None and step <= last_step]
+    kept = [line for line in lines if (values := _whole(line)) is not None and stays(values)]
     if len(kept) == len(lines):
         return
     write_whole(path, kept)

@@ -57,6 +57,11 @@ def _set_aside(folder: Path) -> list[Path]:
     return renamed
 
 
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of ``metrics.jsonl`` tells an evaluation alone."""
+    return all(key == "step" or key.startswith("eval/") for key in line)
+
+
 class MetricsLogger:
     """Writes each step's metrics to every place that the recipe asks for.
 
@@ -71,7 +76,8 @@ class MetricsLogger:
         *,
         total_steps: int,
         start_step: int = 0,
-        told: bool = True,
+        logged: int | None = None,
+        evaluated: int | None = None,
         enabled: bool,
     ) -> None:
         """Open the files.
@@ -81,7 +87,8 @@ class MetricsLogger:
             config: what to write.
             total_steps: steps of the whole run.
             start_step: last step that counts as done; -1 for a fresh run, so that step 0 may be logged again.
-            told: whether its metrics stay; else they are going to be logged again, while its samples are not.
+            logged: last step whose metrics stay, ``start_step`` by default; later ones are going to be logged again.
+            evaluated: last step whose evaluation stays, likewise.
             enabled: whether this process writes.
 
         Raises:
@@ -97,20 +104,26 @@ class MetricsLogger:
         if not enabled:
             return
         folder = Path(run_dir)
+        logged = start_step if logged is None else logged
+        evaluated = start_step if evaluated is None else evaluated
+
+        def stays(line: Mapping[str, Any]) -> bool:
+            return line["step"] <= (evaluated if is_evaluation(line) else logged)
+
         try:
             with writing_to(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 if config.jsonl:
-                    self._metrics = JsonlFile(folder / METRICS_FILE, last_step=start_step - (not told))
+                    self._metrics = JsonlFile(folder / METRICS_FILE, stays)
                 if config.samples:
-                    self._samples = JsonlFile(folder / SAMPLES_FILE, last_step=start_step)
+                    self._samples = JsonlFile(folder / SAMPLES_FILE, lambda line: line["step"] <= start_step)
         except RecipeError:
             self.close()
             raise
         if config.console:
             self._console = open_console(total_steps=total_steps, start_step=max(start_step, 0))
         if config.tensorboard:
-            self._tensorboard = self._open_tensorboard(folder / TENSORBOARD_FOLDER, start_step - (not told))
+            self._tensorboard = self._open_tensorboard(folder / TENSORBOARD_FOLDER, logged)
 
     def _open_tensorboard(self, folder: Path, start_step: int) -> Any:
         try:
@@ -124,7 +137,7 @@ class MetricsLogger:
         return SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one step.
+        """Write what a step has measured, or its evaluation: a record each.
 
         Args:
             step: steps done so far; 0 before the first.

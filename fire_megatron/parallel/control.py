@@ -55,9 +55,9 @@ class Control:
         self._store.set(f"{self._prefix}/stop", signal_name)
 
     def asked_to_stop(self) -> str | None:
-        """The signal that another rank has passed on."""
+        """The signal that another rank has passed on. Does not wait; None on ranks that do not give orders."""
         key = f"{self._prefix}/stop"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._store.get(key).decode() if self._speaks and self._store.check([key]) else None
 
     def report(self, values: dict[str, Any]) -> None:
         """Tell the rank that gives the orders something: plain values, which it reads when it gets to it."""

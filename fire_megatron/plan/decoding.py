@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
 
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan import pieces
@@ -15,24 +13,25 @@ from fire_megatron.plan.trace import Trace, Tracing
 from fire_megatron.plan.workload import Workload
 from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout.decoder import Decoder
+from fire_megatron.rollout.sampling import Sampling
 
 
-def decode_step(model: FireGPT, grid: ModelGrid, config: RolloutConfig, load: Workload, rows: int) -> Trace:
+def decode_step(model: FireGPT, grid: ModelGrid, sampling: Sampling, load: Workload, rows: int) -> Trace:
     """One token for each of so many rows; its peak is what it takes besides the cache.
 
     Args:
         model: this rank's stage of the student.
         grid: the student's.
-        config: how it samples.
+        sampling: how it samples.
         load: how long rows are.
         rows: n.
     """
     few, longest = min(rows, pieces.FEW_ROWS), load.prompt_tokens + load.response_tokens
 
     def take(slots: int) -> Trace:
-        decoder = Decoder(model, grid, replace(config, max_new_tokens=2), slots=slots, max_length=longest, columns=2)
+        decoder = Decoder(model, grid, slots=slots, max_length=longest, columns=2)
         with torch.no_grad(), model.cached(decoder.cache):
-            step = partial(decoder.step, slots, decoder.cache.max_length, Graphs(False))
+            step = partial(decoder.step, slots, decoder.cache.max_length, sampling, Graphs(False))
             step()  # takes the cache
             with Tracing() as tracing:
                 step()

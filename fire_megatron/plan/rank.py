@@ -35,7 +35,8 @@ from fire_megatron.plan.world import SimulatedGrids, simulated_rank
 from fire_megatron.platform.device import Device, compute_device
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
-from fire_megatron.teachers.states import StateKind, split_columns
+from fire_megatron.rollout.sampling import Sampling
+from fire_megatron.teachers.messages import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
 from fire_megatron.train.inputs import role_layout, used_vocabulary
 from fire_megatron.train.objective import MicroBatch
@@ -77,7 +78,7 @@ class _Rank:
         kind: str,
     ) -> None:
         self.recipe, self.shapes, self.load, self.rank, self.kind = recipe, shapes, workload, rank, kind
-        self.scratch = 0
+        self.sampling, self.scratch = Sampling.of(recipe.rollout, seed=0, stop_ids=()), 0
         factory = SimulatedGrids()
         self.grids: dict[str, ModelGrid] = {}
         for path, role in roles(recipe).items():
@@ -88,7 +89,6 @@ class _Rank:
         self.models = {path: self._model(path) for path in self.grids}
         self.teachers = {
             name: Teacher(
-                name,
                 self.models[path],
                 self.grids[path],
                 micro_batch_tokens=config.micro_batch_tokens,
@@ -208,8 +208,8 @@ class _Rank:
         trace.peak += cache + cache // self._layers() // 4
         trace.flops += self._later_keys(rows)
         prompts = self._of_all_layers(model, first, partial(self._batch, size, 1)) if size else Trace()
-        step = decode_step(model, self.grids["student"], self.recipe.rollout, self.load, size) if size else Trace()
-        graphs = uses_graphs(self.recipe.rollout, model, on_gpu=self.kind == "cuda")
+        step = decode_step(model, self.grids["student"], self.sampling, self.load, size) if size else Trace()
+        graphs = uses_graphs(self.recipe.rollout.cuda_graphs, model, on_gpu=self.kind == "cuda")
         kept = cache + (step.peak if graphs else 0) if keeps_cache(self.recipe, on_gpu=self.kind == "cuda") else 0
         return Phase(
             trace,
@@ -244,10 +244,10 @@ class _Rank:
         return trace
 
     def _generate(self, rows: int, steps: int) -> Trace:
-        config = replace(self.recipe.rollout, max_new_tokens=steps, batch_size=0)
-        engine = MegatronEngine(self.models["student"], self.grids["student"], config, stop_ids=(), seed=0)
-        prompts = self.load.prompts(rows)
-        return self._traced(lambda: engine.generate(prompts, range(rows), step=0))
+        model, every = self.models["student"], self.recipe.rollout.sync_every
+        engine = MegatronEngine(model, self.grids["student"], sync_every=every)
+        prompts, sampling = self.load.prompts(rows), replace(self.sampling, max_new_tokens=steps, batch_size=0)
+        return self._traced(lambda: engine.generate(prompts, range(rows), sampling=sampling, step=0))
 
     def _layers(self) -> int:
         """Of the student's stage, or of the part of it that is being run; a stage has at least one."""

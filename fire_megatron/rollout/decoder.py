@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.kv_cache import KVCache
@@ -25,6 +24,7 @@ from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.graphs import Graphs
 from fire_megatron.platform.watch import tick
 from fire_megatron.rollout.sampler import Sampled, sample
+from fire_megatron.rollout.sampling import Sampling
 
 
 class Decoder:
@@ -34,15 +34,13 @@ class Decoder:
     replicas as far as forward passes go.
     """
 
-    def __init__(
-        self, model: FireGPT, grid: ModelGrid, config: RolloutConfig, *, slots: int, max_length: int, columns: int
-    ) -> None:
+    def __init__(self, model: FireGPT, grid: ModelGrid, *, slots: int, max_length: int, columns: int) -> None:
         """Args:
         slots: S.
         max_length: tokens of a row's prompt and response together.
         columns: C, the first for the token after a prompt, the others for decode steps.
         """
-        self.model, self.grid, self.config = model, grid, config
+        self.model, self.grid = model, grid
         self.cache = KVCache(slots, max_length)
         device = compute_device()
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -86,7 +84,7 @@ class Decoder:
 
     # ---- passes -------------------------------------------------------------------------------------------------
 
-    def prefill(self, prompts: Sequence[torch.Tensor], slots: Sequence[int]) -> None:
+    def prefill(self, prompts: Sequence[torch.Tensor], slots: Sequence[int], sampling: Sampling) -> None:
         """Run prompts as one pack, remember their keys and values in these slots, and sample what follows each."""
         nothing = [torch.zeros(0, dtype=torch.int64)] * len(prompts)
         pack = pack_rows(prompts, nothing, range(len(prompts)), multiple=1, device=compute_device())
@@ -98,7 +96,7 @@ class Decoder:
             (pack.token_ids.shape[1], 1),
         )
         if output is not None:
-            sampled = self._sample(output, self._numbers[places, 0])
+            sampled = self._sample(output, self._numbers[places, 0], sampling)
             self._table[:, places, 0] = _columns(sampled)
             self._tokens.index_copy_(0, places, sampled.tokens)
         new = self._share(self._tokens[places])
@@ -106,18 +104,21 @@ class Decoder:
             self._tokens.index_copy_(0, places, new)
             self._table[0, places, 0] = new.double()
 
-    def step(self, rows: int, horizon: int, graphs: Graphs) -> None:
+    def step(self, rows: int, horizon: int, sampling: Sampling, graphs: Graphs) -> None:
         """One more token for each of the first ``rows`` slots.
 
         Args:
             rows: n.
             horizon: positions to attend over.
+            sampling: how.
             graphs: runs it; told to forget by the caller when :meth:`weight_addresses` change.
         """
         tick()
         if self._received is not None:
             self._exchange(dist.irecv, self._received[:, :rows], self._previous)
-        graphs.run((rows, horizon), partial(self._compute, rows, horizon))
+        # Temperature and nucleus are constants of the kernels, so a graph is of one setting of them.
+        key = (rows, horizon, sampling.temperature, sampling.top_p)
+        graphs.run(key, partial(self._compute, rows, horizon, sampling))
         if self._sent is not None:
             self._exchange(dist.isend, self._sent[:, :rows], self._next)
         self._share(self._tokens[:rows])
@@ -140,7 +141,7 @@ class Decoder:
     def _model_step(self, rows: int) -> partial[torch.Tensor]:
         return partial(self.model, self._tokens[:rows, None], self.cache.lengths[:rows, None])
 
-    def _compute(self, rows: int, horizon: int) -> None:
+    def _compute(self, rows: int, horizon: int, sampling: Sampling) -> None:
         """What a step does on this rank, between receiving and sending."""
         self.cache.begin_decode(rows, horizon)
         if self._received is not None:
@@ -150,7 +151,7 @@ class Decoder:
         if self._sent is not None:
             self._sent[:, :rows].copy_(output)
             return
-        sampled = self._sample(output, self._numbers[:rows].index_select(1, self._column).squeeze(1))
+        sampled = self._sample(output, self._numbers[:rows].index_select(1, self._column).squeeze(1), sampling)
         self._tokens[:rows].copy_(sampled.tokens)
         self._note(_columns(sampled))
 
@@ -160,12 +161,12 @@ class Decoder:
         self._table[:parts, :rows].index_copy_(2, self._column, values.unsqueeze(2))
         self._column += 1
 
-    def _sample(self, logits: torch.Tensor, numbers: torch.Tensor) -> Sampled:
+    def _sample(self, logits: torch.Tensor, numbers: torch.Tensor, sampling: Sampling) -> Sampled:
         return sample(
             logits,
             numbers,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             vocab_start=self.model.vocab_start,
             group=self.grid.pg.tp,
         )

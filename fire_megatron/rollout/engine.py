@@ -1,7 +1,7 @@
 """The in-process generation engine: the student's own megatron model with a KV cache.
 
 No weights are copied: the engine decodes with the modules that train. Rows go through a bounded number of slots
-(``rollout.batch_size``): the prompts of those that are admitted run as one pack, all slots decode together, and a row
+(``Sampling.batch_size``): the prompts of those that are admitted run as one pack, all slots decode together, and a row
 that ends makes room for one that waits. Each row is at its own positions, so a token's log-probability is the one that
 training computes for it, whatever company the row is in.
 """
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.packing import split_by_tokens
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
@@ -28,6 +27,7 @@ from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout.decoder import Decoder
 from fire_megatron.rollout.finished import Finished, FinishedRows
 from fire_megatron.rollout.sampler import uniforms
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.rollout.slots import Answer, Slots
 
 Progress = Callable[[int], None]
@@ -48,6 +48,7 @@ class Engine(Protocol):
         prompts: Sequence[Prompt],
         row_ids: Sequence[int],
         *,
+        sampling: Sampling,
         step: int,
         progress: Progress | None = None,
         finished: Finished | None = None,
@@ -67,45 +68,48 @@ def row_bucket(rows: int, kind: str) -> int:
     return power if rows <= 8 else -(-rows // step) * step
 
 
-def uses_graphs(config: RolloutConfig, model: FireGPT, *, on_gpu: bool) -> bool:
+def uses_graphs(wanted: bool, model: FireGPT, *, on_gpu: bool) -> bool:
     """Whether decode steps are CUDA graphs. With experts they are not: their dispatcher counts tokens on the host."""
-    return on_gpu and config.cuda_graphs and not model.config.num_moe_experts
+    return on_gpu and wanted and not model.config.num_moe_experts
 
 
 class MegatronEngine:
-    """Generates with a megatron model on its own grid; every rank of the grid calls it alike. Replicas that share
-    experts decode together, whatever rows each of them has, also none."""
+    """Generates with a megatron model on its own grid, in whatever ways of sampling; every rank of the grid calls it
+    alike. Replicas that share experts decode together, whatever rows each of them has, also none."""
 
     def __init__(
         self,
         model: FireGPT,
         grid: ModelGrid,
-        config: RolloutConfig,
         *,
-        stop_ids: Sequence[int],
-        seed: int,
+        sync_every: int = 0,
+        cuda_graphs: bool = True,
         keep_cache: bool = False,
     ) -> None:
         """Args:
         model: this rank's stage.
-        stop_ids: tokens that end a response.
-        seed: ``run.seed``.
+        sync_every: decode steps between two looks at what has been sampled; 0 picks.
+        cuda_graphs: whether decode steps are CUDA graphs where they can be.
         keep_cache: keep the memory for keys and values from one call to the next, and with it CUDA graphs.
         """
-        self.model, self.grid, self.config, self.seed = model, grid, config, seed
-        self.stop_ids = frozenset(stop_ids)
-        self.keep_cache = keep_cache
+        self.model, self.grid, self.keep_cache = model, grid, keep_cache
         self._kind = device_kind(compute_device())
-        # Experts' tokens are counted on the host.
-        self.graphs = Graphs(uses_graphs(config, model, on_gpu=compute_device().type == "cuda"))
+        self.sync_every = sync_every or SYNC_EVERY[self._kind]
+        self.graphs = Graphs(uses_graphs(cuda_graphs, model, on_gpu=compute_device().type == "cuda"))
+        self.weight_version = 0
         self._decoder: Decoder | None = None
         self._addresses: tuple[int, ...] = ()
+
+    def publish(self, version: int) -> None:
+        """Take note that the model's weights are those after so many steps. None is copied: they are what trains."""
+        self.weight_version = version
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         row_ids: Sequence[int],
         *,
+        sampling: Sampling,
         step: int,
         progress: Progress | None = None,
         finished: Finished | None = None,
@@ -116,7 +120,8 @@ class MegatronEngine:
         Args:
             prompts: this replica's rows.
             row_ids: each row's place in the step's global batch; with seed, step and position it fixes the sample.
-            step: optimizer step whose weights are sampled.
+            sampling: how; it may differ from call to call.
+            step: of the run; with it come other samples.
             progress: told of sampled tokens.
             finished: is given rows as they are finished, on every rank of the replica alike.
             group_size: rows given at a time; 0 gives all of them at the end.
@@ -138,7 +143,7 @@ class MegatronEngine:
         self.model.eval()
         try:
             with torch.no_grad():
-                self._decode_all([torch.tensor(p.token_ids) for p in prompts], row_ids, step, take)
+                self._decode_all([torch.tensor(p.token_ids) for p in prompts], row_ids, sampling, step, take)
         finally:
             self.model.train(was_training)
             if not self.keep_cache:
@@ -153,8 +158,8 @@ class MegatronEngine:
             responses=responses,
             log_probs=log_probs,
             entropies=entropies,
-            truncated=tuple(not len(r) or int(r[-1]) not in self.stop_ids for r in responses),
-            weight_version=step,
+            truncated=tuple(not len(r) or int(r[-1]) not in sampling.stop_ids for r in responses),
+            weight_version=self.weight_version,
         )
 
     def release(self) -> None:
@@ -166,39 +171,36 @@ class MegatronEngine:
         self,
         prompts: Sequence[torch.Tensor],
         row_ids: Sequence[int],
+        sampling: Sampling,
         step: int,
         take: Callable[[int, list[Answer]], None],
     ) -> None:
         """All rows, from the first prompt to the last token."""
         lengths = [len(prompt) for prompt in prompts]
-        every = min(self.config.sync_every or SYNC_EVERY[self._kind], self.config.max_new_tokens)
-        decoder = self._ready(min(self.config.batch_size or len(prompts), len(prompts)), max(lengths, default=1), every)
-        slots = Slots(
-            lengths,
-            decoder.slots,
-            max_new_tokens=self.config.max_new_tokens,
-            stop_ids=self.stop_ids,
-            columns=decoder.columns,
-        )
+        most, every = sampling.max_new_tokens, min(self.sync_every, sampling.max_new_tokens)
+        size = max(1, min(sampling.batch_size or len(prompts), len(prompts)))
+        decoder = self._ready(size, max(lengths, default=1) + most, every + 1)
+        slots = Slots(lengths, size, max_new_tokens=most, stop_ids=sampling.stop_ids, columns=every + 1)
         ids = np.array([*row_ids, 0], dtype=np.int64)  # -1, for no row, takes the last
-        with self.model.cached(decoder.cache), self.model.decoding(decoder.slots):
+        with self.model.cached(decoder.cache), self.model.decoding(size):
             while True:
                 admitted = slots.admit()
                 parts = split_by_tokens(range(len(admitted)), [lengths[row] for _, row in admitted], _PREFILL_TOKENS)
                 packs, steps = self._agreed(len(parts), slots.steps(every))
                 if packs == steps == 0:
                     break
-                rows = min(row_bucket(slots.span, self._kind), decoder.slots)
+                rows = min(row_bucket(slots.span, self._kind), size)
                 horizon = min(length_bucket(slots.cached(steps) + 1, compute_device()), decoder.cache.max_length)
-                decoder.begin(uniforms(self.seed, step, ids[slots.row[:rows]], slots.places(rows, steps + 1)))
+                decoder.begin(uniforms(sampling.seed, step, ids[slots.row[:rows]], slots.places(rows, steps + 1)))
                 for number in range(packs):
                     if number < len(parts):
                         chosen = [admitted[i] for i in parts[number]]
-                        decoder.prefill([prompts[row] for _, row in chosen], [slot for slot, _ in chosen])
+                        packed, places = [prompts[row] for _, row in chosen], [slot for slot, _ in chosen]
+                        decoder.prefill(packed, places, sampling)
                     else:
                         decoder.accompany(rows, horizon)
                 for _ in range(steps):
-                    decoder.step(rows, horizon, self.graphs)
+                    decoder.step(rows, horizon, sampling, self.graphs)
                 take(*slots.take(decoder.read(rows, steps + 1), [slot for slot, _ in admitted]))
                 if not slots.waiting and row_bucket(slots.busy, self._kind) < rows:
                     sources, targets = slots.compact()
@@ -215,18 +217,14 @@ class MegatronEngine:
         most_packs, most_steps = both.tolist()
         return most_packs, most_steps
 
-    def _ready(self, slots: int, longest: int, every: int) -> Decoder:
-        """Memory for so many rows with prompts of up to ``longest`` tokens: what there is, if it is enough."""
-        slots, length, columns = max(slots, 1), longest + self.config.max_new_tokens, every + 1
+    def _ready(self, slots: int, length: int, columns: int) -> Decoder:
+        """Memory for so many rows of up to ``length`` tokens: what there is, if it is enough, else this and no more,
+        whatever other samplings have needed."""
         have = self._decoder
         if have is None or have.slots < slots or have.cache.max_length < length or have.columns < columns:
-            if have is not None:
-                slots, length = max(slots, have.slots), max(length, have.cache.max_length)
-            self._decoder = have = None  # before more is asked for
-            self.graphs.forget()
-            self._decoder = have = Decoder(
-                self.model, self.grid, self.config, slots=slots, max_length=length, columns=columns
-            )
+            have = None
+            self.release()  # before more is asked for
+            self._decoder = have = Decoder(self.model, self.grid, slots=slots, max_length=length, columns=columns)
         # An update changes weights in place; coming back from the host, they may be elsewhere.
         addresses = have.weight_addresses()
         if addresses != self._addresses:

@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from fire_megatron.data.rollouts import KeptStates
 from fire_megatron.parallel.collectives import broadcast_flat
+from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.parallel.mail import Mail
 from fire_megatron.platform.offload import Offload
+from fire_megatron.teachers.messages import Answer, Rows
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
-from fire_megatron.teachers.wire import Answer, Rows
 
 
 class TeacherPool:
@@ -168,6 +169,42 @@ class TeacherPool:
                 progress(name)
             self.serve(name, keep=keep)
         self._bring(None)
+
+    def obey(
+        self,
+        control: Control,
+        attach: Callable[[str], None],
+        *,
+        idle: Callable[[], None],
+        done: Callable[[], None] = lambda: None,
+    ) -> str | None:
+        """The life of a rank that holds teachers and none of the student: do as the student says, until it says stop.
+
+        Args:
+            control: the student's orders.
+            attach: sends what this rank keeps as a teacher (:meth:`Transfer.serve`).
+            idle: called between orders, and about once a second while there is none.
+            done: called after each order.
+
+        Returns:
+            Why the run ends, if not because it is done.
+        """
+        while True:
+            idle()
+            self.doing("waiting for the student", patient=True)
+            order = control.wait(idle)
+            match order["do"]:
+                case "sample":
+                    self.begin()
+                    self.serve_all(self.schedule(order["rounds"]), keep=order["keep"])
+                case "score":
+                    self.serve_all(self.shared, keep=order["keep"])
+                case "attach":
+                    for name in order["teachers"]:
+                        attach(name)
+                case "stop":
+                    return order["error"]
+            done()
 
     def table(self, name: str, table: torch.Tensor | None) -> torch.Tensor | None:
         """Pass a table from the student's ranks on to all ranks of one of the teachers that are :attr:`reaching`.

@@ -22,11 +22,11 @@ from fire_megatron.parallel.mail import Silence
 from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.offload import Offload
 from fire_megatron.platform.watch import Watch
+from fire_megatron.teachers.messages import Answer, Rows
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.transfer import Transfer
-from fire_megatron.teachers.wire import Answer, Rows
 
-Scored = tuple[torch.Tensor, torch.Tensor]
+TokenScores = tuple[torch.Tensor, torch.Tensor]
 """[R_i] log-probabilities and entropies of a row."""
 
 
@@ -82,9 +82,9 @@ class TeacherRouter:
 
     def open(
         self, prompts: Sequence[Prompt], row_ids: Sequence[int], *, total: int, keep_states: bool = False
-    ) -> Session:
+    ) -> Scoring:
         """Begin to have this replica's rows scored. Collective over the student's grid, as is everything that is done
-        with the session.
+        with the scoring.
 
         Args:
             prompts: of this replica's rows.
@@ -95,7 +95,7 @@ class TeacherRouter:
         most = max(1, -(-total // self.student_grid.row_replicas))
         size = (self.group_size or -(-most // 4)) if self.pool.remote else most
         by_row = dict(zip(row_ids, prompts, strict=True))
-        return Session(self, by_row, rounds=-(-most // size), group_size=size, keep=keep_states)
+        return Scoring(self, by_row, rounds=-(-most // size), group_size=size, keep=keep_states)
 
     def attach(self, rows: TrainingRows, kept: Mapping[str, KeptStates]) -> tuple[TrainingRows, dict[str, Value]]:
         """Bring what the teachers kept of these rows: :meth:`Transfer.attach`."""
@@ -119,7 +119,7 @@ class TeacherRouter:
         if self.control is not None:
             self.control.announce(**order)
 
-    def combined(self, target: Target, scored: Sequence[Scored]) -> Scored:
+    def combined(self, target: Target, scored: Sequence[TokenScores]) -> TokenScores:
         """Log-probabilities and entropies of a row's target. A mixture's entropy is taken to be the mean entropy of its
         teachers. A product of distributions is left unnormalised, so its log-probability is too low at each position by
         how much the teachers disagree there: neither can be told from the scores of single tokens."""
@@ -133,7 +133,7 @@ class TeacherRouter:
         return mixed, (entropies * weights).sum(0)
 
 
-class Session:
+class Scoring:
     """The scoring of one step's rows of this replica.
 
     Teachers on ranks of their own score groups of rows as they come. Those on the student's ranks score when all rows
@@ -204,7 +204,7 @@ class Session:
         self.seal()
         if self.pool.shared:
             self._score_here(progress)
-        scored: dict[tuple[int, str], Scored] = {}
+        scored: dict[tuple[int, str], TokenScores] = {}
         holders: list[torch.Tensor] = []
         tags = {name: self.pool.tag(name) for name in self.pool.infos}
         for name, lengths, answer in self._shared_out(self._answers((*self.pool.remote, *self.pool.shared))):

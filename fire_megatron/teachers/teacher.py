@@ -1,6 +1,6 @@
 """One teacher: a frozen model on its own grid that scores rows.
 
-Shapes: N response tokens of a micro-batch, R_i response tokens of row i, W columns of a state.
+Shapes: T response tokens of a micro-batch, R_i response tokens of row i, W columns of a state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.platform.offload import Offload
-from fire_megatron.teachers.states import StateKind, pack_topk, split_columns
+from fire_megatron.teachers.messages import StateKind, pack_topk, split_columns
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Keep:
     """The student's tensor ranks, each of which will get a slice of the columns."""
 
 
-class Scored(NamedTuple):
+class ScoredRows(NamedTuple):
     """What a teacher says of rows, in their order."""
 
     log_probs: list[torch.Tensor]
@@ -92,7 +92,6 @@ class Teacher:
 
     def __init__(
         self,
-        name: str,
         model: FireGPT,
         grid: ModelGrid,
         *,
@@ -107,15 +106,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.micro_batch_tokens = micro_batch_tokens
         self._memory = HostMemory()
-        self.info = TeacherInfo(
-            name,
-            grid.layout,
-            model.config.hidden_size,
-            model.config.params_dtype,
-            model.used_vocab_size,
-            state_kind or StateKind(),
-            offload is not None,
-        )
+        self.state_kind = state_kind or StateKind()
 
     @cached_property
     def _output_layer(self) -> OutputLayer:
@@ -132,7 +123,7 @@ class Teacher:
         *,
         keep: Keep | None = None,
         loads: list[int] | None = None,
-    ) -> Scored:
+    ) -> ScoredRows:
         """Score rows; every rank of the teacher's grid passes the same rows and gets the same answer.
 
         The rows are shared over the data-parallel replicas by token count, so each row is computed once.
@@ -145,7 +136,7 @@ class Teacher:
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         shares = balance(lengths, self.grid.layout.data, loads)
-        keep = None if self.info.state_kind.name == "none" else keep
+        keep = None if self.state_kind.name == "none" else keep
         slices: dict[int, dict[int, torch.Tensor]] = {}
         mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep, slices)
         gathered = all_gather_flat(mine, group=self.grid.pg.dp)
@@ -157,9 +148,9 @@ class Teacher:
             for i, row in enumerate(share):
                 log_probs[row], entropies[row] = pieces[i], pieces[i + len(share)]
         if keep is None:
-            return Scored(log_probs, entropies, None)
+            return ScoredRows(log_probs, entropies, None)
         holder = {keep.row_ids[row]: replica for replica, share in enumerate(shares) for row in share}
-        return Scored(log_probs, entropies, KeptStates(holder, slices))
+        return ScoredRows(log_probs, entropies, KeptStates(holder, slices))
 
     def _score_share(
         self,
@@ -207,9 +198,9 @@ class Teacher:
     def _last_stage(
         self, hidden: torch.Tensor, pack: Pack, keep: Keep | None, slices: dict[int, dict[int, torch.Tensor]]
     ) -> torch.Tensor:
-        """[N, H] of this context rank's tokens -> [2, whole N] float32 of the rows, on all context ranks."""
+        """[T, H] of this context rank's tokens -> [2, whole T] float32 of the rows, on all context ranks."""
         shard = {"group": self.grid.pg.tp, "vocab_start": self.model.vocab_start}
-        kind, context, tops = self.info.state_kind, self.grid.pg.cp, []
+        kind, context, tops = self.state_kind, self.grid.pg.cp, []
 
         def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
             if keep is not None and kind.name == "topk":
@@ -225,7 +216,7 @@ class Teacher:
         return whole_tokens(scores.t(), pack, group=context).t()
 
     def _keep(self, states: torch.Tensor, pack: Pack, keep: Keep, slices: dict[int, dict[int, torch.Tensor]]) -> None:
-        """Add a pack's states [whole N, W] to what is kept, on CPU by row. They are there when :meth:`score` returns,
+        """Add a pack's states [whole T, W] to what is kept, on CPU by row. They are there when :meth:`score` returns,
         which waits for the scores; the pipeline does not wait for them."""
         columns = split_columns(states, keep.slices)
         # Every tensor rank has all of them; each sends its share.

@@ -25,8 +25,8 @@ from fire_megatron.parallel.exchange import exchange
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.host import HostMemory
+from fire_megatron.teachers.messages import SCORE_BYTES, slice_width
 from fire_megatron.teachers.pool import TeacherPool
-from fire_megatron.teachers.states import SCORE_BYTES, slice_width
 
 EXCHANGE_BYTES = 2**28
 """Of states that travel at a time, over all ranks."""

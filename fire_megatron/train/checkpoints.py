@@ -15,7 +15,7 @@ from fire_megatron.data.prompts import fingerprint
 from fire_megatron.metrics.logger import METRICS_FILE
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.rng import get_rng_state, set_rng_state
-from fire_megatron.train.setup import StudentRun, checkpoint_folder
+from fire_megatron.train.run import Run, checkpoint_folder
 
 
 class Checkpoints:
@@ -58,7 +58,7 @@ class Checkpoints:
         """The newest complete step, by this rank's view of the folder."""
         return max(saved_steps(self.folder), default=None)
 
-    def resume(self, run: StudentRun) -> TrainingState | None:
+    def resume(self, run: Run) -> TrainingState | None:
         """Load the newest step that is not damaged. Collective over the student's ranks.
 
         Returns:
@@ -108,7 +108,7 @@ class Checkpoints:
         for folder, why in damaged if self.world.is_main else ():
             self.say(f"{why}\n{folder} is damaged and is now {set_damaged_aside(folder)}; the step before it is taken")
 
-    def save(self, run: StudentRun, step: int, extra: dict[str, Any]) -> None:
+    def save(self, run: Run, step: int, extra: dict[str, Any]) -> None:
         """Save a completed step. Collective over the student's ranks.
 
         Raises:
@@ -123,7 +123,7 @@ class Checkpoints:
         )
         self.saved = step
 
-    def _order(self, run: StudentRun) -> dict[str, Any]:
+    def _order(self, run: Run) -> dict[str, Any]:
         """What fixes the prompts of every step, by recipe key."""
         recipe = self.recipe
         self._fingerprint = self._fingerprint or fingerprint(run.inputs.prompts)  # hashes every prompt, so once a run
@@ -134,7 +134,7 @@ class Checkpoints:
             "run.seed": recipe.run.seed,
         }
 
-    def _require_same_order(self, checkpoint: Path, saved: dict[str, Any], run: StudentRun) -> None:
+    def _require_same_order(self, checkpoint: Path, saved: dict[str, Any], run: Run) -> None:
         now = self._order(run)
         for key in (key for key in now if now[key] != saved[key]):
             was = "other prompts" if key == "data.train" else f"{saved[key]!r}, and is now {now[key]!r}"

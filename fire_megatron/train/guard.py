@@ -117,3 +117,8 @@ def agreed(report: Mapping[str, Value], grad_norm: float, *, group: dist.Process
     total, count, norms = all_gather_stacked(mine, group=group).T
     loss = float(total.sum() / count.sum()) if float(count.sum()) else 0.0
     return loss, float(norms.max())  # not-a-number, if any is
+
+
+def skips(guard: UpdateGuard, report: Mapping[str, Value], grad_norm: float, *, group: dist.ProcessGroup) -> bool:
+    """Whether to skip the update that these are of, the same on every rank; see :func:`agreed`."""
+    return guard.judge(*agreed(report, grad_norm, group=group)) is not None

@@ -11,6 +11,10 @@ import torch.distributed as dist
 from fire_megatron.platform.device import compute_device
 
 
+class Stopped(Exception):
+    """All ranks have agreed to leave; the step in progress is given up (it is redone exactly on resume)."""
+
+
 class StopRequest:
     """Remembers that this process was asked to stop, and lets all ranks agree on it.
 
@@ -39,11 +43,17 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
 
-    def agreed(self, *, group: dist.ProcessGroup) -> bool:
-        """Whether any rank was asked to stop. Collective: one all-reduce of a flag."""
-        flag = torch.tensor([float(self.signal_name is not None)], device=compute_device())
+    def agreed(self, failed: bool = False, *, group: dist.ProcessGroup) -> bool:
+        """Whether any rank has to stop. Collective: one all-reduce of two flags.
+
+        Args:
+            failed: whether this rank has to for another reason than a signal, which will be raised as an error.
+            group: the ranks that agree.
+        """
+        flags = torch.tensor([float(self.signal_name is not None), float(failed)], device=compute_device())
         if group.size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        if flag.item() and self.signal_name is None:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        signalled, failed_anywhere = flags.tolist()
+        if signalled and self.signal_name is None:
             self.signal_name = "a signal to another rank"
-        return bool(flag.item())
+        return bool(signalled or failed_anywhere)

@@ -23,7 +23,7 @@ from fire_megatron.losses.token_losses import (
     SAMPLED_REPORT,
     DivergenceSettings,
     Segment,
-    Shard,
+    VocabShard,
     full_loss,
     sampled_loss,
     topk_loss,
@@ -34,11 +34,11 @@ from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import all_gather_stacked
 from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.host import upload
-from fire_megatron.teachers.states import unpack_topk
+from fire_megatron.teachers.messages import unpack_topk
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Stretch:
     """Consecutive rows of a micro-batch that learn from the same teachers."""
 
     teachers: tuple[str, ...]
@@ -46,8 +46,8 @@ class _Run:
     lengths: tuple[int, ...]
     """Response tokens of each row that are this context rank's."""
     places: torch.Tensor | None
-    """[N of the run] where these stand among all of the rows' response tokens, laid end to end; None when they are all
-    of them."""
+    """[N of the stretch] where these stand among all of the rows' response tokens, laid end to end; None when they are
+    all of them."""
 
     @property
     def tokens(self) -> int:
@@ -92,19 +92,19 @@ class MicroBatch:
         by_column += [(None,) * len(packs)] if old is None else []
         return [cls(pack, rows, *values, tokens) for pack, *values in zip(packs, *by_column, strict=True)]
 
-    def runs(self) -> list[_Run]:
+    def stretches(self) -> list[_Stretch]:
         """The pack's rows by teacher, in order."""
-        runs, context = [], self.pack.context
+        stretches, context = [], self.pack.context
         numbers = range(len(self.pack.rows))
         whole = part = 0
         for teachers, group in itertools.groupby(numbers, lambda i: self.rows.targets[self.pack.rows[i]].teachers):
             mine = list(group)
             lengths = tuple(self.pack.local_lengths[i] for i in mine)
             places = None if context is None else context.places[part : part + sum(lengths)] - whole
-            runs.append(_Run(teachers, tuple(self.pack.rows[i] for i in mine), lengths, places))
+            stretches.append(_Stretch(teachers, tuple(self.pack.rows[i] for i in mine), lengths, places))
             whole += sum(self.pack.response_lengths[i] for i in mine)
             part += sum(lengths)
-        return runs
+        return stretches
 
 
 def _of_pack(values: Sequence[torch.Tensor], pack: Pack) -> torch.Tensor:
@@ -114,15 +114,15 @@ def _of_pack(values: Sequence[torch.Tensor], pack: Pack) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Report:
+class LossReport:
     """What the loss of a micro-batch reports, still on the device."""
 
-    sums_SR: torch.Tensor
-    """[S, R] float64: R reported numbers, each summed over the tokens of S runs of rows."""
+    sums_SF: torch.Tensor
+    """[S, F] float64: F reported figures, each summed over the tokens of S stretches of rows."""
     tokens: int
     """N."""
-    runs: tuple[tuple[str, int], ...]
-    """Name of the target and tokens of each run."""
+    stretches: tuple[tuple[str, int], ...]
+    """Name of the target and tokens of each stretch."""
 
 
 class Objective:
@@ -155,15 +155,15 @@ class Objective:
         layer = OutputLayer(self.model.output_weight, self.model.used_columns)
         return map_chunks(hidden, layer, score, chunk_tokens=self.loss.chunk_tokens)
 
-    def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Report]:
+    def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, LossReport]:
         """[N, H] final hidden states -> this micro-batch's share of the loss, and what :meth:`metrics` reads."""
-        runs = batch.runs()
-        lengths = [run.tokens for run in runs]
+        stretches = batch.stretches()
+        lengths = [stretch.tokens for stretch in stretches]
         try:
-            loss, report_RN = chunked_linear_loss(
+            loss, report_FN = chunked_linear_loss(
                 hidden,
                 self.model.output_weight,
-                self._build(batch, runs),
+                self._build(batch, stretches),
                 columns=self.model.used_columns,
                 segments=lengths,
                 chunk_tokens=self.loss.chunk_tokens,
@@ -171,27 +171,29 @@ class Objective:
         finally:
             for head in self.heads.values():
                 head.release()
-        sums = [part.sum(-1) for part in report_RN.double().split(lengths, -1)] if runs else []
-        sums_SR = torch.stack(sums) if sums else report_RN.new_zeros(0, len(report_RN), dtype=torch.float64)
-        return loss, Report(sums_SR, len(hidden), tuple((Target.join(run.teachers), run.tokens) for run in runs))
+        sums = [part.sum(-1) for part in report_FN.double().split(lengths, -1)] if stretches else []
+        sums_SF = torch.stack(sums) if sums else report_FN.new_zeros(0, len(report_FN), dtype=torch.float64)
+        return loss, LossReport(
+            sums_SF, len(hidden), tuple((Target.join(stretch.teachers), stretch.tokens) for stretch in stretches)
+        )
 
-    def metrics(self, reports: Sequence[Report]) -> dict[str, Value]:
+    def metrics(self, reports: Sequence[LossReport]) -> dict[str, Value]:
         """Means over tokens in the file, whatever the micro-batches, mini-batches and ranks that they are spread over.
         The host waits for the device once for all of the reports."""
         totals: dict[str, Value] = {}
-        numbers = iter(torch.cat([report.sums_SR for report in reports]).tolist() if reports else [])
+        numbers = iter(torch.cat([report.sums_SF for report in reports]).tolist() if reports else [])
         for report in reports:
-            sums = [next(numbers) for _ in report.runs]
+            sums = [next(numbers) for _ in report.stretches]
             merge(totals, {name: Mean(sum(s[i] for s in sums), report.tokens) for i, name in enumerate(self._names)})
-            for (target, tokens), values in zip(report.runs, sums, strict=True):
+            for (target, tokens), values in zip(report.stretches, sums, strict=True):
                 if self._names is DIVERGENCE_REPORT:
                     merge(totals, {f"teacher/{target}/divergence": Mean(values[1], tokens)})
         return totals
 
-    def _shard(self) -> Shard:
-        return Shard(self.group, self.model.vocab_start, len(self.model.output_weight))
+    def _shard(self) -> VocabShard:
+        return VocabShard(self.group, self.model.vocab_start, len(self.model.output_weight))
 
-    def _sampled(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
+    def _sampled(self, batch: MicroBatch, stretches: Sequence[_Stretch]) -> TokenLoss:
         teacher, rollout, weight, old = batch.teacher, batch.rollout, batch.weight, batch.old
         importance = self.loss.importance
 
@@ -210,38 +212,38 @@ class Objective:
 
         return sampled_loss(batch.pack.targets, estimate, shard=self._shard(), tokens=batch.tokens)
 
-    def _full(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
-        segments = [self._segment(run, batch.rows) for run in runs]
+    def _full(self, batch: MicroBatch, stretches: Sequence[_Stretch]) -> TokenLoss:
+        segments = [self._segment(stretch, batch.rows) for stretch in stretches]
         return full_loss(segments, batch.weight, self._settings, shard=self._shard(), tokens=batch.tokens)
 
-    def _segment(self, run: _Run, rows: TrainingRows) -> Segment:
-        heads = [self.heads[name] for name in run.teachers]
+    def _segment(self, stretch: _Stretch, rows: TrainingRows) -> Segment:
+        heads = [self.heads[name] for name in stretch.teachers]
         weights = [
             torch.tensor(rows.targets[row].weights).expand(length, -1)
-            for row, length in zip(run.rows, run.lengths, strict=True)
+            for row, length in zip(stretch.rows, stretch.lengths, strict=True)
         ]
         return Segment(
             layers=heads,
             hidden=[
-                self._states(name, run, rows, head.weight_VH.shape[1])
-                for name, head in zip(run.teachers, heads, strict=True)
+                self._states(name, stretch, rows, head.weight_VH.shape[1])
+                for name, head in zip(stretch.teachers, heads, strict=True)
             ],
-            weight_NK=upload(weights, dtype=torch.float32, device=compute_device()).view(-1, len(heads)),
+            weight_NM=upload(weights, dtype=torch.float32, device=compute_device()).view(-1, len(heads)),
         )
 
-    def _topk(self, batch: MicroBatch, runs: Sequence[_Run]) -> TokenLoss:
+    def _topk(self, batch: MicroBatch, stretches: Sequence[_Stretch]) -> TokenLoss:
         width = 2 * self.loss.top_k + 1
         empty = torch.zeros(0, width, dtype=torch.int32, device=compute_device())
         # One teacher a row: train/inputs.py refuses mixtures.
-        states = [self._states(*run.teachers, run, batch.rows, width) for run in runs]
+        states = [self._states(*stretch.teachers, stretch, batch.rows, width) for stretch in stretches]
         teacher = unpack_topk(torch.cat([empty, *states]))
         return topk_loss(teacher, batch.weight, self._settings, shard=self._shard(), tokens=batch.tokens)
 
-    def _states(self, name: str, run: _Run, rows: TrainingRows, width: int) -> torch.Tensor:
-        """[N of the run, W] what a teacher sent of these rows, put together from the tensor ranks' slices."""
+    def _states(self, name: str, stretch: _Stretch, rows: TrainingRows, width: int) -> torch.Tensor:
+        """[N of the stretch, W] what a teacher sent of these rows, put together from the tensor ranks' slices."""
         assert rows.states is not None
-        parts = [rows.states[row][name] for row in run.rows]
-        if run.places is not None:  # of a part of each row, the rest need not cross
-            parts = [torch.cat(parts)[run.places]]
+        parts = [rows.states[row][name] for row in stretch.rows]
+        if stretch.places is not None:  # of a part of each row, the rest need not cross
+            parts = [torch.cat(parts)[stretch.places]]
         own = upload(parts, dtype=parts[0].dtype, device=compute_device()).view(-1, parts[0].shape[1])
         return all_gather_stacked(own, group=self.group).movedim(0, 1).flatten(1)[:, :width]

@@ -47,13 +47,14 @@ class RunFolder:
             self._status = replace(self._status, **changes)
             write_status(self.path, self._status)
 
-    def open(self, *, step: int, resumed: bool, told: bool = True) -> MetricsLogger:
+    def open(self, *, step: int, resumed: bool, logged: int, evaluated: int) -> MetricsLogger:
         """Save the resolved recipe and open the metrics.
 
         Args:
             step: steps done.
             resumed: whether the run continues from a checkpoint.
-            told: whether the metrics of the last step done need not be logged again.
+            logged: last step whose metrics need not be logged again.
+            evaluated: last step whose evaluation need not be made again.
 
         Raises:
             RecipeError: the folder cannot be written.
@@ -67,7 +68,8 @@ class RunFolder:
             self._recipe.metrics,
             total_steps=self._recipe.run.steps,
             start_step=step if resumed else -1,
-            told=told,
+            logged=logged if resumed else -1,
+            evaluated=evaluated if resumed else -1,
             enabled=self._main,
         )
 

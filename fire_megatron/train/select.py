@@ -6,6 +6,7 @@ Shapes: B rows of this replica, R longest response, R_i response tokens of row i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -44,32 +45,49 @@ def fire_batch(rollouts: Rollouts, scores: Scores, teacher_names: Sequence[str])
     )
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What is left of this replica's rows, and why."""
+
+    rows: TrainingRows
+    """Those that train, in their order."""
+    selection: Selection
+    """What the hooks have decided on all of them."""
+    metrics: dict[str, Value]
+    """Count every row once: on one rank of each replica."""
+
+
 def select(
     rollouts: Rollouts,
     scores: Scores,
-    teacher_names: Sequence[str],
     hooks: Sequence[Hook],
+    teacher_names: Sequence[str],
     *,
     micro_batch_size: int,
     grid: ModelGrid,
-) -> tuple[TrainingRows, Selection, dict[str, Value]]:
-    """Apply the hooks over the global batch and keep this replica's surviving rows.
+) -> Selected:
+    """Apply the hooks over the global batch and keep this replica's surviving rows. Collective over
+    ``grid.row_group``.
 
-    Returns:
-        The kept rows, in their order; what the hooks decided on all of this replica's rows; and metrics (which count
-        every row once: on one rank of each replica).
+    Args:
+        rollouts: B answers.
+        scores: what the teachers say of them.
+        hooks: in their order.
+        teacher_names: of all targets (:attr:`TeacherRouter.names`).
+        micro_batch_size: ``optimizer.micro_batch_size``, for hooks whose scope it is.
+        grid: the student's.
     """
     batch = fire_batch(rollouts, scores, teacher_names)
     selection = apply_hooks(batch, hooks, reducer=Reducer(grid.row_group), micro_batch_size=micro_batch_size)
     kept = selection.keep_B.nonzero().flatten().tolist()
     weights = selection.weight_BR.cpu()
     rows = TrainingRows(
-        rollouts=rollouts.select(kept),
+        rollouts=rollouts.take(kept),
         targets=tuple(scores.targets[i] for i in kept),
         teacher_log_probs=tuple(scores.log_probs[i] for i in kept),
         weights=tuple(weights[i, : len(rollouts.responses[i])] for i in kept),
     )
-    return rows, selection, _metrics(rollouts, scores, selection)
+    return Selected(rows, selection, _metrics(rollouts, scores, selection))
 
 
 def _metrics(rollouts: Rollouts, scores: Scores, selection: Selection) -> dict[str, Value]:

@@ -29,7 +29,7 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.parallel.lone import lone_groups_silent
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform.device import compute_device
-from fire_megatron.train.objective import MicroBatch, Objective, Report
+from fire_megatron.train.objective import LossReport, MicroBatch, Objective
 
 
 def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig, *, grid: ModelGrid) -> ChainedOptimizer:
@@ -193,7 +193,7 @@ class Student:
         ready = MicroBatch.of(packs, rows, old, tokens) if self.grid.is_last_stage else []
         batches = {id(batch.pack): batch for batch in ready}
 
-        def last_stage(hidden: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, int, Report]:
+        def last_stage(hidden: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, int, LossReport]:
             batch = batches.get(id(pack)) or MicroBatch.of([pack], rows, old, tokens)[0]  # one of padding
             loss, report = self.objective(hidden, batch)
             return loss, len(hidden), report

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-import fire_megatron.train.trainer  # noqa: F401  what a run imports
+import fire_megatron.train.lifecycle  # noqa: F401  what a run imports
 from fire_megatron.checkpoint.steps import saved_steps
 from fire_megatron.cli.train import main
 

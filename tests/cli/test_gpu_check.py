@@ -174,19 +174,21 @@ def test_generations_that_are_timed_keep_what_a_run_keeps(monkeypatch):
     made = []
 
     class Engine:
-        def __init__(self, model, grid, config, *, keep_cache, **_):
+        def __init__(self, model, grid, *, keep_cache):
             assert keep_cache
-            self.config = config
-            made.append(config.max_new_tokens)
 
-        def generate(self, prompts, rows, *, step):
+        def release(self):
+            made.append("released")
+
+        def generate(self, prompts, rows, *, sampling, step):
             assert len(prompts) == 4
+            made.append(sampling.max_new_tokens)
 
     monkeypatch.setattr(decode, "MegatronEngine", Engine)
     generate = decode._Generation(SimpleNamespace(context=Context("cpu", "", ""), grid=None), None, 4)
     for tokens in (8, 8, 8, 1, 1):
         generate(tokens)
-    assert made == [8, 1]
+    assert made == ["released", 8, 8, 8, "released", 1, 1]
 
 
 def test_the_table_is_sound():

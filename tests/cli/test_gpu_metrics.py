@@ -75,7 +75,7 @@ def test_a_run_that_fails_leaves_no_thread(inputs, tmp_path, nvml, monkeypatch):
         seen.extend(threads())
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fire_megatron.train.trainer.select", fail)
+    monkeypatch.setattr("fire_megatron.train.loop.select", fail)
     with pytest.raises(ZeroDivisionError):
         run(inputs, tmp_path)
     assert seen and not threads() and nvml.running == 0
@@ -85,7 +85,7 @@ DRIVER = """
 import os, sys
 from nvml import BUS_ID, UUID, FakeNvml
 from fire_megatron.cli.train import main
-from fire_megatron.platform import GpuIdentity
+from fire_megatron.platform.device import GpuIdentity
 from fire_megatron.train import gpus
 
 rank = int(os.environ["RANK"])

@@ -22,7 +22,7 @@ from fire_megatron.checkpoint.steps import find_latest, saved_steps
 from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.platform import launch
-from fire_megatron.train.trainer import Trainer
+from fire_megatron.train.lifecycle import Trainer
 
 KEEP = 2
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}

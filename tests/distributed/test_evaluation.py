@@ -14,7 +14,7 @@ from roles import Roles, share
 
 from fire_megatron.cli.evaluate import _parser, _read
 from fire_megatron.config.errors import UserError
-from fire_megatron.config.schema import DataConfig, RolloutConfig, SourceConfig
+from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.tokenizer import load_tokenizer
 from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
@@ -25,6 +25,7 @@ from fire_megatron.evaluation.standalone import Evaluation
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
@@ -119,10 +120,10 @@ def take(world, roles, folder, path, layout, file):
     tokenizer = load_tokenizer(path)
     benchmark = read_benchmark(folder / "sums.jsonl")
     prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
-    rollout = RolloutConfig(prompts_per_step=1, max_new_tokens=16, batch_size=4)
-    engine = MegatronEngine(model, grid, rollout, stop_ids=tokenizer.eos_ids, seed=7)
+    engine = MegatronEngine(model, grid)
+    sampling = Sampling(max_new_tokens=16, batch_size=4, stop_ids=frozenset(tokenizer.eos_ids), seed=7)
     waiting = roles.factory.cpu_group(range(world.size), purpose="evaluation")
-    exam = Exam(benchmark, prompts, 3, engine, grid, tokenizer, waiting)
+    exam = Exam(benchmark, prompts, 3, engine, sampling, grid, tokenizer, waiting)
     with Judge() as judge:
         scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
     dist.barrier()

@@ -13,7 +13,7 @@ from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.mail import Mail
 from fire_megatron.platform import launch
 from fire_megatron.platform.host import HostMemory
-from fire_megatron.teachers.states import slice_width, split_columns
+from fire_megatron.teachers.messages import slice_width, split_columns
 
 
 def sent(outgoing, incoming, dtype):

@@ -28,13 +28,13 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe
 from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.teacher import Teacher
-from fire_megatron.train.trainer import Trainer
+from fire_megatron.train.lifecycle import Trainer
 
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/", "router/")
 """Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
@@ -56,7 +56,7 @@ def test_scores_of_uneven_rows(roles, world_size, count):
         if sequence is False and layout.tensor == 1:
             continue
         model, grid = roles.build(SPEC, layout, sequence=sequence)
-        teacher = Teacher("math", model, grid, micro_batch_tokens=12)
+        teacher = Teacher(model, grid, micro_batch_tokens=12)
         scored = teacher.score(prompts, responses)
         for ours, entropy, (log_prob, expected_entropy) in zip(
             scored.log_probs, scored.entropies, expected, strict=True
@@ -71,7 +71,7 @@ def test_weights_that_are_not_normalised(roles, world_size, top_k):
     spec, (prompts, responses) = Spec("qwen3-moe", changes=changes), draw_rows(3)
     for layout in expert_layouts(world_size)[-2:]:
         model, grid = roles.build(spec, layout)
-        scored = Teacher("math", model, grid, micro_batch_tokens=64).score(prompts, responses)
+        scored = Teacher(model, grid, micro_batch_tokens=64).score(prompts, responses)
         for prompt, response, ours in zip(prompts, responses, scored.log_probs, strict=True):
             logits = hf_response_logits(reference(spec), prompt, response)
             torch.testing.assert_close(ours.double(), log_prob_and_entropy(logits, response)[0], rtol=0, atol=3e-5)
@@ -79,15 +79,9 @@ def test_weights_that_are_not_normalised(roles, world_size, top_k):
 
 def generate(model, grid, prompts, rows, *, stop_ids=(), batch_size=0):
     """Greedy responses by row, put together from all replicas."""
-    config = RolloutConfig(
-        prompts_per_step=len(prompts),
-        max_new_tokens=9,
-        temperature=0.0,
-        **({"batch_size": batch_size} if batch_size else {}),
-    )
-    engine = MegatronEngine(model, grid, config, stop_ids=stop_ids, seed=5)
+    sampling = Sampling(max_new_tokens=9, temperature=0.0, stop_ids=frozenset(stop_ids), batch_size=batch_size)
     mine = [rows[i] for i in replica_rows(len(rows), grid)]
-    made = engine.generate([prompts[i] for i in mine], mine, step=0)
+    made = MegatronEngine(model, grid).generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(zip(mine, (r.tolist() for r in made.responses), strict=True)))
     return {row: tokens for part in gathered for row, tokens in part.items()}

@@ -12,7 +12,6 @@ from recorded_graph import pretend_graphs
 from roles import EXPERTS, Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference, share
 
 from fire_megatron.checkpoint.convert import hf_to_megatron
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.models import packed_linear
@@ -21,6 +20,7 @@ from fire_megatron.parallel.grid import Layout
 from fire_megatron.rollout import engine as engines
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampler import uniforms
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.teacher import Teacher
 
 SEED, STEP = 5, 3
@@ -42,11 +42,11 @@ def draw_prompts(lengths=PROMPT_LENGTHS):
     return [Prompt(i, "math", tuple(t), "") for i, t in enumerate(tokens)]
 
 
-def generate_rows(model, grid, prompts, rows, *, stop_ids=(), **settings):
+def generate_rows(model, grid, prompts, rows, *, stop_ids=(), sync_every=0, **settings):
     """This replica's rows by id: (tokens, log-probs, entropies, truncated)."""
-    config = RolloutConfig(**{"prompts_per_step": len(prompts), "max_new_tokens": NEW_TOKENS, **settings})
-    engine = MegatronEngine(model, grid, config, stop_ids=stop_ids, seed=SEED)
-    made = engine.generate([prompts[i] for i in rows], rows, step=STEP)
+    sampling = Sampling(**{"max_new_tokens": NEW_TOKENS, "seed": SEED, "stop_ids": frozenset(stop_ids), **settings})
+    engine = MegatronEngine(model, grid, sync_every=sync_every)
+    made = engine.generate([prompts[i] for i in rows], rows, sampling=sampling, step=STEP)
     assert made.row_ids == tuple(rows) and made.weight_version == STEP and not model.training
     columns = zip(made.responses, made.log_probs, made.entropies, made.truncated, strict=True)
     return dict(zip(rows, columns, strict=True))
@@ -157,15 +157,13 @@ def test_samples_do_not_depend_on_batch_or_company(roles, world_size, which, tem
 def test_seed_step_and_row_change_the_sample(roles, world_size):
     prompts = draw_prompts((4,)) * 2
     model, grid = roles.build(Spec("llama"), Layout(num_ranks=world_size))
-    rows = [0, 1]
-    engines = [
-        MegatronEngine(model.eval(), grid, RolloutConfig(prompts_per_step=2, max_new_tokens=8), stop_ids=[], seed=seed)
-        for seed in (1, 2)
-    ]
+    engine = MegatronEngine(model.eval(), grid)
     samples = [
         tuple(tokens.tolist())
-        for engine, step in ((engines[0], 0), (engines[0], 1), (engines[1], 0))
-        for tokens in engine.generate(prompts, rows, step=step).responses
+        for seed, step in ((1, 0), (1, 1), (2, 0))
+        for tokens in engine.generate(
+            prompts, [0, 1], sampling=Sampling(max_new_tokens=8, seed=seed), step=step
+        ).responses
     ]
     assert len(set(samples)) == 6  # same prompt throughout
 
@@ -231,7 +229,7 @@ def test_log_probs_are_those_of_scoring(roles, world_size, family):
     for layout in layouts(world_size, contexts=(1, 2)):
         model, grid = roles.build(Spec(family), layout)
         made = generate(model.eval(), grid, prompts)
-        teacher = Teacher("self", model, grid, micro_batch_tokens=48)
+        teacher = Teacher(model, grid, micro_batch_tokens=48)
         log_probs, entropies, _ = teacher.score(
             [torch.tensor(p.token_ids) for p in prompts], [made[row][0] for row in range(len(prompts))]
         )
@@ -293,10 +291,10 @@ def test_finished_rows_are_handed_over_while_others_are_sampled(roles, world_siz
     for layout in layouts(world_size):
         model, grid = roles.build(spec, layout)
         mine, events = replica_rows(len(prompts), grid), []
-        config = RolloutConfig(prompts_per_step=len(prompts), max_new_tokens=NEW_TOKENS, batch_size=1)
-        made = MegatronEngine(model, grid, config, stop_ids=(), seed=SEED).generate(
+        made = MegatronEngine(model, grid).generate(
             [prompts[i] for i in mine],
             mine,
+            sampling=Sampling(max_new_tokens=NEW_TOKENS, seed=SEED, batch_size=1),
             step=STEP,
             progress=lambda tokens: events.append("sampled"),  # noqa: B023
             finished=lambda ids, responses: events.append((ids, responses)),  # noqa: B023

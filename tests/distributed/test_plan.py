@@ -25,9 +25,9 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.platform import launch
 from fire_megatron.platform.host import HostMemory
-from fire_megatron.teachers.states import split_columns
+from fire_megatron.teachers.messages import split_columns
 from fire_megatron.train.rebalance import rebalance
-from fire_megatron.train.setup import prepare
+from fire_megatron.train.setup import Setup
 
 pytestmark = pytest.mark.world_size(4)
 
@@ -84,15 +84,15 @@ def traced(action):
 def measured(recipe, world):
     """The real step of this rank, phase by phase, with rows of one length."""
     watch = launch.watch(world, roles="", timeout=60)
-    run = prepare(resolved(recipe, world.device.kind), world, watch, lambda text: None).student
+    run = Setup(resolved(recipe, world.device.kind), world, watch, lambda text: None).run
     student, grid, engine = run.student, run.grid, run.engine
-    engine.stop_ids = frozenset()
+    sampling = replace(run.sampling, stop_ids=frozenset())
     total = recipe.rollout.prompts_per_step
     mine = replica_rows(total, grid)
     prompts = [Prompt(i, "math", tuple((i + j) % 50 + 3 for j in range(PROMPT)), "") for i in mine]
     phases: dict[str, Trace] = {}
     engine.keep_cache = True  # to be measured
-    phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, step=0))
+    phases["sampling"], rollouts = traced(lambda: engine.generate(prompts, mine, sampling=sampling, step=0))
     kv_cache = engine._decoder.cache.nbytes
     engine._decoder = None
     for name, teacher in run.router.pool.teachers.items():

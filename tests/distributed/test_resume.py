@@ -14,7 +14,7 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe
 
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
-from fire_megatron.train.trainer import Trainer
+from fire_megatron.train.lifecycle import Trainer
 
 STEPS, STOP = 4, 2
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "router/")

@@ -47,7 +47,7 @@ def teachers(roles, world_size):
     built = {}
     for name, layout in shapes.items():
         model, grid = roles.build(SPECS[name], layout)
-        built[name] = Teacher(name, model, grid, micro_batch_tokens=24)
+        built[name] = Teacher(model, grid, micro_batch_tokens=24)
     return built
 
 
@@ -105,11 +105,11 @@ class Watch:
         """Wraps ``Teacher.score`` and listens to each model's forward passes."""
         self.asked = {name: Counter() for name in teachers}
         self.computed = {name: Counter() for name in teachers}
-        real = Teacher.score
+        real, named = Teacher.score, {id(teacher): name for name, teacher in teachers.items()}
 
         def score(teacher, prompts, responses, **options):
             rows = zip(prompts, responses, strict=True)
-            self.asked[teacher.info.name].update((*p.tolist(), *r.tolist()) for p, r in rows)
+            self.asked[named[id(teacher)]].update((*p.tolist(), *r.tolist()) for p, r in rows)
             return real(teacher, prompts, responses, **options)
 
         monkeypatch.setattr(Teacher, "score", score)

@@ -37,10 +37,9 @@ from fire_megatron.platform import launch
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.platform.offload import Offload
 from fire_megatron.teachers.heads import teacher_heads
+from fire_megatron.teachers.messages import StateKind
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
-from fire_megatron.teachers.service import serve_student
-from fire_megatron.teachers.states import StateKind
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.rebalance import rebalance
@@ -96,8 +95,7 @@ class Cast:
                 models[name] = load_role(folder / name, configs[name], grid, world)
                 models[name].used_vocab_size = VOCABULARY
                 away = Offload(models[name].parameters, constant=True) if offload else None
-                members[name] = Teacher(name, models[name], grid, micro_batch_tokens=24, state_kind=kind, offload=away)
-                assert members[name].info == infos[name]
+                members[name] = Teacher(models[name], grid, micro_batch_tokens=24, state_kind=kind, offload=away)
         heads = {}
         if self.model is not None:
             self.model.used_vocab_size = VOCABULARY
@@ -136,9 +134,8 @@ class Cast:
             box = [work()]
             self.router.announce(do="stop", error=None)
         else:
-            assert (
-                serve_student(self.pool, Transfer(self.pool, self.grid, self.control), self.control, idle=int) is None
-            )
+            transfer = Transfer(self.pool, self.grid, self.control)
+            assert self.pool.obey(self.control, transfer.serve, idle=int) is None
         dist.barrier()
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -165,10 +162,10 @@ class Cast:
         """Scores, metrics and whole gradients of a step."""
         rollouts = rollouts_of(replica_rows(ROWS, self.grid), self.mixed)
         scores = self.score(rollouts, ROWS)
-        kept, *_ = select(
-            rollouts, scores, self.router.names, build_hooks(self.loss.hooks), micro_batch_size=2, grid=self.grid
+        selected = select(
+            rollouts, scores, build_hooks(self.loss.hooks), self.router.names, micro_batch_size=2, grid=self.grid
         )
-        kept = rebalance(kept, rows(self.mixed)[0], self.router.target, grid=self.grid, memory=HostMemory())
+        kept = rebalance(selected.rows, rows(self.mixed)[0], self.router.target, grid=self.grid, memory=HostMemory())
         part, traffic = self.router.attach(kept, scores.kept)
         tokens = self.student.count_tokens(part, Reducer(self.grid.pg.dp))
         metrics = self.student.accumulate_gradients(part, tokens=tokens)
@@ -269,11 +266,13 @@ def test_each_row_is_scored_once_by_its_teacher_in_order_and_evenly(casts, monke
     shuffle.shuffle(order)
     loads = {}
     computed = {name: [] for name in ROUTE}
+    named = {id(teacher): name for name, teacher in cast.pool.teachers.items()}
     real = Teacher._score_share
 
     def listening(teacher, prompts, responses, lengths, share, *rest):
-        computed[teacher.info.name] += [(tuple(prompts[i].tolist()), tuple(responses[i].tolist())) for i in share]
-        loads[teacher.info.name] = loads.get(teacher.info.name, 0) + sum(lengths[i] for i in share)
+        name = named[id(teacher)]
+        computed[name] += [(tuple(prompts[i].tolist()), tuple(responses[i].tolist())) for i in share]
+        loads[name] = loads.get(name, 0) + sum(lengths[i] for i in share)
         return real(teacher, prompts, responses, lengths, share, *rest)
 
     def work():

@@ -18,7 +18,6 @@ from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import (
     OptimizerConfig,
     PrecisionConfig,
-    RolloutConfig,
     StudentConfig,
     TeacherConfig,
 )
@@ -31,8 +30,9 @@ from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.heads import teacher_heads
-from fire_megatron.teachers.states import StateKind
+from fire_megatron.teachers.messages import StateKind
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.select import select
@@ -79,7 +79,7 @@ def run_step(
         configs[name] = TeacherConfig(checkpoint=str(folder / name), vocab_multiple=4, parallel=parallel)
         models[name] = load_role(folder / name, configs[name], theirs, world)
         models[name].used_vocab_size = VOCABULARY
-        teachers[name] = Teacher(name, models[name], theirs, micro_batch_tokens=24, state_kind=StateKind.of(loss))
+        teachers[name] = Teacher(models[name], theirs, micro_batch_tokens=24, state_kind=StateKind.of(loss))
     shapes = {name: read_hf_config(folder / name) for name in ROUTE}
     heads = teacher_heads(configs, shapes, models, model) if loss.estimator == "full" else {}
     # distributed=False leaves each whole gradient in main_grad on every data-parallel rank, to be compared.
@@ -98,16 +98,16 @@ def run_step(
     router = make_router(teachers, ROUTE, grid, factory, prompts=rows(mixed)[0], mixture=loss.mixture)
     rollouts = rollouts_of(replica_rows(count, grid), mixed)
     scores = score(router, rollouts, keep_states=True)
-    kept, _, selected = select(
+    selected = select(
         rollouts,
         scores,
-        router.names,
         build_hooks(loss.hooks),
+        router.names,
         micro_batch_size=micro_batch_size,
         grid=grid,
     )
     part, traffic = router.attach(
-        rebalance(kept, rows(mixed)[0], router.target, grid=grid, memory=HostMemory()), scores.kept
+        rebalance(selected.rows, rows(mixed)[0], router.target, grid=grid, memory=HostMemory()), scores.kept
     )
     if micro_batch_tokens:
         packed = [sorted(pack.rows) for pack in student.packs(part)]
@@ -116,7 +116,7 @@ def run_step(
     tokens = student.count_tokens(part, Reducer(grid.pg.dp))
     metrics = student.accumulate_gradients(part, tokens=tokens)
     if grid.tp_rank == 0 and grid.is_first_stage:  # each row once, as in the trainer
-        metrics = selected | metrics
+        metrics = selected.metrics | metrics
     return reduce_metrics(traffic | metrics, group=grid.span), whole_gradients(student, grid)
 
 
@@ -266,22 +266,22 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory)
     )
     model = load_role(checkpoints / "student", role, grid, world)
     twin = load_role(checkpoints / "student", role, grid, world)
-    teacher = Teacher("twin", twin, grid, micro_batch_tokens=24)
+    teacher = Teacher(twin, grid, micro_batch_tokens=24)
     router = make_router({"twin": teacher}, {"math": "twin", "code": "twin"}, grid, factory)
-    engine = MegatronEngine(model, grid, RolloutConfig(prompts_per_step=ROWS, max_new_tokens=9), stop_ids=[EOS], seed=5)
     prompts, _ = rows()
     mine = replica_rows(ROWS, grid)
-    rollouts = engine.generate([prompts[i] for i in mine], mine, step=0)
+    sampling = Sampling(max_new_tokens=9, stop_ids=frozenset([EOS]), seed=5)
+    rollouts = MegatronEngine(model, grid).generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)
     scores = score(router, rollouts)
     for student_log_prob, teacher_log_prob in zip(rollouts.log_probs, scores.log_probs, strict=True):
         torch.testing.assert_close(student_log_prob, teacher_log_prob, rtol=0, atol=2e-5)
     student = Student(
         model, grid, loss=LossConfig(), optimizer=OptimizerConfig(distributed=False), precision=PrecisionConfig()
     )
-    kept, _, metrics = select(rollouts, scores, router.names, [], micro_batch_size=1, grid=grid)
-    part = rebalance(kept, prompts, router.target, grid=grid, memory=HostMemory())
+    selected = select(rollouts, scores, [], router.names, micro_batch_size=1, grid=grid)
+    part = rebalance(selected.rows, prompts, router.target, grid=grid, memory=HostMemory())
     student.accumulate_gradients(part, tokens=student.count_tokens(part, Reducer(grid.pg.dp)))
     if mine:
-        assert metrics["teacher/twin/reverse_kl"].result == pytest.approx(0, abs=1e-5)
+        assert selected.metrics["teacher/twin/reverse_kl"].result == pytest.approx(0, abs=1e-5)
     for key, gradient in whole_gradients(student, grid).items():
         assert gradient.abs().max() < 1e-4, key

@@ -8,7 +8,7 @@ from dense import KINDS, overwritten, value_and_gradient
 from fire_megatron.losses import softmax
 from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
-from fire_megatron.losses.token_losses import DivergenceSettings, Segment, Shard, full_loss
+from fire_megatron.losses.token_losses import DivergenceSettings, Segment, VocabShard, full_loss
 from fire_megatron.losses.topk import top_k, topk_divergence
 from fire_megatron.losses.vocab_divergence import divergence
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
@@ -116,7 +116,7 @@ def test_equals_unsharded_at_a_temperature(group, kind, layout, temperature):
 def test_mixtures_equal_unsharded(group, kind, layout, mixture):
     student, *teachers, grad = draw(9, layout, models=4)
     mine, *theirs = (shard(x, layout, group)[0] for x in (student, *teachers))
-    options = {"mixture": mixture, "teacher_temperature": 0.7, "weight_TK": draw_weights(9, 3)}
+    options = {"mixture": mixture, "teacher_temperature": 0.7, "weight_TM": draw_weights(9, 3)}
     doubles = [x.double() for x in teachers]
     whole = value_and_gradient(of(kind, doubles, **options), student.double(), grad)
     same(value_and_gradient(of(kind, theirs, group, block_tokens=4, **options), mine, grad), whole, layout, group)
@@ -150,7 +150,7 @@ def test_masked_tokens_are_exactly_zero_whatever_they_hold(group, kind, reuse):
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits(group, kind, dtype):
-    # Shard peaks are 2e4 apart, so that most shards' sums rescale to nothing.
+    # VocabShard peaks are 2e4 apart, so that most shards' sums rescale to nothing.
     student, teacher, _ = draw(12, "even", dtype)
     student[:4, :48], student[2:6, 0], teacher[4:8, 48:], teacher[6:10, 95] = -1e4, 1e4, -1e4, 1e4
     grad = torch.ones(12)
@@ -245,7 +245,7 @@ def test_two_collectives_forward_and_none_backward(group, collectives, tokens, m
 
     mine.requires_grad_()
     for mixture in ("distributions", "log_probs"):
-        options = {"weight_TK": weights, "mixture": mixture, "block_tokens": 4}
+        options = {"weight_TM": weights, "mixture": mixture, "block_tokens": 4}
         assert count(of("reverse_kl", theirs, group, **options)(mine)) == ["all_gather", "all_reduce"]
     listed = top_k(theirs[0], 5, group=group, vocab_start=start, block_tokens=4)
     assert collectives == ["all_gather", "all_gather"]
@@ -350,6 +350,6 @@ def test_a_full_loss_over_uneven_shards_communicates_alike(group, monkeypatch):
     head = OutputLayer(theirs.t().contiguous())
     segment = Segment([head], [torch.eye(33, head.weight_VH.shape[1])], torch.ones(33, 1))
     settings = DivergenceSettings(build_divergence("reverse_kl"))
-    loss = full_loss([segment], torch.ones(33), settings, shard=Shard(group, start, VOCABULARY), tokens=1.0)
+    loss = full_loss([segment], torch.ones(33), settings, shard=VocabShard(group, start, VOCABULARY), tokens=1.0)
     loss(mine.clone().requires_grad_(), slice(0, 33))
     assert len(calls) == 9 and same_on_all_ranks(torch.tensor(len(calls)), group)

@@ -165,7 +165,7 @@ def test_the_package_keeps_the_rules() -> None:
         ("fire_megatron/losses/a.py", "from fire_megatron import fire"),
         ("fire_megatron/losses/a.py", "from ..fire import hooks"),
         ("fire_megatron/losses/a.py", "from .. import fire"),
-        ("fire_megatron/losses/a.py", "def f():\n    from fire_megatron.train.trainer import Trainer"),
+        ("fire_megatron/losses/a.py", "def f():\n    from fire_megatron.train.lifecycle import Trainer"),
         ("fire_megatron/losses/a.py", "from megatron.core import parallel_state"),
         ("fire_megatron/fire/deep/a.py", "import megatron"),
         ("fire_megatron/rollout/a.py", "from fire_megatron.teachers.router import routes"),

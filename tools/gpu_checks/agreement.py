@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, RolloutConfig
+from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from fire_megatron.data.packing import Pack
 from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.models.pipeline import run_pipeline
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.teacher import Teacher
 from fire_megatron.train.student import Student
 from gpu_checks.check import Context, Findings, rounded
@@ -36,10 +37,9 @@ def agreement(context: Context) -> Findings:
     with alone(context) as here:
         model = here.model(name, dtype=here.dtype, sharp=SHARP)
         vocabulary = model.used_vocab_size
-        engine = MegatronEngine(
-            model, here.grid, RolloutConfig(prompts_per_step=rows, max_new_tokens=tokens), stop_ids=(), seed=1
-        )
-        rollouts = engine.generate(prompts_of(ragged(rows, 5, 150), vocabulary), range(rows), step=0)
+        engine, sampling = MegatronEngine(model, here.grid), Sampling(max_new_tokens=tokens, seed=1)
+        prompts = prompts_of(ragged(rows, 5, 150), vocabulary)
+        rollouts = engine.generate(prompts, range(rows), sampling=sampling, step=0)
         student = Student(
             model, here.grid, loss=LossConfig(), optimizer=OptimizerConfig(), precision=PrecisionConfig(here.dtype)
         )
@@ -48,10 +48,10 @@ def agreement(context: Context) -> Findings:
         head = _output_layer_error(here, student, training)
         del student
         texts = (rollouts.prompt_tokens, rollouts.responses)
-        scored = Teacher("t", model, here.grid, micro_batch_tokens=8192).score(*texts)
+        scored = Teacher(model, here.grid, micro_batch_tokens=8192).score(*texts)
         del model, engine
         exact_model = here.model(name, dtype="float32", spec="local", sharp=SHARP)
-        exact = Teacher("t", exact_model, here.grid, micro_batch_tokens=2048).score(*texts)
+        exact = Teacher(exact_model, here.grid, micro_batch_tokens=2048).score(*texts)
     sides = {"engine": rollouts.log_probs, "trainer": trainer, "teacher": scored.log_probs}
     pairs = {f"{side}_from_float32": (values, exact.log_probs) for side, values in sides.items()}
     pairs |= {

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from fire_megatron.config.schema import RolloutConfig
 from fire_megatron.platform.device import device_memory, peak_memory_mb, release_cached_memory, reset_peak_memory
 from fire_megatron.rollout.engine import MegatronEngine
+from fire_megatron.rollout.sampling import Sampling
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, need, rounded, said
 from gpu_checks.models import CONFIGS, Here, alone, parameter_bytes, prompts_of, ragged
@@ -94,16 +94,14 @@ class _Generation:
     and graphs, that stay from one to the next of as many tokens."""
 
     def __init__(self, here: Here, model: torch.nn.Module, rows: int) -> None:
-        self._here, self._model = here, model
         self._prompts = prompts_of(lengths(here.context, rows), CONFIGS[model_name(here.context)]["vocab_size"])
-        self._engine: MegatronEngine | None = None
+        self._engine, self._tokens = MegatronEngine(model, here.grid, keep_cache=True), 0
 
     def __call__(self, tokens: int) -> None:
-        if self._engine is None or self._engine.config.max_new_tokens != tokens:
-            self._engine = None  # its memory, before more is asked for
-            config = RolloutConfig(prompts_per_step=len(self._prompts), max_new_tokens=tokens)
-            self._engine = MegatronEngine(self._model, self._here.grid, config, stop_ids=(), seed=1, keep_cache=True)
-        self._engine.generate(self._prompts, range(len(self._prompts)), step=0)
+        if self._tokens != tokens:
+            self._engine.release()
+        self._tokens, sampling = tokens, Sampling(max_new_tokens=tokens, seed=1)
+        self._engine.generate(self._prompts, range(len(self._prompts)), sampling=sampling, step=0)
 
 
 def _cache_bytes(context: Context, rows: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.estimators import SampledLoss, sampled_policy_gradient
 from fire_megatron.losses.fused import OutputLayer, TokenLoss, chunked_linear_loss
-from fire_megatron.losses.token_losses import DivergenceSettings, Segment, Shard, full_loss, sampled_loss
+from fire_megatron.losses.token_losses import DivergenceSettings, Segment, VocabShard, full_loss, sampled_loss
 from fire_megatron.platform.device import Device, peak_memory_mb, release_cached_memory, reset_peak_memory, synchronize
 from gpu_checks import measure
 from gpu_checks.check import Context, Findings, rounded, said
@@ -63,14 +63,14 @@ def _sampled(problem: Problem) -> TokenLoss:
         ones = torch.ones_like(log_prob)
         return sampled_policy_gradient(log_prob, teacher_log_prob=teacher[part], rollout_log_prob=None, weight=ones)
 
-    return sampled_loss(problem.target_N, estimate, shard=Shard(None, 0, len(problem.weight_VH)), tokens=tokens)
+    return sampled_loss(problem.target_N, estimate, shard=VocabShard(None, 0, len(problem.weight_VH)), tokens=tokens)
 
 
 def _full(problem: Problem) -> TokenLoss:
     tokens, device = len(problem.target_N), problem.target_N.device
     settings = DivergenceSettings(build_divergence("reverse_kl", beta=0.5, skew=0.1))
     segment = Segment([OutputLayer(problem.teacher_VH)], [problem.teacher_NH], torch.ones(tokens, 1, device=device))
-    shard = Shard(None, 0, len(problem.weight_VH))
+    shard = VocabShard(None, 0, len(problem.weight_VH))
     return full_loss([segment], torch.ones(tokens, device=device), settings, shard=shard, tokens=tokens)
 
 

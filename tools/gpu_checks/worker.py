@@ -65,7 +65,7 @@ def serve(requests: TextIO) -> None:
 
 
 def _import_everything() -> None:
-    for name in ("torch", "fire_megatron.cli.train", "fire_megatron.train.trainer", "fire_megatron.plan.plan"):
+    for name in ("torch", "fire_megatron.cli.train", "fire_megatron.train.lifecycle", "fire_megatron.plan.plan"):
         importlib.import_module(name)
     with contextlib.suppress(Exception):  # who needs it will say so
         from transformers import AutoTokenizer, Qwen3ForCausalLM, Qwen3MoeForCausalLM

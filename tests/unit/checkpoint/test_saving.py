@@ -18,7 +18,8 @@ from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.platform import launch
-from fire_megatron.train.trainer import Trainer
+from fire_megatron.train.lifecycle import Trainer
+from fire_megatron.train.loop import train_step
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
     """A student with an optimizer that has taken a step."""
     folder = make_inputs(tmp_path_factory.mktemp("saving"), num_hidden_layers=1)
     trainer = Trainer(recipe_from_dict(tiny_recipe(folder, folder / "run")), launch.start("cpu", threads=1))
-    trainer.training_step(0)
+    train_step(trainer.run, 0)
     yield trainer.run
     launch.stop()
 

@@ -180,12 +180,12 @@ def test_logits_and_statistics_are_all_that_is_saved(kind, mixture):
     student, *teachers, grad = draw(33, 130, models=3)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        value_and_gradient(local(kind, teachers, weight_TK=draw_weights(33, 2), mixture=mixture), student, grad)
+        value_and_gradient(local(kind, teachers, weight_TM=draw_weights(33, 2), mixture=mixture), student, grad)
     # Two weights, peak and log-sum of three models, one sum.
     assert sum(tensor.numel() for tensor in saved) <= 3 * student.numel() + (2 + 2 * 3 + 1) * 33
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        local(kind, teachers, weight_TK=draw_weights(33, 2), mixture=mixture, reuse_logits=True)(
+        local(kind, teachers, weight_TM=draw_weights(33, 2), mixture=mixture, reuse_logits=True)(
             student.requires_grad_()
         )
     assert sum(tensor.numel() for tensor in saved) == student.numel()
@@ -256,7 +256,7 @@ def test_mixtures_equal_dense_float64(kind, mixture, count, dtype):
     weights = draw_weights(13, count).to(dtype)
     log_t = dense.mixture(teachers, weights, mixture, 0.7)
     expected = value_and_gradient(reference(kind, log_t, 1.5), student.double(), grad)
-    options = {"weight_TK": weights, "mixture": mixture, "temperature": 1.5, "teacher_temperature": 0.7}
+    options = {"weight_TM": weights, "mixture": mixture, "temperature": 1.5, "teacher_temperature": 0.7}
     for block in (None, 4):
         options["block_tokens"] = block
         same(value_and_gradient(local(kind, teachers, **options), student, grad), expected, dtype)
@@ -270,7 +270,7 @@ def test_a_teacher_with_all_the_weight_is_alone(kind, mixture):
     teachers[0][:, ::2] = torch.finfo(torch.float32).min  # weight 0 also of what it holds impossible
     for chosen in (1, 2):
         weights = torch.eye(3)[chosen].expand(9, 3)
-        ours = value_and_gradient(local(kind, teachers, weight_TK=weights, mixture=mixture), student, grad)
+        ours = value_and_gradient(local(kind, teachers, weight_TM=weights, mixture=mixture), student, grad)
         same(ours, value_and_gradient(local(kind, teachers[chosen]), student, grad))
 
 
@@ -282,7 +282,7 @@ def test_padded_columns_of_a_mixture_contribute_exactly_nothing(kind, mixture, d
     for logits in (student, *teachers):
         logits[:, 50:] = -torch.inf
     weights = draw_weights(9, 2)
-    value, gradient = value_and_gradient(local(kind, teachers, weight_TK=weights, mixture=mixture), student, grad)
+    value, gradient = value_and_gradient(local(kind, teachers, weight_TM=weights, mixture=mixture), student, grad)
     log_t = dense.mixture([x[:, :50] for x in teachers], weights, mixture)
     expected = value_and_gradient(reference(kind, log_t), student[:, :50].double(), grad)
     torch.testing.assert_close(value.double(), expected[0], **EXACT[torch.float32])

@@ -265,7 +265,8 @@ sys.modules["pynvml"] = None
 import torch
 del sys.modules["pynvml"]
 from fire_megatron.metrics.gpu import GpuSampler
-from fire_megatron.platform import Device, capability_report, gpu_identity
+from fire_megatron.platform.capabilities import capability_report
+from fire_megatron.platform.device import Device, gpu_identity
 with GpuSampler(gpu_identity(Device("cpu")), interval=0.01) as sampler:
     assert sampler.values() == {}
 capability_report(Device("cpu"))

@@ -92,7 +92,7 @@ def test_a_fresh_run_starts_the_file_again(tmp_path: Path) -> None:
 def test_lines_that_are_not_ours_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n[1]\n\n{"step": "2"}\n{"loss": 1}\n{"step": true}\n\xff\n{"step": 2}\n')
-    JsonlFile(path, last_step=5).close()
+    JsonlFile(path, lambda line: line["step"] <= 5).close()
     assert lines(path) == [{"step": 1}, {"step": 2}]
 
 

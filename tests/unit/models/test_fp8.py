@@ -15,8 +15,9 @@ from models import SIZES
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, RoleConfig
-from fire_megatron.models import fp8, pipeline
+from fire_megatron.models import pipeline
 from fire_megatron.models.build import check_megatron_overrides, transformer_config
+from fire_megatron.models.fp8 import settings as fp8
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.device import Device
 

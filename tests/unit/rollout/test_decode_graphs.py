@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from recorded_graph import pretend_graphs
 from fire_megatron.checkpoint.load import load_weights
 from fire_megatron.config.errors import TrainingError
 from fire_megatron.config.hf_config import read_hf_config
-from fire_megatron.config.schema import RolloutConfig, StudentConfig
+from fire_megatron.config.schema import StudentConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.models import kv_cache, packed_linear
 from fire_megatron.models.build import build_model
@@ -24,6 +23,7 @@ from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout import engine as engines
 from fire_megatron.rollout.decoder import Decoder
 from fire_megatron.rollout.engine import MegatronEngine, row_bucket, uses_graphs
+from fire_megatron.rollout.sampling import Sampling
 
 LENGTHS = (3, 9, 1, 6, 4, 2, 8)
 
@@ -54,18 +54,18 @@ def pretended_gpu(monkeypatch):
     return graphs
 
 
-def make(model, grid, *, graphs, stop_ids=(), keep_cache=True, **settings):
-    config = RolloutConfig(**{"prompts_per_step": len(LENGTHS), "max_new_tokens": 12, **settings})
-    engine = MegatronEngine(model, grid, config, stop_ids=stop_ids, seed=3, keep_cache=keep_cache)
+def make(model, grid, *, graphs, keep_cache=True, sync_every=0):
+    engine = MegatronEngine(model, grid, sync_every=sync_every, keep_cache=keep_cache)
     engine.graphs = Graphs(graphs)
     return engine
 
 
-def tokens(engine, step=0):
+def tokens(engine, step=0, **settings):
     generator = torch.Generator().manual_seed(2)
     draws = [torch.randint(6, VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
     prompts = [Prompt(i, "math", tuple(draw), "") for i, draw in enumerate(draws)]
-    made = engine.generate(prompts, range(len(prompts)), step=step)
+    sampling = Sampling(**{"max_new_tokens": 12, "seed": 3, **settings})
+    made = engine.generate(prompts, range(len(prompts)), sampling=sampling, step=step)
     for row, values in enumerate(made.log_probs):
         assert len(values) == len(made.responses[row]) and (values < 0).all()
     return [response.tolist() for response in made.responses]
@@ -73,13 +73,13 @@ def tokens(engine, step=0):
 
 def test_the_same_tokens_with_few_captures(model, grid, pretended_gpu, monkeypatch):
     whole = tokens(make(model, grid, graphs=False))
-    stop_ids = {whole[row][at] for row, at in ((0, 2), (1, 5), (3, 0), (5, 8))}
-    expected = tokens(make(model, grid, graphs=False, stop_ids=stop_ids))
+    ends = {"stop_ids": frozenset(whole[row][at] for row, at in ((0, 2), (1, 5), (3, 0), (5, 8)))}
+    expected = tokens(make(model, grid, graphs=False), **ends)
     assert len({len(row) for row in expected}) > 2
-    engine = make(model, grid, graphs=True, stop_ids=stop_ids, batch_size=3, sync_every=4)
+    engine = make(model, grid, graphs=True, sync_every=4)
     reads, read = [], Decoder.read
     monkeypatch.setattr(Decoder, "read", lambda self, *sizes: reads.append(sizes) or read(self, *sizes))
-    assert tokens(engine) == expected
+    assert tokens(engine, batch_size=3, **ends) == expected
     sampled = sum(map(len, expected))
     assert len(reads) < sampled / 4, "the host looks at many tokens at a time"
     captured = engine.graphs.captured
@@ -90,13 +90,15 @@ def test_the_same_tokens_with_few_captures(model, grid, pretended_gpu, monkeypat
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    assert tokens(engine, step=1) == tokens(make(model, grid, graphs=False, stop_ids=stop_ids), step=1)
+    anew = tokens(make(model, grid, graphs=False), step=1, **ends)
+    assert tokens(engine, step=1, batch_size=3, **ends) == anew
     assert len(pretended_gpu) == captured, "not captured again"
 
     # Weights that are elsewhere, as after a stay on the host.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    assert tokens(engine, step=1) == tokens(make(model, grid, graphs=False, stop_ids=stop_ids), step=1)
+    anew = tokens(make(model, grid, graphs=False), step=1, **ends)
+    assert tokens(engine, step=1, batch_size=3, **ends) == anew
     assert len(pretended_gpu) > captured, "captured anew"
 
 
@@ -104,6 +106,30 @@ def test_without_a_kept_cache_each_call_captures_its_own(model, grid, pretended_
     engine = make(model, grid, graphs=True, keep_cache=False, sync_every=3)
     assert tokens(engine) == tokens(engine)
     assert len(pretended_gpu) == 2 and engine._decoder is None, "the memory is given back"
+
+
+def test_one_engine_of_several_samplings(model, grid, pretended_gpu):
+    """A graph is of one temperature and nucleus, and is replayed for no other; memory is what a sampling needs."""
+    ways = [{}, {"temperature": 0.0}, {"temperature": 0.6}, {"top_p": 0.5}, {"seed": 4}]
+    expected = [tokens(make(model, grid, graphs=False), **way) for way in ways]
+    assert len({str(made) for made in expected}) == len(ways)
+    engine, captured = make(model, grid, graphs=True, sync_every=3), []
+    for _ in range(2):
+        for way, made in zip(ways, expected, strict=True):
+            assert tokens(engine, **way) == made, way
+            captured.append(engine.graphs.captured)
+    assert captured[:4] == sorted({*captured[:4]}), "each its own"
+    assert captured[4:] == captured[3:4] * 6, "another seed needs none, and none is captured again"
+
+    kept = engine._decoder
+    assert tokens(engine, max_new_tokens=5) == [row[:5] for row in expected[0]]
+    assert tokens(engine, batch_size=2) == expected[0]
+    assert engine._decoder is kept, "what fits into the memory uses it"
+    long = tokens(engine, max_new_tokens=90, batch_size=2)
+    assert [row[:12] for row in long] == expected[0]
+    assert (engine._decoder.slots, engine._decoder.cache.max_length) == (2, 128), "not all rows at the full length"
+    assert tokens(engine) == expected[0]
+    assert (engine._decoder.slots, engine._decoder.cache.max_length) == (len(LENGTHS), 64)
 
 
 def test_what_cannot_be_captured_ends_with_the_key(model, grid, pretended_gpu, monkeypatch):
@@ -124,12 +150,11 @@ def test_few_graphs_are_kept(pretended_gpu, monkeypatch):
 
 
 def test_when_there_are_graphs(model):
-    config = RolloutConfig(prompts_per_step=1, max_new_tokens=1)
     experts = SimpleNamespace(config=SimpleNamespace(num_moe_experts=4))
-    assert uses_graphs(config, model, on_gpu=True)
-    assert not uses_graphs(config, model, on_gpu=False)
-    assert not uses_graphs(replace(config, cuda_graphs=False), model, on_gpu=True)
-    assert not uses_graphs(config, experts, on_gpu=True)
+    assert uses_graphs(True, model, on_gpu=True)
+    assert not uses_graphs(True, model, on_gpu=False)
+    assert not uses_graphs(False, model, on_gpu=True)
+    assert not uses_graphs(True, experts, on_gpu=True)
 
 
 def test_numbers_of_rows_are_few_on_a_gpu():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fire_megatron.data.packing import balance
-from fire_megatron.teachers.wire import Answer, Rows
+from fire_megatron.teachers.messages import Answer, Rows
 
 TOKENS = st.lists(st.integers(0, 200_000), max_size=9).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
 ROWS = st.lists(st.tuples(TOKENS, TOKENS), max_size=6)

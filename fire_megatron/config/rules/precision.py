@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from fire_megatron.config.errors import Problem
 from fire_megatron.config.rules.facts import Facts, Role
 
-_BLOCK = {"mxfp8": 32}
-"""Values that an FP8 product takes together, by recipe (megatron-core's get_fp8_align_size); 16 in the others."""
+BLOCK = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""Values that an FP8 product takes together, by recipe: megatron-core's get_fp8_align_size."""
 
 
 def fp8(role: Role) -> Iterator[Problem]:
@@ -67,7 +67,7 @@ def _engine(role: Role) -> Iterator[Problem]:
         yield Problem(
             role.at("precision.dtype"), f"{dtype}, but between FP8 products values are bfloat16; set it to bfloat16"
         )
-    yield from _sizes(role, _BLOCK.get(settings.recipe, 16))
+    yield from _sizes(role, BLOCK[settings.recipe])
     if settings.param_gather:
         yield from _weights(role)
 

@@ -75,15 +75,10 @@ def check_recipe(
 ) -> Facts:
     """Read the JSON files of the recipe's checkpoints, no weights, and ask every rule.
 
-    Args:
-        recipe: as loaded.
-        world_size: ranks of the run; None where that is not known.
-        elsewhere: in a plan for another machine, folders with the architectures of checkpoints that are not on this
-            one, by the role's key; this machine's files are not checked then.
-        known: what else is known, by the fields of :class:`Facts`.
+    Args: as the fields of :class:`Facts`; with ``elsewhere``, files of this machine are not checked.
 
     Returns:
-        What is known: with the architecture of every role.
+        What is known then.
 
     Raises:
         RecipeProblems: every problem found.

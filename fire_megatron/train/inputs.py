@@ -109,7 +109,9 @@ def read_inputs(facts: Facts) -> Inputs:
     """
     recipe, shapes = facts.recipe, facts.shapes
     tokenizer = load_tokenizer(recipe.student.checkpoint)
-    prints = {path: load_tokenizer(role.checkpoint).fingerprint() for path, role in roles(recipe).items()}
+    teachers = {f"teachers.{name}": teacher.checkpoint for name, teacher in recipe.teachers.items()}
+    prints = {path: load_tokenizer(folder).fingerprint() for path, folder in teachers.items()}
+    prints["student"] = tokenizer.fingerprint()
     facts = replace(facts, tokenizer=tokenizer, fingerprints=prints)
     ask(facts)
     route = routes(recipe)

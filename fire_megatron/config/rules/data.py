@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -63,21 +62,15 @@ def benchmark_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
-def benchmark_code(name: str) -> int:
-    """23 bits of a benchmark's name, which its samples go by."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:3]) >> 1
-
-
 def benchmark_names(names: Iterable[tuple[str, str]]) -> Iterator[Problem]:
     """Args: names: where each benchmark is given, and its name."""
-    taken: dict[int, str] = {}
+    taken: dict[str, str] = {}
     for key, name in names:
-        code = benchmark_code(name)
-        if code in taken:
-            yield Problem(key, f"{name!r} is taken by {taken[code]}; results and samples go by name, so give another")
+        if name in taken:
+            yield Problem(key, f"{name!r} is taken by {taken[name]}; results and samples go by name, so give another")
         elif not NAME.accepts(name):
             yield Problem(key, f"{name!r} is not of {NAME}; give another name")
-        taken[code] = key
+        taken[name] = key
 
 
 def benchmarks(facts: Facts) -> Iterator[Problem]:

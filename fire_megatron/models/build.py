@@ -89,8 +89,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def this_machine(device: Device) -> Machine:
     """What the rules on a recipe ask of the machine that it runs on."""
     engine = detect_capabilities(device)[0]
-    missing = None if engine.version else f"is {engine.detail.partition(';')[0]}"
-    return Machine(device.kind, missing, unsupported)
+    return Machine(device.kind, None if engine.version else engine.detail.partition(";")[0], unsupported)
 
 
 def resolve_layer_spec(setting: str, device: Device) -> str:

@@ -31,7 +31,7 @@ class Machine:
     kind: str
     """``cpu`` or ``cuda``."""
     no_engine: str | None
-    """Why Transformer Engine does not work there, to follow its name (``is not installed``); None where it does."""
+    """Why Transformer Engine does not work there (``not installed``); None where it does."""
     no_fp8: Callable[[str], str | None]
     """Why an FP8 recipe does not work there; None where it does. Asked where Transformer Engine works."""
 
@@ -60,7 +60,7 @@ class Role:
         if self.kind == "cpu":
             return "the run is on a CPU"
         found = self.machine and self.machine.no_engine
-        return f"Transformer Engine {found}" if found else None
+        return f"Transformer Engine cannot be used ({found})" if found else None
 
     @property
     def copy_ranks(self) -> int:

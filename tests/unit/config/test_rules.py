@@ -17,8 +17,8 @@ Values = dict[str, Any]
 Make = Callable[..., Path]
 
 GPU = Machine("cuda", None, lambda recipe: "no Blackwell" if recipe == "mxfp8" else None)
-BARE_GPU = Machine("cuda", "is not installed", lambda recipe: None)
-CPU = Machine("cpu", "is not installed", lambda recipe: None)
+BARE_GPU = Machine("cuda", "not installed", lambda recipe: None)
+CPU = Machine("cpu", "not installed", lambda recipe: None)
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MIXED = EXPERTS | {"intermediate_size": 65, "mlp_only_layers": [0]}
 FILE = "{prompts}"
@@ -187,7 +187,7 @@ REFUSED: list[tuple[Values, str]] = [
         {"run.device": "cpu", "teachers.math.layer_spec": "te"},
         "teachers.math.layer_spec: te needs Transformer Engine on a GPU and the run is on a CPU; use auto or local",
     ),
-    ({"student.layer_spec": "te", "known": {"machine": BARE_GPU}}, "Transformer Engine is not installed; use auto"),
+    ({"student.layer_spec": "te", "known": {"machine": BARE_GPU}}, "cannot be used (not installed); use auto"),
     (
         {"known": {"tokenizer": Tokens(301)}, "student/config.json": {"vocab_size": 400},
          "teachers.code/config.json": {"vocab_size": 400}},
@@ -305,7 +305,7 @@ REFUSED: list[tuple[Values, str]] = [
         "student.precision.fp8.emulate=true on a CPU",
     ),
     (fp8() | {"student.layer_spec": "local"}, "layers on a GPU and student.layer_spec is local; change it"),
-    ({**fp8(device="auto"), "known": {"machine": BARE_GPU}}, "on a GPU and Transformer Engine is not installed; "),
+    ({**fp8(device="auto"), "known": {"machine": BARE_GPU}}, "a GPU and Transformer Engine cannot be used (not ins"),
     (
         {**fp8(device="auto", recipe="mxfp8"), "known": {"machine": GPU}},
         "student.precision.fp8.recipe: 'mxfp8' does not work on this GPU (no Blackwell); take another recipe",
@@ -359,7 +359,7 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     (
         megatron("fp4", "e2m1") | {"known": {"machine": BARE_GPU}},
-        "student.megatron.fp4: 'e2m1' needs Transformer Engine's kernels and Transformer Engine is not installed",
+        "student.megatron.fp4: 'e2m1' needs Transformer Engine's kernels and Transformer Engine cannot be",
     ),
     (
         fp8() | megatron("recompute_modules", ["moe"]),

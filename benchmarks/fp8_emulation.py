@@ -33,6 +33,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fire_megatron.metrics.jsonl import read_metrics
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "recipes" / "smollm2_two_teachers.yaml"
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -212,7 +214,7 @@ def _run(args: argparse.Namespace, changes: dict[str, Any]) -> list[dict[str, fl
         )  # fmt: skip
         if done.returncode:
             sys.exit(f"{changes} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(Path(name) / "run")
 
 
 def _held_out(lines: list[dict[str, float]]) -> list[float]:

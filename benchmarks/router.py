@@ -31,6 +31,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fire_megatron.metrics.jsonl import read_metrics
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = REPOSITORY / "recipes" / "data"
 APART = {"student.ranks": "0-1", "teachers.math.ranks": "2-2", "teachers.code.ranks": "3-3"}
@@ -94,7 +96,7 @@ def _run(args: argparse.Namespace, way: str) -> dict[str, float]:
         )  # fmt: skip
         if done.returncode:
             sys.exit(f"{way} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+        lines = read_metrics(folder / "run")[1:]
     return _summary(lines)
 
 

@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.products import phase_seconds
+from fire_megatron.metrics.jsonl import read_metrics
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -105,7 +106,7 @@ def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
             + [f"{key}={value}" for key, value in overrides.items()],
             args.threads,
         )
-        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(Path(run))
     return _summary(
         [line["time/step"] for line in lines],
         max(line["memory/peak_mb"] for line in lines),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 from models import save_megatron, write_prompts
+
+from fire_megatron.metrics.jsonl import read_metrics
+
+__all__ = ["make_inputs", "read_metrics", "tiny_recipe", "write_recipe"]
 
 
 def make_inputs(folder: Path, **student: Any) -> Path:
@@ -49,8 +52,3 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     """The recipe as YAML."""
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

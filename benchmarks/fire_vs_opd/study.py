@@ -18,6 +18,7 @@ from benchmarks.fire_vs_opd.pretrain import Training, train
 from benchmarks.fire_vs_opd.tasks import DOMAINS, is_right, problems
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
+from fire_megatron.metrics.jsonl import read_metrics
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -176,7 +177,7 @@ def rollout_curve(run: Path) -> dict[str, Any]:
     for line in samples:
         right = is_right(line["teacher"], line["prompt"], line["response"], truncated=line["truncated"])
         marks[line["teacher"]].setdefault(line["step"], []).append(right)
-    metrics = [line for line in _lines(run / "metrics.jsonl") if line["step"] > 0]
+    metrics = [line for line in read_metrics(run) if line["step"] > 0]
     return {
         "rollout_accuracy": {
             label: [sum(of_step[step]) / len(of_step[step]) for step in sorted(of_step)]

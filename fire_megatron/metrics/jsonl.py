@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from fire_megatron.platform.files import write_whole
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class JsonlFile:
@@ -33,6 +35,19 @@ class JsonlFile:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def by_step(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl``, what a step has measured and its evaluation in one; in the order of the steps."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        steps.setdefault(line["step"], {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All metrics of a run, a step each; see :func:`by_step`."""
+    return by_step(map(json.loads, (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()))
 
 
 def finite(value: Any) -> Any:

@@ -13,9 +13,8 @@ from typing import Any, Self
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import MetricsConfig
 from fire_megatron.metrics.console import Console, open_console
-from fire_megatron.metrics.jsonl import JsonlFile
+from fire_megatron.metrics.jsonl import METRICS_FILE, JsonlFile
 
-METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 RECIPE_FILE = "recipe.yaml"
 TENSORBOARD_FOLDER = "tensorboard"

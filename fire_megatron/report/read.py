@@ -14,6 +14,7 @@ from typing import Any
 from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
+from fire_megatron.metrics.jsonl import by_step
 from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
 
 _STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
@@ -56,7 +57,7 @@ class RunData:
     recipe: Mapping[str, Any]
     """The latest recipe as plain values; empty where it cannot be read."""
     metrics: tuple[Mapping[str, Any], ...]
-    """Lines of metrics.jsonl by step, one each."""
+    """What metrics.jsonl tells of each step, in their order."""
     samples: SampleLines
     """Lines of samples.jsonl by step, as many as were asked for."""
     num_samples: int
@@ -110,7 +111,7 @@ def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> Run
     notes: list[str] = []
     text = _text(folder / RECIPE_FILE)
     recipe, changes = _recipes(folder, text, notes)
-    metrics = {line["step"]: line for line in _whole_lines(folder / METRICS_FILE, notes)}
+    metrics = by_step(_whole_lines(folder / METRICS_FILE, notes))
     samples, total = _samples(folder / SAMPLES_FILE, (max_samples, max_tokens), notes)
     section = recipe.get("run")
     status = _object(_text(folder / _STATUS_FILE))
@@ -120,7 +121,7 @@ def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> Run
         recipe_text=text,
         recipe_changes=changes,
         recipe=recipe,
-        metrics=tuple(metrics[step] for step in sorted(metrics)),
+        metrics=tuple(metrics),
         samples=samples,
         num_samples=total,
         checkpoints=_checkpoints(folder, recipe),

@@ -23,7 +23,7 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.graphs import Graphs
 from fire_megatron.platform.watch import tick
-from fire_megatron.rollout.sampler import Sampled, sample
+from fire_megatron.rollout.sampler import Sampled, sample_tokens
 from fire_megatron.rollout.sampling import Sampling
 
 
@@ -162,7 +162,7 @@ class Decoder:
         self._column += 1
 
     def _sample(self, logits: torch.Tensor, numbers: torch.Tensor, sampling: Sampling) -> Sampled:
-        return sample(
+        return sample_tokens(
             logits,
             numbers,
             temperature=sampling.temperature,

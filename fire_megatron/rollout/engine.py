@@ -28,7 +28,7 @@ from fire_megatron.rollout.decoder import Decoder
 from fire_megatron.rollout.finished import Finished, FinishedRows
 from fire_megatron.rollout.sampler import uniforms
 from fire_megatron.rollout.sampling import Sampling
-from fire_megatron.rollout.slots import Answer, Slots
+from fire_megatron.rollout.slots import FinishedRow, Slots
 
 Progress = Callable[[int], None]
 """Called with the number of tokens sampled since the last call."""
@@ -129,10 +129,10 @@ class MegatronEngine:
         Returns:
             The same on every rank of the replica.
         """
-        answers: list[Answer] = []
+        answers: list[FinishedRow] = []
         done = FinishedRows(finished, group_size)
 
-        def take(tokens: int, new: list[Answer]) -> None:
+        def take(tokens: int, new: list[FinishedRow]) -> None:
             for answer in new:
                 done.add(row_ids[answer.row], answer.tokens)
             answers.extend(new)
@@ -173,7 +173,7 @@ class MegatronEngine:
         row_ids: Sequence[int],
         sampling: Sampling,
         step: int,
-        take: Callable[[int, list[Answer]], None],
+        take: Callable[[int, list[FinishedRow]], None],
     ) -> None:
         """All rows, from the first prompt to the last token."""
         lengths = [len(prompt) for prompt in prompts]
@@ -232,7 +232,9 @@ class MegatronEngine:
         self._addresses = addresses
         return have
 
-    def _share_statistics(self, answers: Sequence[Answer]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def _share_statistics(
+        self, answers: Sequence[FinishedRow]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Log-probabilities and entropies of each row; the last stage gives them to the other stages."""
         lengths = [len(answer.tokens) for answer in answers]
         flat = torch.cat([torch.zeros(2, 0), *(answer.statistics for answer in answers)], 1)

@@ -123,7 +123,7 @@ def _first_beyond(cumulative: torch.Tensor, target: torch.Tensor) -> tuple[torch
     return place, torch.where(place > 0, before, 0.0)
 
 
-def sample(
+def sample_tokens(
     logits: torch.Tensor,
     numbers: torch.Tensor,
     *,

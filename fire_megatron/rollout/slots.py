@@ -17,7 +17,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Answer:
+class FinishedRow:
     """A row that is finished."""
 
     row: int
@@ -103,7 +103,7 @@ class Slots:
         position = self.position[:rows, None]
         return position - (position > 0) + np.arange(columns)
 
-    def take(self, table: np.ndarray, admitted: Sequence[int]) -> tuple[int, list[Answer]]:
+    def take(self, table: np.ndarray, admitted: Sequence[int]) -> tuple[int, list[FinishedRow]]:
         """Take note of what has been sampled.
 
         Args:
@@ -132,10 +132,10 @@ class Slots:
             answers += [self._release(slot) for slot in slots[finished].tolist()]
         return counted, answers
 
-    def _release(self, slot: int) -> Answer:
+    def _release(self, slot: int) -> FinishedRow:
         row, length = int(self.row[slot]), int(self.position[slot])
         self.row[slot] = -1
-        return Answer(
+        return FinishedRow(
             row,
             torch.from_numpy(self._tokens[slot, :length].copy()),
             torch.from_numpy(self._statistics[:, slot, :length].copy()),

@@ -11,7 +11,7 @@ import time
 import pytest
 from browser import Browser
 from report_page import blocks
-from tiny_run import make_inputs, tiny_recipe, write_recipe
+from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.cli import train
 from fire_megatron.cli.main import main
@@ -230,7 +230,7 @@ def test_several_runs_and_one_without_a_step(browser, run_dir, tmp_path):
 def test_a_large_run_opens(browser, run_dir, tmp_path):
     """10,000 steps and 2,000 trajectories of 100 tokens, each with numbers of its own, as are those of the run."""
     noise = random.Random(0)
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_metrics(run_dir)[-1]
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     columns = next(sample["by_token"] for sample in samples if sample["kept"])
     with (tmp_path / "metrics.jsonl").open("w") as stream:

@@ -10,6 +10,7 @@ from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.checkpoint.steps import saved_steps
 from fire_megatron.cli.train import main
+from fire_megatron.train.checkpoints import Checkpoints
 from fire_megatron.train.status import read_status
 from fire_megatron.train.student import Student
 
@@ -83,3 +84,24 @@ def test_metrics_of_a_run_that_saved_nothing_are_kept(tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.old1.jsonl").read_text() == first
     assert (tmp_path / "run" / "samples.old2.jsonl").exists()
     assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
+
+
+def test_a_step_that_an_earlier_version_saved_before_it_was_logged(tmp_path, monkeypatch):
+    """It logged a step along with its evaluation, and kept the step's metrics in the checkpoint till then."""
+    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+    held_out = {"prompts": [{"path": str(inputs / "code.jsonl")}], "num_prompts": 2, "max_new_tokens": 3, "every": 2}
+    held_out |= {"at_start": False, "at_end": False}
+    save = Checkpoints.save
+
+    def as_before(self, run, step, extra):
+        save(self, run, step, {"first_eval": {}, "guard": extra["guard"], "untold": {"loss": 1.25}})
+
+    for steps in (2, 3):
+        values = tiny_recipe(inputs, tmp_path / "run", run__steps=steps, evaluation=held_out)
+        with monkeypatch.context() as patch:
+            if steps == 2:
+                patch.setattr(Checkpoints, "save", as_before)
+            assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
+    first, second, third = read_metrics(tmp_path / "run")
+    assert second["loss"] == 1.25 and "eval/code/reverse_kl" in second and "time/step" not in second
+    assert "eval/code/reverse_kl" not in {**first, **third} and third["loss"] != 1.25

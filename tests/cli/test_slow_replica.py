@@ -23,8 +23,8 @@ TIMEOUT, SLOW = 4.0, 5.5
 PLUGIN = f"""
 import time
 import torch.distributed as dist
-from fire_megatron.platform import launch, tick
-from fire_megatron.platform.watch import Watch
+from fire_megatron.platform import launch
+from fire_megatron.platform.watch import Watch, tick
 from fire_megatron.rollout.engine import MegatronEngine
 
 generate, judge_stall = MegatronEngine.generate, Watch._judge_stall

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fire_megatron.rollout.sampler import sample, uniforms
+from fire_megatron.rollout.sampler import sample_tokens, uniforms
 
 VOCABULARY = 96
 SIZES = (2, 4)
@@ -24,7 +24,7 @@ def draw(logits, numbers, group, **options):
     width = logits.shape[1] // group.size()
     start = group.rank() * width
     part = logits[:, start : start + width].clone()
-    drawn = sample(part, numbers, vocab_start=start, group=group, **options)
+    drawn = sample_tokens(part, numbers, vocab_start=start, group=group, **options)
     assert torch.equal(part, logits[:, start : start + width])
     same = torch.stack((drawn.tokens.double(), drawn.log_probs.double(), drawn.entropies.double()))
     gathered = [torch.empty_like(same) for _ in range(group.size())]

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from fire_megatron.metrics.jsonl import read_metrics
 from gpu_checks.check import PROJECT, Context, Findings, NotHere, need, rounded
 
 ROLES = ("student", "math", "code")
@@ -106,7 +107,7 @@ def train(context: Context, name: str, overrides: Sequence[str] = (), *, again: 
     path = context.folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe(context, name)))
     command("fire_megatron.train", "--recipe", str(path), *overrides)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder)
 
 
 def _step(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from fire_megatron.config.schema import FP8Config
@@ -36,9 +35,8 @@ from fire_megatron.models.fp8.linear import (
     format_of,
 )
 from fire_megatron.models.fp8.quantize import delayed_scale
+from fire_megatron.models.packed_linear import Linear
 from fire_megatron.platform.device import compute_device
-
-Linear = ColumnParallelLinear | RowParallelLinear
 
 _LOCAL_EXPERT = re.compile(r"(?<=local_experts\.)\d+")
 _ROUNDING = {"tensorwise": Tensorwise, "blockwise": Blockwise, "mxfp8": MX}

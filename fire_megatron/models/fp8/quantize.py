@@ -24,7 +24,7 @@ _MANTISSA, _EXPONENT = 0x007FFFFF, 0xFF
 """Fields of a float32: 23 bits of mantissa, above them 8 of exponent."""
 
 
-def largest(fmt: torch.dtype) -> float:
+def largest_number(fmt: torch.dtype) -> float:
     """The format's largest number: 448 or 57344."""
     return torch.finfo(fmt).max
 
@@ -32,7 +32,7 @@ def largest(fmt: torch.dtype) -> float:
 def cast(x: torch.Tensor, fmt: torch.dtype) -> torch.Tensor:
     """float32 -> FP8, to the nearest, ties to even. What is too large becomes the largest number, infinity too (TE's
     conversions are ``satfinite``; torch's own make it NaN or infinity); NaN stays."""
-    return x.clamp(-largest(fmt), largest(fmt)).to(fmt)
+    return x.clamp(-largest_number(fmt), largest_number(fmt)).to(fmt)
 
 
 def amax(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def current_scale(peak: torch.Tensor, fmt: torch.dtype, *, power_of_two: bool = 
     Returns:
         float32 of that shape: largest number / amax, 1 where amax is 0, infinite or NaN.
     """
-    scale = (largest(fmt) / peak).clamp(max=_FLOAT32_MAX)
+    scale = (largest_number(fmt) / peak).clamp(max=_FLOAT32_MAX)
     if power_of_two:
         scale = (scale.view(torch.int32) & ~_MANTISSA).view(torch.float32)
     return torch.where(peak.isfinite() & (peak > 0), scale, torch.ones_like(scale))
@@ -66,7 +66,7 @@ def delayed_scale(peak: torch.Tensor, previous: torch.Tensor, fmt: torch.dtype, 
         fmt: the format to scale for.
         margin: powers of two to leave free above the amax.
     """
-    scale = (largest(fmt) / peak / 2**margin).clamp(max=_FLOAT32_MAX)
+    scale = (largest_number(fmt) / peak / 2**margin).clamp(max=_FLOAT32_MAX)
     return torch.where(peak.isfinite() & (peak > 0), scale, previous)
 
 
@@ -77,7 +77,7 @@ def mx_exponent(peak: torch.Tensor, fmt: torch.dtype) -> torch.Tensor:
     saturates (arXiv 2506.08027); with MX section 6.3's floor(log2(amax)) minus the format's largest exponent the top
     quarter of a binade does. Infinity gives 254, the largest scale, NaN 255, MX's code of NaN.
     """
-    wanted = peak * torch.tensor(1.0 / largest(fmt), dtype=torch.float32)
+    wanted = peak * torch.tensor(1.0 / largest_number(fmt), dtype=torch.float32)
     bits = wanted.view(torch.int32)
     exponent, mantissa = bits >> 23 & _EXPONENT, bits & _MANTISSA
     # Exponent 0 stands for 2^-127, which in float32 is a subnormal number with the highest bit of its mantissa alone.

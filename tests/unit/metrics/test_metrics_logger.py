@@ -16,7 +16,7 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import MetricsConfig
 from fire_megatron.metrics import console
 from fire_megatron.metrics.console import evaluation_summary, summary
-from fire_megatron.metrics.jsonl import JsonlFile
+from fire_megatron.metrics.jsonl import JsonlFile, read_metrics
 from fire_megatron.metrics.logger import MetricsLogger
 
 QUIET = MetricsConfig(console=False)
@@ -73,6 +73,23 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path) -
     run(tmp_path / "b", 4, 6, resumed=3)
     assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == (tmp_path / "a" / "metrics.jsonl").read_bytes()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_that_was_not_saved_is_made_again(tmp_path: Path) -> None:
+    """A step is logged at once and its evaluation after it; the checkpoint may be of the time between."""
+    with MetricsLogger(tmp_path, QUIET, total_steps=3, start_step=-1, enabled=True) as logger:
+        for step in range(3):
+            logger.log(step, {"loss": 1.0} if step else {"eval/math/reverse_kl": 0.5})
+            logger.log(step, {"eval/math/reverse_kl": 1.0 + step}) if step else None
+    kept = {2: 5, 1: 4}  # by the last evaluation that counts
+    for evaluated, count in kept.items():
+        options = {"total_steps": 3, "start_step": 2, "enabled": True}
+        MetricsLogger(tmp_path, QUIET, evaluated=evaluated, **options).close()
+        assert len(lines(tmp_path / "metrics.jsonl")) == count
+    assert read_metrics(tmp_path)[1:] == [
+        {"step": 1, "loss": 1.0, "eval/math/reverse_kl": 2.0},
+        {"step": 2, "loss": 1.0},
+    ]
 
 
 def test_a_last_line_without_its_end_is_dropped(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fire_megatron.rollout.sampler import sample, uniforms
+from fire_megatron.rollout.sampler import sample_tokens, uniforms
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def alone():
 
 
 def draw(logits, numbers, group, temperature=1.0, top_p=1.0):
-    return sample(logits, numbers, temperature=temperature, top_p=top_p, vocab_start=0, group=group)
+    return sample_tokens(logits, numbers, temperature=temperature, top_p=top_p, vocab_start=0, group=group)
 
 
 def test_uniforms_are_a_pure_function_of_their_place_and_look_uniform():

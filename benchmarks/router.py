@@ -21,20 +21,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import sides
 from fire_megatron.metrics.jsonl import read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-DATA = REPOSITORY / "recipes" / "data"
+RECIPES = sides.REPOSITORY / "recipes"
+DATA = RECIPES / "data"
 APART = {"student.ranks": "0-1", "teachers.math.ranks": "2-2", "teachers.code.ranks": "3-3"}
 WAYS: dict[str, tuple[dict[str, str], bool]] = {
     "routed": (APART, False),
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=48)
+    sides.add_toy(parser)
     return parser
 
 
@@ -85,17 +87,9 @@ def _run(args: argparse.Namespace, way: str) -> dict[str, float]:
             "rollout.max_new_tokens": args.new_tokens,
             "evaluation.prompts": "[]",
             "checkpoint.final": "false",
-            **overrides,
+            **(dict.fromkeys(overrides, "0-0") if args.toy else overrides),
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        command += ["-m", "fire_megatron.train", "--recipe", str(REPOSITORY / "recipes" / "smollm2_two_teachers.yaml")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(
-            command + [f"{key}={value}" for key, value in settings.items()],
-            env=environment, text=True, capture_output=True,
-        )  # fmt: skip
-        if done.returncode:
-            sys.exit(f"{way} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        sides.train(1 if args.toy else 4, settings, recipe=RECIPES / "smollm2_two_teachers.yaml", toy=args.toy)
         lines = read_metrics(folder / "run")[1:]
     return _summary(lines)
 
@@ -103,22 +97,19 @@ def _run(args: argparse.Namespace, way: str) -> dict[str, float]:
 def _summary(lines: list[dict[str, float]]) -> dict[str, float]:
     """Of the steps after the first."""
 
-    def median(values: list[float]) -> float:
-        return statistics.median(values)
-
-    return {
-        "seconds": median([line["time/rollout"] + line["time/teacher_exposed"] for line in lines]),
-        "rollout": median([line["time/rollout"] for line in lines]),
-        "exposed": median([line["time/teacher_exposed"] for line in lines]),
-        "teachers": median([sum(v for k, v in line.items() if k.startswith("time/teacher/")) for line in lines]),
-        "router": median([line["router/bytes"] for line in lines]),
-        "tokens": median([line["rollout/tokens"] for line in lines]),
+    read: dict[str, Callable[[dict[str, float]], float]] = {
+        "seconds": lambda line: line["time/rollout"] + line["time/teacher_exposed"],
+        "rollout": lambda line: line["time/rollout"],
+        "exposed": lambda line: line["time/teacher_exposed"],
+        "teachers": lambda line: sum(v for k, v in line.items() if k.startswith("time/teacher/")),
+        "router": lambda line: line["router/bytes"],
     }
+    return {name: statistics.median(map(value, lines)) for name, value in read.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run all ways in turn and print the table."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     args.models = args.models.resolve()
     best: dict[str, dict[str, float]] = {}
     for way in tqdm([way for _ in range(args.rounds) for way in WAYS], unit="run"):
@@ -133,6 +124,7 @@ def main() -> None:
         numbers = f"{values['seconds']:9.2f}{values['rollout']:10.2f}{values['exposed']:9.2f}{values['teachers']:10.2f}"
         print(f"{way:26}{numbers}{values['router']:10.0f}{ratios}")
     print("ratios: routed to each way; below 1 routed takes less")
+    print(json.dumps(best))
 
 
 if __name__ == "__main__":

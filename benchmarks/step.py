@@ -2,7 +2,7 @@
 """Our distillation step against TRL's on the same two models, prompts and token counts, in one run on one machine.
 
     python benchmarks/step.py --student HF_DIR --teacher HF_DIR --prompts PROMPTS.jsonl \
-        --peer-python /tmp/trl-env/bin/python [--rollouts 8 --new-tokens 64 --steps 4 --threads 2]
+        [--peer-python /tmp/trl-env/bin/python --rollouts 8 --new-tokens 64 --steps 4 --threads 2]
 
 Both sides run as processes of their own, float32 or bfloat16, one process, the same number of threads, in turn: sample
 `--rollouts` answers of up to `--new-tokens` tokens, score them with the teacher, forward, backward, AdamW. Seconds are
@@ -12,18 +12,18 @@ its users' scripts do; `trl, micro` accumulates gradients over micro-batches of 
 reverse KL over the full vocabulary, we the policy gradient of the same reverse KL on the sampled tokens. With
 `--dtype bfloat16` AdamW is over float32 weights on our side, over bfloat16 ones on TRL's. The row `ours, FiRe` has the
 filter and reweight hooks on and so trains on fewer rows; it is not the one compared.
-The peer is run by trl_distill.py beside this file, in an environment with `pip install torch==2.13.0 trl==1.16.0`.
+The peer is run by trl_distill.py beside this file, in an environment with `pip install torch==2.13.0 trl==1.16.0`;
+without one our own rows stand alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ import torch
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import sides
 from benchmarks.products import phase_seconds
 from fire_megatron.metrics.jsonl import read_metrics
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
 FIRE_HOOKS = "[{name: filter, percentile: 20}, {name: reweight}]"
 
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--student", required=True, type=Path, help="Hugging Face folder")
     parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
     parser.add_argument("--prompts", required=True, type=Path, help="JSONL with a 'problem' field")
-    parser.add_argument("--peer-python", required=True, type=Path, help="python of an environment with TRL 1.16")
+    parser.add_argument("--peer-python", type=Path, help="python of an environment with TRL 1.16")
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
@@ -54,33 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights, on both sides")
     parser.add_argument("--rounds", type=int, default=1, help="repeat both sides in turn; the best round counts")
+    sides.add_toy(parser)
     return parser
 
 
-def _run(command: list[str], threads: int) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[:6])} ... failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
 def _peer(args: argparse.Namespace, micro: int) -> dict[str, float]:
-    shared = (
-        "student",
-        "teacher",
-        "prompts",
-        "rollouts",
-        "new_tokens",
-        "steps",
-        "threads",
-        "max_prompt_chars",
-        "device",
-        "dtype",
-    )
-    flags = [text for key in shared for text in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
-    command = [str(args.peer_python), str(HERE / "trl_distill.py"), *flags, "--micro-batch-size", str(micro)]
-    report = json.loads(_run(command, args.threads).splitlines()[-1])
+    own = ("peer_python", "micro_batch_size", "rounds", "toy")
+    shared = {key: value for key, value in vars(args).items() if key not in own}
+    flags = [text for key, value in shared.items() for text in (f"--{key.replace('_', '-')}", value)]
+    command = [HERE / "trl_distill.py", *flags, "--micro-batch-size", micro]
+    printed = sides.run(*command, python=args.peer_python, threads=args.threads)
+    report = json.loads(printed.splitlines()[-1])
     return _summary(report["step_seconds"], report["peak_mb"], report["tokens_per_step"])
 
 
@@ -101,11 +85,7 @@ def _ours(args: argparse.Namespace, work: Path, hooks: str) -> dict[str, float]:
             "optimizer.micro_batch_size": args.micro_batch_size,
             "loss.hooks": hooks,
         }
-        _run(
-            [sys.executable, "-m", "fire_megatron.train", "--recipe", str(HERE / "step.yaml")]
-            + [f"{key}={value}" for key, value in overrides.items()],
-            args.threads,
-        )
+        sides.train(1, overrides, recipe=HERE / "step.yaml", toy=args.toy, threads=args.threads)
         lines = read_metrics(Path(run))
     return _summary(
         [line["time/step"] for line in lines],
@@ -129,8 +109,8 @@ def _summary(seconds: list[float], memory: float, tokens: list[float]) -> dict[s
 def _prepare(args: argparse.Namespace, work: Path) -> int:
     """Convert both models and write the prompts that the peer will take; returns tokens of a prompt, on average."""
     for role in ("student", "teacher"):
-        convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py"), "hf-to-megatron"]
-        _run([*convert, "--hf", str(getattr(args, role)), "--out", str(work / role)], args.threads)
+        convert = [sides.REPOSITORY / "tools" / "convert.py", "hf-to-megatron"]
+        sides.run(*convert, "--hf", getattr(args, role), "--out", work / role, toy=args.toy, threads=args.threads)
     problems = [json.loads(line)["problem"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
     chosen = [p for p in problems if len(p) < args.max_prompt_chars][: args.rollouts * args.steps]
     if len(chosen) < args.rollouts * args.steps:
@@ -163,21 +143,22 @@ def _print_products(args: argparse.Namespace, ours: dict[str, float], prompt_tok
     return floor
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and a JSON line."""
-    args = _parser().parse_args()
-    sides: dict[str, Any] = {
-        "trl 1.16": lambda work: _peer(args, args.rollouts),
-        "trl, micro": lambda work: _peer(args, args.micro_batch_size),
+    args = _parser().parse_args(argv)
+    measures: dict[str, Any] = {
         "ours": lambda work: _ours(args, work, "[]"),
         "ours, FiRe": lambda work: _ours(args, work, FIRE_HOOKS),
     }
+    if sides.has_trl(args.peer_python):
+        peers = {"trl 1.16": args.rollouts, "trl, micro": args.micro_batch_size}
+        measures = {name: lambda work, size=size: _peer(args, size) for name, size in peers.items()} | measures
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prompt_tokens = _prepare(args, work)
         for number in range(args.rounds):
-            for name, measure in sides.items():
+            for name, measure in measures.items():
                 print(f"round {number + 1} of {args.rounds}: {name} ...", file=sys.stderr, flush=True)
                 result = measure(work)
                 if name in best:
@@ -185,7 +166,8 @@ def main() -> None:
                     if best[name]["step_s"] < result["step_s"]:
                         result = best[name] | {"peak_mb": result["peak_mb"]}
                 best[name] = result
-    peer = best["trl 1.16"]
+    peer = best.get("trl 1.16", best["ours"])
+    print(f"ratios are to {'TRL' if 'trl 1.16' in best else 'our step without hooks'}")
     print(f"{'':12}{'s/step':>9}{'ratio':>8}{'peak MB':>10}{'ratio':>8}{'tokens':>9}   rollout + teacher + update s")
     for name, side in best.items():
         phases = " + ".join(f"{side[k]:.2f}" for k in ("rollout_s", "teacher_s", "update_s") if k in side)

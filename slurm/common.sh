@@ -1,20 +1,24 @@
 # shellcheck shell=bash
-# What the sbatch scripts of this folder share; sourced by them, after their variables are set. docs/slurm.md explains.
+# The body of the sbatch scripts of this folder, which source it after they have set what is theirs. docs/slurm.md
+# explains.
 #
-# Every stage is left out when what it makes is there already, so a job that is put back in the queue goes on where it
-# was. Variables, besides those that the scripts set:
-: "${RUN_DIR:=}"              # the run's folder; empty takes the recipe's run.dir
-: "${OVERRIDES:=}"            # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
-: "${CONVERTED:=checkpoints}" # where Hugging Face folders are converted to
-: "${PROCESSES_PER_NODE:=}"   # empty: one a GPU, or one where there is none
-: "${EVALUATE_ARGS:=}"        # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
-: "${SRUN_ARGS:=}"            # more arguments of every srun: "--container-image=..."
-: "${PYTHON:=}"               # empty takes .venv/bin/python where it is, or python3
+# --dry-run after a script's name prints what would be done, also outside of Slurm. As they are, they run on the demo
+# models that `make demo` makes, with or without GPUs. Every stage is left out when what it makes is there already, so a
+# job that is put back in the queue goes on where it was. Variables, set here, in the script or in the environment:
+: "${STUDENT:=demo/hf/student}"           # Hugging Face folder, or converted checkpoint
+: "${BENCHMARKS:=data/minervamath.jsonl}" # files with 'problem' and 'answer'; set to ' ' for none
+: "${RUN_DIR:=}"                          # the run's folder; empty takes the recipe's run.dir
+: "${OVERRIDES:=}"                        # more recipe keys: "run.steps=100 optimizer.lr=1e-6"
+: "${CONVERTED:=checkpoints}"             # where Hugging Face folders are converted to
+: "${PROCESSES_PER_NODE:=}"               # empty: one a GPU, or one where there is none
+: "${EVALUATE_ARGS:=}"                    # more arguments of fire_megatron.evaluate: "--samples 8 --tensor 2"
+: "${SRUN_ARGS:=}"                        # more arguments of every srun: "--container-image=..."
+: "${PYTHON:=}"                           # empty takes .venv/bin/python where it is, or python3
 
 STOPPED=75 # exit code of slurm/node.sh: the job was asked to stop
 DRY_RUN=
 ASKED= # whether this script itself was
-STEP=  # process id of the srun in progress
+SRUN_PID= # process id of the srun in progress
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
 
@@ -28,8 +32,8 @@ fail() {
 pass_on() {
   ASKED=1
   say "asked to stop"
-  local step=$STEP
-  while [[ -n $step ]] && kill -0 "$step" 2>/dev/null; do
+  local running=$SRUN_PID
+  while [[ -n $running ]] && kill -0 "$running" 2>/dev/null; do
     scancel --signal=USR1 "$SLURM_JOB_ID" || true
     sleep 20
   done &
@@ -44,7 +48,7 @@ requeue() {
 
 # Run an srun, or print it, and leave its exit code in CODE; does not come back when the job was asked to stop. srun runs
 # in the background, since bash hears signals only between commands.
-step() {
+run_srun() {
   if [[ -n $DRY_RUN ]]; then
     printf '%q ' srun "$@"
     echo
@@ -52,18 +56,18 @@ step() {
     return
   fi
   srun "$@" &
-  STEP=$!
+  SRUN_PID=$!
   local again
   while true; do
     CODE=0
-    wait "$STEP" || CODE=$?
-    kill -0 "$STEP" 2>/dev/null || break
+    wait "$SRUN_PID" || CODE=$?
+    kill -0 "$SRUN_PID" 2>/dev/null || break
   done
-  # A signal may have ended the last wait, and not the step.
+  # A signal may have ended the last wait, and not srun.
   again=0
-  wait "$STEP" 2>/dev/null || again=$?
+  wait "$SRUN_PID" 2>/dev/null || again=$?
   [[ $again -eq 127 ]] || CODE=$again
-  STEP=
+  SRUN_PID=
   if [[ $CODE -eq $STOPPED || (-n $ASKED && $CODE -ne 0) ]]; then
     requeue
   fi
@@ -71,7 +75,7 @@ step() {
 
 # One process on the first node.
 on_one_node() {
-  step --nodes=1 --ntasks=1 $SRUN_ARGS bash slurm/node.sh "$@"
+  run_srun --nodes=1 --ntasks=1 $SRUN_ARGS bash slurm/node.sh "$@"
   [[ $CODE -eq 0 ]] || exit "$CODE"
 }
 
@@ -84,7 +88,7 @@ on_all_nodes() {
   # Which node holds the rendezvous is said, not guessed: a node's name in Slurm need not be its host name. Nothing but
   # a node's own srun task knows its number, hence the inner shell.
   local launch='exec bash slurm/node.sh "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
-  step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  run_srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     --output="$LOGS/$stage-node%n-%N.log" --open-mode=append $SRUN_ARGS \
     bash -c "$launch" "$PYTHON" \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES_PER_NODE" \
@@ -153,7 +157,7 @@ converted() {
     say "$role: $folder is converted already"
   else
     say "$role: converting $folder"
-    on_one_node "$PYTHON" tools/convert.py hf-to-megatron --hf "$folder" --out "$CHECKPOINT"
+    on_one_node "$PYTHON" -m fire_megatron convert hf-to-megatron --hf "$folder" --out "$CHECKPOINT"
   fi
 }
 
@@ -226,7 +230,7 @@ main() {
     say "export: $exported is there"
   else
     say "export: $exported"
-    on_one_node "$PYTHON" tools/convert.py megatron-to-hf --checkpoint "$last" --out "$exported"
+    on_one_node "$PYTHON" -m fire_megatron convert megatron-to-hf --checkpoint "$last" --out "$exported"
   fi
   say "done: $exported"
 }

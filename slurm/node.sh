@@ -8,27 +8,22 @@
 set -u
 asked=
 trap 'asked=USR1' USR1
-trap : TERM
+trap : TERM # a trap ends with the subshell, so the launcher has its own way with the signal
 
 (
   trap '' USR1
   exec "$@"
 ) &
 launcher=$!
-# A signal ends `wait`, not the launcher. Should that end too at this moment, its own code is still to be had.
+# Ignored from here on: bash 5.2 may lose the exit code of a process that ends while a trap interrupts `wait`.
+trap '' TERM
 while true; do
   wait "$launcher"
   code=$?
-  kill -0 "$launcher" 2>/dev/null && continue
-  if [[ $code -gt 128 ]]; then
-    wait "$launcher" 2>/dev/null
-    again=$?
-    [[ $again -eq 127 ]] || code=$again
-  fi
-  break
+  kill -0 "$launcher" 2>/dev/null || break # USR1 ends `wait`, not the launcher
 done
 if [[ -n $asked ]]; then
-  echo "node $(hostname -s): asked to stop by $asked; the launcher left with code $code"
+  echo "node $(hostname -s): asked to stop by $asked; the launcher has left"
   exit 75
 fi
 exit "$code"

@@ -5,26 +5,12 @@
 #   sbatch slurm/strong_to_weak.sh
 #   STUDENT=/models/Qwen3-4B TEACHERS=strong=/models/Qwen3-32B sbatch --nodes=8 slurm/strong_to_weak.sh
 #
-# --dry-run after the script's name prints what would be done, also outside of Slurm. As it is, it runs on the demo
-# models that `make demo` makes, with or without GPUs. Variables are set here or in the environment; slurm/common.sh has
-# more of them, docs/slurm.md explains.
-#SBATCH --job-name=strong_to_weak
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
-#SBATCH --exclusive
-#SBATCH --mem=0
-#SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=%x-%j.out
+#SBATCH --job-name=strong_to_weak --nodes=2 --ntasks-per-node=1 --exclusive --mem=0 --time=24:00:00
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --output=%x-%j.out
 
 : "${RECIPE:=recipes/smollm2_strong_to_weak.yaml}"
-: "${STUDENT:=demo/hf/student}"                          # Hugging Face folder, or converted checkpoint
 : "${TEACHERS:=strong=demo/hf/math}" # NAME=FOLDER of each teacher of the recipe
-: "${BENCHMARKS:=data/minervamath.jsonl}"                # files with 'problem' and 'answer'; set to ' ' for none
-
 # sbatch runs a copy of this file from a folder of its own.
-cd "${FIRE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" || exit 2
-source slurm/common.sh || { echo "error: submit this from the project's folder, or set FIRE_ROOT" >&2; exit 2; }
+cd "${FIRE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}" && source slurm/common.sh ||
+  { echo "error: submit this from the project's folder, or set FIRE_ROOT" >&2; exit 2; }
 main "$@"

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from models import VOCABULARY
 from roles import Roles, Spec, hf_response_logits, layouts, log_prob_and_entropy, reference
+from steps import make_rollouts, make_training_rows
 
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
-from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
+from fire_megatron.data.rollouts import TrainingRows
 from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.parallel.reducer import Reducer
@@ -25,9 +25,10 @@ AUXILIARY = {"moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.02}
 
 
 def expert_layouts(size: int) -> list[Layout]:
-    """Every tensor x pipeline x context x expert split, by expert size: the last spreads the experts widest, the one
-    before it splits tensors too."""
+    """Tensor x pipeline x context x expert splits, by expert size: the last spreads experts widest, the one before it
+    splits sequences too. Of 2 ranks all, of 4 those with experts on several ranks and one more."""
     every = layouts(size, pipelines=(1, 2), contexts=(2, 1), experts=(1, 2, 4))
+    every = [layout for layout in every if size < 4 or layout.expert > 1 or layout.data * layout.context == 1]
     return sorted(every, key=lambda layout: layout.expert)
 
 
@@ -48,21 +49,7 @@ def training_rows(mine: Any, count: int = ROWS, spec: Spec = SPEC) -> TrainingRo
         log_prob_and_entropy(hf_response_logits(reference(spec), p, r), r)[0].float()
         for p, r in zip(prompts, responses, strict=True)
     ]
-    rollouts = Rollouts(
-        row_ids=tuple(mine),
-        prompts=tuple(Prompt(i, "math", tuple(prompts[i].tolist()), "") for i in mine),
-        responses=tuple(responses[i] for i in mine),
-        log_probs=tuple(own[i] for i in mine),
-        entropies=tuple(torch.ones(len(responses[i])) for i in mine),
-        truncated=tuple(False for _ in mine),
-        weight_version=0,
-    )
-    return TrainingRows(
-        rollouts=rollouts,
-        targets=tuple(Target(("math",), (1.0,)) for _ in mine),
-        teacher_log_probs=tuple(teacher[i] for i in mine),
-        weights=tuple(torch.ones(len(responses[i])) for i in mine),
-    )
+    return make_training_rows(make_rollouts(mine, prompts, responses, own), teacher)
 
 
 def make_student(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import TRAIN, call
 from tiny_run import read_metrics, tiny_recipe, write_recipe
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KEYS = ("loss", "grad_norm", "teacher/math/reverse_kl", "teacher/code/reverse_kl", "fire/keep_ratio")
 """Metrics of a step that depend on every part of it."""
 
@@ -53,15 +50,7 @@ def write(
 
 def train(recipe: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
     """Metrics of a recipe's run, step by step; the run's folder has the recipe's name."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, "-m", "fire_megatron.train", "--recipe", str(recipe), *overrides],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    call(*TRAIN, recipe, *overrides, ranks=ranks, timeout=600)
     return read_metrics(recipe.with_suffix(""))
 
 

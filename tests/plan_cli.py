@@ -12,10 +12,11 @@ from fire_megatron.plan import pieces
 
 def call(arguments: list[str]) -> dict:
     """One call; ``--whole`` before the others runs every layer and row, ``--advised`` makes the call once more with
-    what the first one has advised."""
+    what the first one, which is then ``first``, has advised."""
     if arguments[0] == "--advised":
-        advice = json.loads(call(arguments[1:])["out"])["advice"]
-        return call([*arguments[1:], *(part for item in advice for part in item["change"].split(" "))])
+        first = call(arguments[1:])
+        advice = (part for item in json.loads(first["out"])["advice"] for part in item["change"].split(" "))
+        return call([*arguments[1:], *advice]) | {"first": first}
     whole, kept = arguments[0] == "--whole", (pieces.MANY_LAYERS, pieces.FEW_ROWS)
     if whole:
         pieces.MANY_LAYERS, pieces.FEW_ROWS = 1000, 1000

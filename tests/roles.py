@@ -13,43 +13,16 @@ import torch
 import torch.distributed as dist
 from models import make_hf, save_megatron
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import FP8Config, ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
-from fire_megatron.data.rollouts import Rollouts, Scores
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import launch
-from fire_megatron.teachers.pool import TeacherPool
-from fire_megatron.teachers.router import Scoring, TeacherRouter
-from fire_megatron.teachers.teacher import Teacher, TeacherInfo
 from fire_megatron.train.student import Student
-
-
-def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
-    """What every rank knows of a teacher whose weights stay on the device."""
-    config, used = teacher.model.config, teacher.model.used_vocab_size
-    return TeacherInfo(name, teacher.grid.layout, config.hidden_size, config.params_dtype, used, teacher.state_kind)
-
-
-def make_router(
-    teachers: dict[str, Teacher], route: dict[str, str], grid: ModelGrid, factory: GridFactory, **options: Any
-) -> TeacherRouter:
-    """A router to teachers that all ranks hold."""
-    infos = {name: teacher_info(name, teacher) for name, teacher in teachers.items()}
-    pool = TeacherPool(infos, teachers, student_grid=grid, factory=factory)
-    return TeacherRouter(pool, route, student_grid=grid, **options)
-
-
-def score(router: TeacherRouter, rollouts: Rollouts, *, keep_states: bool = False) -> Scores:
-    """Finished rollouts scored in one go; every rank of the student calls it with its own, of any number."""
-    by_row = dict(zip(rollouts.row_ids, rollouts.prompts, strict=True))
-    session = Scoring(router, by_row, rounds=1, group_size=len(rollouts), keep=keep_states)
-    session.send(rollouts.row_ids, rollouts.responses)
-    return session.finish(rollouts)
 
 
 def share(value: Any) -> Any:
@@ -76,8 +49,16 @@ def layouts(
     ]
 
 
-EXPERTS = {"qwen3-moe": (1, 2), "qwen3-moe-mixed": (1, 2)}
-"""Expert-parallel sizes of the families that have experts."""
+def telling_layouts(size: int, **options: Any) -> list[Layout]:
+    """The layouts that say something: of 2 ranks each dimension alone, of 4 each two of them together, data parallelism
+    being one of them."""
+    every = layouts(size, **{"pipelines": (1, 2, 3), "contexts": (1, 2), **options})
+    return every if size % 4 else [layout for layout in every if layout.data < size or layout.expert > 1]
+
+
+def expert_sizes(family: str, size: int) -> tuple[int, ...]:
+    """Expert-parallel sizes of a family: on 4 ranks beside another split."""
+    return (1,) if "moe" not in family else (1, 2) if size < 4 else (2,)
 
 
 def parallel_config(layout: Layout, *, sequence: bool | None = None) -> ParallelConfig:
@@ -105,6 +86,10 @@ class Spec:
         return make_hf(self.family, seed=self.seed, **dict(self.changes))
 
 
+_CHECKPOINTS: dict[Path, dict[Spec, Path]] = {}
+"""What is converted, by folder."""
+
+
 class Roles:
     """Builds roles. Every rank calls it alike; checkpoints are converted once, by rank 0."""
 
@@ -112,17 +97,17 @@ class Roles:
         """Args: folder: one that all ranks see."""
         self.world, self.folder = world, folder
         self.factory = GridFactory(timeout=60)
-        self._checkpoints: dict[Spec, Path] = {}
 
     def checkpoint(self, spec: Spec) -> Path:
         """The converted checkpoint of a model."""
-        if spec not in self._checkpoints:
-            path = self.folder / str(len(self._checkpoints))
+        made = _CHECKPOINTS.setdefault(self.folder, {})
+        if spec not in made:
+            path = self.folder / str(len(made))
             if self.world.is_main:
                 save_megatron(spec.family, path, seed=spec.seed, **dict(spec.changes))
             dist.barrier()
-            self._checkpoints[spec] = path
-        return self._checkpoints[spec]
+            made[spec] = path
+        return made[spec]
 
     def build(
         self,

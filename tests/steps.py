@@ -12,12 +12,13 @@ from models import VOCABULARY, save_megatron
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.checkpoint.steps import step_folder
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts
+from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.train.student import Student
 
 ROWS = 9
-ROUTE = {"math": "math", "code": "code"}
+TEACHERS = ("math", "code")
+ROUTE = {"math": "math", "algebra": "math", "code": "code"}
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -43,20 +44,34 @@ def rows(mixed: bool = False) -> tuple[list[Prompt], list[torch.Tensor]]:
     return prompts, [draw(1 + (5 * i) % 13) for i in range(ROWS)]
 
 
+def make_rollouts(
+    mine: Sequence[int],
+    prompts: Sequence[Prompt | torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    log_probs: Sequence[torch.Tensor] | None = None,
+    entropies: Sequence[torch.Tensor] | None = None,
+) -> Rollouts:
+    """The rows ``mine`` of a batch, in that order; statistics are 1 where none are given, bare prompts math's."""
+    ones = [torch.ones(len(response)) for response in responses]
+    log_probs, entropies = log_probs or ones, entropies or ones
+    told = [p if isinstance(p, Prompt) else Prompt(i, "math", tuple(p.tolist()), "") for i, p in enumerate(prompts)]
+    columns = (told, responses, log_probs, entropies, [False] * len(told))
+    return Rollouts(tuple(mine), *(tuple(column[i] for i in mine) for column in columns), weight_version=0)
+
+
+def make_training_rows(rollouts: Rollouts, teacher: Sequence[torch.Tensor]) -> TrainingRows:
+    """Rollouts with the whole batch's log-probabilities of the math teacher, and weights of 1."""
+    weights = tuple(torch.ones(len(response)) for response in rollouts.responses)
+    targets = (Target(("math",), (1.0,)),) * len(rollouts)
+    return TrainingRows(rollouts, targets, tuple(teacher[i] for i in rollouts.row_ids), weights)
+
+
 def rollouts_of(mine: Sequence[int], mixed: bool = False) -> Rollouts:
     """This replica's rows, with made-up rollout statistics."""
     prompts, responses = rows(mixed)
     generator = torch.Generator().manual_seed(4)
     noise = [torch.rand(len(r), generator=generator) for r in responses]
-    return Rollouts(
-        row_ids=tuple(mine),
-        prompts=tuple(prompts[i] for i in mine),
-        responses=tuple(responses[i] for i in mine),
-        log_probs=tuple(-3.0 - noise[i] for i in mine),
-        entropies=tuple(1.0 + noise[i] for i in mine),
-        truncated=tuple(False for _ in mine),
-        weight_version=0,
-    )
+    return make_rollouts(mine, prompts, responses, [-3.0 - x for x in noise], [1.0 + x for x in noise])
 
 
 def save_state(student: Student, grid: ModelGrid, *, source: Path, checkpoints: Path, step: int = 1) -> Path:

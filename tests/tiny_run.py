@@ -10,7 +10,7 @@ from models import save_megatron, write_prompts
 
 from fire_megatron.metrics.jsonl import read_metrics
 
-__all__ = ["make_inputs", "read_metrics", "tiny_recipe", "write_recipe"]
+__all__ = ["make_inputs", "read_metrics", "tiny_recipe", "train", "write_recipe"]
 
 
 def make_inputs(folder: Path, **student: Any) -> Path:
@@ -52,3 +52,11 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     """The recipe as YAML."""
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def train(inputs: Path, run_dir: Path, *overrides: str, **changes: Any) -> int:
+    """Exit code of the training command, in this process, on :func:`tiny_recipe`; the recipe lies beside the run."""
+    from fire_megatron.cli.train import main
+
+    recipe = write_recipe(run_dir.with_suffix(".yaml"), tiny_recipe(inputs, run_dir, **changes))
+    return main(["--recipe", str(recipe), *overrides])

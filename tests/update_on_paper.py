@@ -1,4 +1,4 @@
-"""Run by tests/unit/train/test_update_waits.py: updates on tensors without memory, where what crosses between host and
+"""Run by tests/cli/test_update_waits.py: updates on tensors without memory, where what crosses between host and
 device shows, in worlds of one to four ranks. Prints as JSON what each case did. A simulated world makes a process
 useless for anything else."""
 

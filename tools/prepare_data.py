@@ -1,106 +1,13 @@
 #!/usr/bin/env python3
-"""Make a file of prompts from data sets: labelled, without duplicates, without the problems of benchmarks.
+"""``fire-megatron prepare`` from a checkout that is not installed."""
 
-python tools/prepare_data.py train.parquet more.jsonl --out prompts.jsonl --labels math,code --benchmark aime24.jsonl
-"""
-
-import argparse
 import sys
-import time
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-def _renamed(text: str) -> tuple[str, str]:
-    old, sign, new = text.partition("=")
-    if not (old and sign and new):
-        raise argparse.ArgumentTypeError(f"{text!r}: write old=new")
-    return old, new
-
-
-def _names(text: str) -> frozenset[str]:
-    names = frozenset(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise argparse.ArgumentTypeError("write labels, separated by commas")
-    return names
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number of at least 1")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="FILE", help=".jsonl, .json, either .gz, .parquet; or a pattern")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="prompts to write, .jsonl")
-    keys = parser.add_argument_group("keys of a row (dotted paths; found for each file when not given)")
-    keys.add_argument("--prompt-key", metavar="KEY", help="the prompt: a text, or chat messages")
-    keys.add_argument("--messages-key", metavar="KEY", help="chat messages, for rows without the prompt key")
-    keys.add_argument("--label-key", metavar="KEY", help="the teacher's label, or labels with weights")
-    keys.add_argument("--answer-key", metavar="KEY", help="the right answer")
-    labels = parser.add_argument_group("labels")
-    labels.add_argument("--label", help="of every row, whatever the rows say")
-    labels.add_argument("--map", action="append", default=[], type=_renamed, metavar="OLD=NEW", help="rename a label")
-    labels.add_argument("--labels", type=_names, metavar="A,B", help="reject rows with any other label")
-    lengths = parser.add_argument_group("lengths")
-    lengths.add_argument("--tokenizer", type=Path, metavar="DIR", help="count tokens, not characters")
-    lengths.add_argument("--max-prompt-tokens", type=_count, metavar="N", help="reject longer prompts")
-    held_out = parser.add_argument_group("benchmarks")
-    held_out.add_argument(
-        "--benchmark", nargs="+", action="extend", default=[], metavar="FILE", help="refuse its problems"
-    )
-    held_out.add_argument("--benchmark-key", metavar="KEY", help="key of its problems")
-    held_out.add_argument("--overlap", type=float, metavar="SHARE", help="of a problem's words that refuses a row")
-    outputs = parser.add_argument_group("other outputs")
-    outputs.add_argument("--rejects", type=Path, metavar="FILE", help="rejected rows with their reasons, .jsonl")
-    outputs.add_argument("--report", type=Path, metavar="FILE", help="the report as JSON")
-    outputs.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    return parser
-
-
-def _options(args: argparse.Namespace):
-    from fire_megatron.prepare.prepare import PrepareOptions
-    from fire_megatron.prepare.row_keys import KeyChoice
-
-    keys = KeyChoice(args.prompt_key, args.messages_key, args.label_key, args.answer_key)
-    as_they_are = ("out", "label", "labels", "tokenizer", "max_prompt_tokens", "benchmark_key", "rejects", "report")
-    return PrepareOptions(
-        inputs=tuple(args.inputs),
-        keys=keys,
-        label_map=dict(args.map),
-        benchmarks=tuple(args.benchmark),
-        overwrite=args.overwrite,
-        **{name: getattr(args, name) for name in as_they_are},
-        **({} if args.overlap is None else {"overlap": args.overlap}),
-    )
-
-
-def main() -> int:
-    """Exit codes: 0 done, rejects or not; 2 a mistake in the input, or no row left; 130 interrupted."""
-    args = _parser().parse_args()
-    from fire_megatron.config.errors import UserError
-    from fire_megatron.prepare.prepare import NoRowsLeft, prepare
-
-    started = time.perf_counter()
-    try:
-        report = prepare(_options(args), progress=True)
-    except NoRowsLeft as error:
-        print(error.report)
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
-    print(f"{report}\n\nwrote {args.out} ({time.perf_counter() - started:.1f} s)")
-    return 0
-
+from fire_megatron.cli.prepare import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -199,12 +199,12 @@ def plot(runs: dict[tuple[str, int], dict[str, Any]], models: dict[str, dict[str
     figure.savefig(path, dpi=100)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the study's folder")
     parser.add_argument("--to", type=Path, help="folder for table and plot; the study's own by default")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     runs, models = read_results(args.out)
     if not runs:
         raise SystemExit(f"{args.out}: no seed has all of its runs yet; benchmarks.fire_vs_opd.run makes them")

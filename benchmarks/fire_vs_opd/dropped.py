@@ -57,11 +57,11 @@ def shares(model: Any, label: str, rows: Sequence[dict[str, Any]]) -> dict[str, 
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the study's folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)

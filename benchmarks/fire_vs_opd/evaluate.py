@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,16 @@ _SEED = 7
 _EXAMPLES = 4
 
 
-@cache
-def _world_and_grids() -> tuple[Any, Any]:
-    """Once a process: one rank on the CPU."""
-    from fire_megatron.parallel.grid import GridFactory
-    from fire_megatron.platform import launch
-
-    return launch.start("cpu", threads=1), GridFactory(timeout=600.0)
-
-
 def _load(checkpoint: Path) -> tuple[Any, Any]:
-    """The model and its grid."""
-    from fire_megatron.checkpoint.load import load_weights
+    """The model and its grid, on one rank on the CPU."""
+    from fire_megatron.checkpoint.loading import load_weights
     from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.models.build import build_model
-    from fire_megatron.train.inputs import role_layout
+    from fire_megatron.parallel.grid import GridFactory, Layout
+    from fire_megatron.platform import launch
 
-    world, grids = _world_and_grids()
-    role = StudentConfig(checkpoint=str(checkpoint))
-    grid = grids.grid(role_layout(role, world.size))
+    world = launch.start("cpu", threads=1)
+    role, grid = StudentConfig(checkpoint=str(checkpoint)), GridFactory(timeout=600.0).grid(Layout())
     model = build_model(read_hf_config(checkpoint), role, grid, device=world.device)
     load_weights(model, checkpoint, grid=grid)
     return model, grid
@@ -52,6 +42,7 @@ def evaluate(checkpoint: Path, problems: dict[str, list[str]]) -> dict[str, Any]
         ``accuracy``: by domain and by way of sampling, in 0..1; ``examples``: a few sampled answers of each domain;
         ``seconds``.
     """
+    from fire_megatron.platform import launch
     from fire_megatron.rollout.engine import MegatronEngine
     from fire_megatron.rollout.sampling import Sampling
 
@@ -74,4 +65,5 @@ def evaluate(checkpoint: Path, problems: dict[str, list[str]]) -> dict[str, Any]
                 examples[label].append(f"{problem} {text} {'right' if right[label][-1] else 'wrong'}")
         for label, marks in right.items():
             accuracy[label][way] = sum(marks) / len(marks)
+    launch.stop()
     return {"accuracy": accuracy, "examples": examples, "seconds": time.perf_counter() - started}

@@ -13,10 +13,12 @@ OPD alone, with a student of a seed that the study does not use. README.md in th
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import sides
 from benchmarks.fire_vs_opd.study import ARMS, CONTROLS, Study
 from benchmarks.fire_vs_opd.tasks import DOMAINS
 
@@ -30,16 +32,17 @@ def _parser() -> argparse.ArgumentParser:
     arms = [*ARMS, *CONTROLS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=list(ARMS), help="the four of FiRe by default")
     parser.add_argument("--pilot", type=float, nargs="+", metavar="LR", help="only plain OPD at these learning rates")
+    sides.add_toy(parser)
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Do what is missing."""
     import torch
 
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     torch.set_num_threads(1)
-    study = Study(args.out.resolve(), say=lambda text: tqdm.write(text))
+    study = Study(args.out.resolve(), say=lambda text: tqdm.write(text), toy=args.toy)
     for label in DOMAINS:
         study.prompts(label)
         study.teacher(label)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import sides
 from benchmarks.fire_vs_opd.pretrain import Training, train
 from benchmarks.fire_vs_opd.tasks import DOMAINS, is_right, problems
 from fire_megatron.config.load import load_recipe
@@ -21,7 +19,6 @@ from fire_megatron.config.schema import Recipe
 from fire_megatron.metrics.jsonl import read_metrics
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
 RECIPE = HERE / "recipe.yaml"
 FILTER, REWEIGHT = "{name: filter, percentile: 20}", "{name: reweight, alpha: 1.0, beta: 1.0}"
 ARMS: Mapping[str, str] = {
@@ -47,13 +44,15 @@ class Study:
 
     out: Path
     say: Callable[[str], None] = print
+    toy: bool = False
+    """A few problems and steps, to see that all of it runs."""
 
     # ---- problems ---------------------------------------------------------------------------------------------
 
     @property
     def held_out(self) -> dict[str, list[str]]:
         """By domain; the same in every study."""
-        return {label: problems(label, HELD_OUT_PROBLEMS, seed=_HELD_OUT_SEED) for label in DOMAINS}
+        return {label: problems(label, 4 if self.toy else HELD_OUT_PROBLEMS, seed=_HELD_OUT_SEED) for label in DOMAINS}
 
     def _without(self) -> frozenset[str]:
         return frozenset(problem for of_label in self.held_out.values() for problem in of_label)
@@ -62,7 +61,7 @@ class Study:
         """The prompt file that the students sample from."""
         path = self.out / "data" / f"train_{label}.jsonl"
         if not path.exists():
-            rows = problems(label, TRAIN_PROBLEMS, seed=_TRAIN_SEED, without=self._without())
+            rows = problems(label, 16 if self.toy else TRAIN_PROBLEMS, seed=_TRAIN_SEED, without=self._without())
             _write(path, "".join(json.dumps({"problem": problem, "label": label}) + "\n" for problem in rows))
         return path
 
@@ -83,6 +82,8 @@ class Study:
         if not folder.exists():
             hf = self.out / "models" / f"hf_{name}"
             started = time.perf_counter()
+            if self.toy:
+                training = replace(training, layers=1, hidden=32, steps=2, batch=4, stop_at=0)
             train(training, hf, seed=seed, without=self._without())
             hf_to_megatron(hf, folder)
             self.say(f"{name}: trained in {time.perf_counter() - started:.0f} s")
@@ -90,7 +91,7 @@ class Study:
 
     # ---- runs -------------------------------------------------------------------------------------------------
 
-    def overrides(self, arm: str, seed: int, **changes: object) -> list[str]:
+    def overrides(self, arm: str, seed: int, **changes: object) -> dict[str, object]:
         """What the arm's run changes in recipe.yaml; ``changes`` are dotted keys with ``__`` for dots."""
         name = self.run_name(arm, seed, **changes)
         values = {
@@ -102,9 +103,10 @@ class Study:
             **{f"data.train.{i}.path": self.out / "data" / f"train_{label}.jsonl" for i, label in enumerate(DOMAINS)},
             "loss.hooks": {**ARMS, **CONTROLS}[arm],
             **({"run.plugins": "[benchmarks.fire_vs_opd.controls]"} if arm in CONTROLS else {}),
+            **({"run.steps": 2, "rollout.prompts_per_step": 16, "rollout.max_new_tokens": 4} if self.toy else {}),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
-        return [f"{key}={value}" for key, value in values.items()]
+        return values
 
     @staticmethod
     def run_name(arm: str, seed: int, **changes: object) -> str:
@@ -113,7 +115,7 @@ class Study:
 
     def recipe(self, arm: str, seed: int) -> Recipe:
         """The recipe of a run, every default filled in."""
-        return load_recipe(RECIPE, self.overrides(arm, seed))
+        return load_recipe(RECIPE, [f"{key}={value}" for key, value in self.overrides(arm, seed).items()])
 
     def distil(self, arm: str, seed: int, **changes: object) -> dict[str, Any]:
         """Train an arm with ``fire_megatron.train`` in a process of its own and measure the student that comes out."""
@@ -122,14 +124,7 @@ class Study:
         def make() -> dict[str, Any]:
             run, started = self.out / "runs" / name, time.perf_counter()
             shutil.rmtree(run, ignore_errors=True)  # of a run that was broken off
-            command = [sys.executable, "-m", "fire_megatron.train", "--recipe", str(RECIPE)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                command + self.overrides(arm, seed, **changes),
-                cwd=REPOSITORY, env=environment, text=True, capture_output=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            sides.train(1, self.overrides(arm, seed, **changes), recipe=RECIPE, toy=self.toy)
             seconds = time.perf_counter() - started
             found = self._evaluate(max((run / "checkpoints").glob("step_*")))
             curve = rollout_curve(run)

@@ -8,13 +8,16 @@ emulated FP8 have names of their own, since they count updates where Transformer
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from fire_megatron.checkpoint.torch_dist import ShardReader
-from fire_megatron.models.fp8.emulation import Scales
 from fire_megatron.models.fp8.settings import fp8_context, shares_amax
 from fire_megatron.models.gpt import FireGPT
+
+if TYPE_CHECKING:
+    from fire_megatron.models.fp8.emulation import Scales
 
 _PREFIX = "fp8."
 _EMULATED = ".emulated."
@@ -51,7 +54,7 @@ def _emulated(model: FireGPT) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read_emulated(reader: ShardReader, model: FireGPT) -> None:
-    """The part of :func:`read_amax` for emulated scaling, which goes on from a history of any length."""
+    """The part of :func:`read_amax` for emulated scaling, which continues from a history of any length."""
     scales = _scales(model)
     if scales is None:
         return

@@ -1,4 +1,4 @@
-"""Saving a completed step, at once or while the training goes on.
+"""Saving a completed step, at once or while training continues.
 
 A step is saved to a temporary folder beside its place and renamed when everything in it is on the disk, so that a
 process killed at any moment leaves the earlier steps as they were.
@@ -258,7 +258,7 @@ class Saver:
         self._done.append((file.step, time.perf_counter() - started))
 
     def _advance(self) -> None:
-        """On the thread that writes: the one that trains may not be said to get on by it."""
+        """On the thread that writes: its progress must not count as the training thread's."""
         self._pieces += 1
 
     def _write_or_keep_failure(self, *arguments: Any) -> None:

@@ -60,8 +60,8 @@ def delete_old_steps(checkpoints: Path, *, keep: int) -> None:
 
 
 def set_damaged_aside(folder: Path) -> Path:
-    """Rename a step that turned out to be damaged, so that it is looked at no more and counts as kept no more; returns
-    the new name."""
+    """Rename a step that turned out to be damaged, so that it is neither read nor counted any more; returns the new
+    name."""
     name = folder.name.removeprefix(".old_")
     number = 0
     while (target := folder.with_name(f"damaged_{name}" + (f"_{number}" if number else ""))).exists():

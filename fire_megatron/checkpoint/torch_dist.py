@@ -4,7 +4,7 @@
 round; tests hold both to it. They are not used for the input and output itself because torch 2.13's writer keeps every
 tensor of a file in memory until the file is complete, and because megatron's save and load communicate over the whole
 world, which a role on a span of ranks must not do. Here nothing communicates: the caller gathers the writers' entries
-on a group of its own, and a reader needs nobody.
+on a group of its own, and a reader needs no other rank.
 
 A tensor is stored as non-overlapping rectangular chunks; ``.metadata`` tells where each chunk lies.
 """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
-from fire_megatron.config.errors import RecipeError, UserError
+from fire_megatron.cli.command import add_recipe, telling_mistakes
+from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.load import load_recipe, recipe_to_dict
 from fire_megatron.config.yaml_text import dump_yaml
 
@@ -16,8 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fire-megatron recipe", description="Print a recipe with its defaults and overrides."
     )
-    parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     parser.add_argument("--key", help="print this key's value alone, such as run.dir; null where it has none")
     return parser
 
@@ -30,16 +29,13 @@ def _value(values: object, key: str) -> object:
     return values
 
 
+@telling_mistakes
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 printed, 2 a mistake in the recipe."""
+    """Print it. Exit codes: 0 printed, 2 a mistake in the recipe."""
     args = _parser().parse_intermixed_args(argv)
-    try:
-        values: object = recipe_to_dict(load_recipe(args.recipe, args.overrides))
-        if args.key:
-            values = _value(values, args.key)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    values: object = recipe_to_dict(load_recipe(args.recipe, args.overrides))
+    if args.key:
+        values = _value(values, args.key)
     if isinstance(values, (dict, list)):
         print(dump_yaml(values), end="")
     else:

@@ -1,13 +1,12 @@
-"""The reporting command."""
+"""``fire-megatron report``: a run as an HTML page."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fire_megatron.config.errors import UserError
+from fire_megatron.cli.command import check_least, telling_mistakes
 
 _FILE = "report.html"
 
@@ -28,26 +27,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(args: argparse.Namespace) -> Path:
+@telling_mistakes
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page. Exit codes: 0 written, 2 a mistake in the input."""
+    args = _parser().parse_args(argv)
     from fire_megatron.report.page import write_report
     from fire_megatron.report.read import read_run
 
-    for name in ("max_samples", "max_tokens"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 0")
+    check_least(args, 0, "max_samples", "max_tokens")
     target = args.out or Path(args.runs[0]) / _FILE
-    bounds = {"max_samples": args.max_samples, "max_tokens": args.max_tokens}
-    write_report([read_run(run, **bounds) for run in args.runs], target)
-    return target
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``fire-megatron report``. Exit codes: 0 written, 2 a mistake in the input."""
-    args = _parser().parse_args(argv)
-    try:
-        target = _report(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = [read_run(run, max_samples=args.max_samples, max_tokens=args.max_tokens) for run in args.runs]
+    write_report(runs, target)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_megatron.cli.guard import guarded, run_command
+from fire_megatron.cli.command import add_recipe
+from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
@@ -23,9 +24,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Distil several teachers into a student on its own samples (multi-teacher OPD with FiRe).",
         epilog="Overrides are recipe keys: student.parallel.tensor=2 run.steps=100 teachers.math.checkpoint=DIR",
     )
-    parser.add_argument("--recipe", required=True, help="YAML recipe, see recipes/ and docs/recipe.md")
+    add_recipe(parser, option=True)
     parser.add_argument("--check", action="store_true", help="check recipe and checkpoints, then leave")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     return parser
 
 
@@ -62,7 +62,7 @@ def _train(recipe: Recipe, world: World) -> None:
         Trainer(recipe, world, watch, stop).train()
 
     held = rank_roles(recipe, world)
-    guarded(world, train, held=held, timeout=recipe.run.collective_timeout, note=note)
+    supervised(world, train, held=held, timeout=recipe.run.collective_timeout, note=note)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

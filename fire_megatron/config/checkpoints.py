@@ -37,7 +37,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         converted = folder.with_name(f"{folder.name}-megatron")
         if read_marker(converted) is not None:
             return f"{folder} is a Hugging Face folder; give the checkpoint converted from it, {converted}"
-        command = f"python tools/convert.py hf-to-megatron --hf {folder} --out {converted}"
+        command = f"fire-megatron convert hf-to-megatron --hf {folder} --out {converted}"
         return f"{folder} is a Hugging Face folder and must be converted first: {command}"
     inside = sorted(path.name for path in folder.glob("*") if path.is_dir() and read_marker(path) is not None)
     if inside:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-import textwrap
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
-from functools import cache
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic.fields import FieldInfo
 
 from fire_megatron.config.errors import join_key
+from fire_megatron.config.messages import Hint, describe, parse_hint
 from fire_megatron.config.schema import Recipe
-from fire_megatron.config.section import INLINE, FieldSpec, Hint, describe, parse_hint, specs
-from fire_megatron.config.walk import plain
+from fire_megatron.config.section import Section, plain
 
 EXAMPLE = """\
 run: {name: first, dir: runs/first, steps: 20}
@@ -54,32 +51,14 @@ the last adds an entry), `teachers.code.checkpoint=DIR` (a name that is not ther
 """
 
 
-@cache
-def field_docs(section: type) -> Mapping[str, str]:
-    """The string below each field of a section and of the classes that it inherits from, as one line each."""
-    result: dict[str, str] = {}
-    for owner in reversed(section.__mro__):
-        if owner.__module__ == "builtins":
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(tree, ast.ClassDef)
-        for entry, below in zip(tree.body, tree.body[1:], strict=False):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Constant) and isinstance(text.value, str):
-                assert isinstance(entry.target, ast.Name)
-                result[entry.target.id] = " ".join(text.value.split())
-    return result
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _default(spec: FieldSpec) -> str:
-    if spec.default is MISSING:
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
         return "required"
-    hint = parse_hint(spec.hint)
-    return "" if hint.is_section else f"`{json.dumps(plain(spec.default))}`"
+    return "" if parse_hint(field).is_section else f"`{json.dumps(plain(field.default))}`"
 
 
 def _nested(hint: Hint) -> tuple[str, type] | None:
@@ -92,12 +71,12 @@ def _nested(hint: Hint) -> tuple[str, type] | None:
     return None
 
 
-def _allowed(spec: FieldSpec, key: str) -> str:
-    hint = parse_hint(spec.hint)
+def _allowed(field: FieldInfo, key: str) -> str:
+    hint = parse_hint(field)
     nested = _nested(hint)
     if nested is None:
         choices = [f"`{choice}`" for choice in hint.args] if hint.origin is Literal else []
-        return " or ".join(choices) if choices else describe(spec.hint)
+        return " or ".join(choices) if choices else describe(field)
     kind = {"": "section", "N": "list of", "NAME": "mapping of names to"}[nested[0]]
     return f"{kind} [{join_key(key, nested[0])}](#{_anchor(join_key(key, nested[0]))})"
 
@@ -106,20 +85,19 @@ def _anchor(heading: str) -> str:
     return heading.lower().replace(".", "")
 
 
-def _table(section: type, key: str) -> Iterator[str]:
+def _table(section: type[Section], key: str) -> Iterator[str]:
     yield "| key | allowed | default | meaning |"
     yield "|---|---|---|---|"
-    for name, spec in specs(section).items():
-        if not spec.inline:
-            cells = (f"`{name}`", _allowed(spec, join_key(key, name)), _default(spec), field_docs(section)[name])
-            yield f"| {' | '.join(map(_cell, cells))} |"
+    for name, field in section.model_fields.items():
+        cells = (f"`{name}`", _allowed(field, join_key(key, name)), _default(field), _line(field.description))
+        yield f"| {' | '.join(map(_cell, cells))} |"
 
 
-def _summary(section: type) -> str:
-    return " ".join((section.__doc__ or "").split())
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
-def _pages(section: type, key: str, seen: dict[type, str]) -> Iterator[str]:
+def _pages(section: type[Section], key: str, seen: dict[type[Section], str]) -> Iterator[str]:
     """The tables of a section and of all below it; a class met before is referred to."""
     if key:
         yield f"\n## {key}\n"
@@ -127,25 +105,16 @@ def _pages(section: type, key: str, seen: dict[type, str]) -> Iterator[str]:
         yield f"As [{seen[section]}](#{_anchor(seen[section])})."
         return
     seen[section] = key
-    if key:
-        yield f"{_summary(section)}\n"
-    else:
-        yield ""
+    yield f"{_line(section.__doc__)}\n" if key else ""
     yield from _table(section, key)
-    for entry in fields(section):
-        yield from _variants(entry.metadata.get(INLINE, {}), key)
-    for name, spec in specs(section).items():
-        nested = None if spec.inline else _nested(parse_hint(spec.hint))
+    for name, variant in section.variants.items():
+        yield f"\n### {key}, name: {name}\n"
+        yield f"{_line(variant.__doc__)}\n"
+        yield from _table(variant, key)
+    for name, field in section.model_fields.items():
+        nested = _nested(parse_hint(field))
         if nested is not None:
             yield from _pages(nested[1], join_key(join_key(key, name), nested[0]), seen)
-
-
-def _variants(options: Mapping[str, Any], key: str) -> Iterator[str]:
-    """Keys that depend on the section's name."""
-    for name, section in options.items():
-        yield f"\n### {key}, name: {name}\n"
-        yield f"{_summary(section)}\n"
-        yield from _table(section, key)
 
 
 def reference() -> str:

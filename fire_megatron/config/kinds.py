@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fire_megatron.config.section import NonEmpty, Range
+from annotated_types import Ge, Gt, Le, Lt
 
-Count = Annotated[int, Range(at_least=0)]
-Size = Annotated[int, Range(at_least=1)]
-Positive = Annotated[float, Range(above=0)]
-NonNegative = Annotated[float, Range(at_least=0)]
-Fraction = Annotated[float, Range(at_least=0, below=1)]
-Share = Annotated[float, Range(above=0, below=1)]
-Threads = Annotated[int, Range(at_least=0, at_most=1024)]
-Text = Annotated[str, NonEmpty()]
-Seed = Annotated[int, Range(at_least=0, below=2**31)]
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+
+@dataclass(frozen=True)
+class Match:
+    """Annotates a string in which a regular expression matches from start to end."""
+
+    pattern: str
+    meaning: str
+
+    def accepts(self, text: str) -> bool:
+        """Whether the pattern matches the whole string."""
+        return re.fullmatch(self.pattern, text) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(source) | {"pattern": f"^(?:{self.pattern})$"}
+
+
+Count = Annotated[int, Ge(0)]
+Size = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0), Lt(2**31)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Gt(0), Lt(1)]
+Mass = Annotated[float, Gt(0), Le(1)]
+Text = Annotated[str, Match(r"(?s).*\S.*", "not empty")]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import RecipeError, RecipeProblems
+from fire_megatron.config.messages import nearest
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.schema import Recipe
-from fire_megatron.config.walk import build, nearest, plain
+from fire_megatron.config.section import build, plain
 from fire_megatron.config.yaml_text import dump_yaml, parse_yaml
 
 
@@ -23,7 +24,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or has keys, types or values that the schema refuses.
     """
-    values = plain(parse_yaml(_read(Path(path)), source=str(path)))  # a copy: YAML aliases share their values
+    values = parse_yaml(_read(Path(path)), source=str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else "is not a mapping"
         raise RecipeError(f"{path}: {what}; a recipe has sections such as run:, student: and teachers:")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
 
 from fire_megatron.config.errors import Problem
 from fire_megatron.config.kinds import Count, NonNegative, Positive, Share, Size, Text
-from fire_megatron.config.section import INLINE, Range, Section, specs
-from fire_megatron.config.walk import build, plain
+from fire_megatron.config.section import List, Plain, Section, build, plain
 
 
-@dataclass(frozen=True)
 class FilterOptions(Section):
     """Drops the answers that their teacher finds least likely (mean log-probability of the response tokens)."""
 
-    percentile: Annotated[float, Range(at_least=0, below=100)] = 20.0
+    percentile: Annotated[float, Ge(0), Lt(100)] = 20.0
     """Answers that score below this percentile are dropped; 0 keeps all."""
     scope: Literal["global", "microbatch"] = "global"
     """What the percentile is taken over: the step's whole batch, or each micro-batch as the published code does."""
@@ -26,7 +25,6 @@ class FilterOptions(Section):
     """Whether answers that were cut at `rollout.max_new_tokens` are dropped as well."""
 
 
-@dataclass(frozen=True)
 class ReweightOptions(Section):
     """Puts more weight on tokens where the teacher is sure and the student is not; the mean weight is 1."""
 
@@ -46,23 +44,25 @@ BUILTIN_HOOKS: Mapping[str, type[Section]] = {"filter": FilterOptions, "reweight
 """Hooks that come with the package, with the class of their options."""
 
 
-@dataclass(frozen=True)
-class HookConfig(Section):
+class HookConfig(Section, extra="allow"):
     """A loss hook, written as one mapping: `{name: filter, percentile: 30}`."""
 
+    __pydantic_extra__: dict[str, Plain]
+    variants = BUILTIN_HOOKS
     name: Text
     """`filter`, `reweight`, or a name that a module of `run.plugins` registers."""
-    options: dict[str, Any] = field(default_factory=dict, metadata={INLINE: BUILTIN_HOOKS})
-    """The hook's own options, written beside its name; those of a built-in hook are complete, defaults included."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @property
+    def options(self) -> dict[str, Any]:
+        """The hook's own options; those of a built-in hook are complete, defaults included."""
+        return self.__pydantic_extra__
+
+    def model_post_init(self, _: Any) -> None:
+        """Checks the options of a built-in hook."""
         if self.name in BUILTIN_HOOKS:
-            checked = build(BUILTIN_HOOKS[self.name], self.options)
-            object.__setattr__(self, "options", plain(checked))
+            object.__setattr__(self, "__pydantic_extra__", plain(build(BUILTIN_HOOKS[self.name], self.options)))
 
 
-@dataclass(frozen=True)
 class ImportanceConfig(Section):
     """Corrects for the rollout engine's log-probabilities differing from the trainer's."""
 
@@ -79,7 +79,6 @@ class ImportanceConfig(Section):
             yield Problem("low", f"{self.low} is not below high, which is {self.high}; lower it or raise high")
 
 
-@dataclass(frozen=True)
 class LossConfig(Section):
     """What is minimised."""
 
@@ -108,9 +107,9 @@ class LossConfig(Section):
     out of memory."""
     clip: Positive = 0.2
     """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    importance: ImportanceConfig = ImportanceConfig()
     """Correction between rollout engine and trainer, in `sampled`."""
-    hooks: tuple[HookConfig, ...] = (HookConfig("filter"), HookConfig("reweight"))
+    hooks: List[HookConfig] = (HookConfig("filter"), HookConfig("reweight"))
     """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
 
     def _problems(self) -> Iterator[Problem]:
@@ -127,7 +126,7 @@ class LossConfig(Section):
             "importance": (("sampled",), ()),
         }
         for key, (estimators, divergences) in read_by.items():
-            if getattr(self, key) == specs(type(self))[key].default:
+            if getattr(self, key) == type(self).model_fields[key].default:
                 continue
             if self.estimator not in estimators:
                 yield Problem(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal
 
 from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems, join_key
-from fire_megatron.config.section import FieldSpec, Hint, describe, parse_hint, specs
-from fire_megatron.config.walk import plain, unknown_key
+from fire_megatron.config.messages import Hint, describe, parse_hint, unknown_key
+from fire_megatron.config.section import plain
 from fire_megatron.config.yaml_text import parse_yaml
 
 
@@ -40,6 +41,14 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], root: type
         raise RecipeProblems(problems, "override")
 
 
+def _put(here: dict[str, Any] | list[Any], key: Any, value: Any) -> None:
+    """Set a key, or a list's entry, which may be the one after the last."""
+    if isinstance(here, list):
+        here[key : key + 1] = [value]
+    else:
+        here[key] = value
+
+
 class _Override:
     """One ``key=value``, on its way from the root to the value that it sets."""
 
@@ -52,33 +61,25 @@ class _Override:
         here: Any = values
         for depth, part in enumerate(parts):
             prefix, parsed = ".".join(parts[:depth]), parse_hint(hint)
-            hint, default = self._child(parsed, part, prefix)
+            hint = self._child(parsed, part, prefix)
             key: Any = part
             if parsed.origin is tuple:
                 key = self._index(here, part, prefix)
             if depth + 1 == len(parts):
                 value = self._value(hint, ".".join(parts))
-                here.append(value) if isinstance(here, list) and key == len(here) else here.__setitem__(key, value)
-                return
-            here = self._enter(here, key, hint, default, join_key(prefix, part))
+                return _put(here, key, value)
+            here = self._enter(here, key, hint, join_key(prefix, part))
 
-    def _child(self, parent: Hint, part: str, prefix: str) -> tuple[Any, Any]:
-        """Type hint and default of the key ``part`` of a section, list or mapping."""
-        if parent.is_section:
-            fields = specs(parent.type)
-            known = [name for name, spec in fields.items() if not spec.inline]
-            if part in known:
-                spec: FieldSpec = fields[part]
-                return spec.hint, None if spec.required else spec.default
-            if len(known) < len(fields):
-                return Any, None
-            raise RecipeProblems([unknown_key(prefix, part, known, self.root)])
-        if parent.origin is tuple:
-            return parent.item(int(part) if part.isdecimal() and parent.length else 0), None
-        if parent.origin is dict:
-            return parent.item(), None
+    def _child(self, parent: Hint, part: str, prefix: str) -> Any:
+        """Type hint of the key ``part`` of a section, list or mapping."""
+        if parent.is_section and part not in parent.type.model_fields:
+            if parent.type.model_config["extra"] == "allow":
+                return Any
+            raise RecipeProblems([unknown_key(prefix, part, parent.type, self.root)])
+        if parent.is_section or parent.origin in (dict, tuple):
+            return parent.item(part)
         if parent.type is Any:
-            return Any, None
+            return Any
         problem = Problem(join_key(prefix, part), f"{prefix} is {describe(parent.type)} and holds no keys")
         raise RecipeProblems([problem])
 
@@ -92,14 +93,13 @@ class _Override:
             raise RecipeProblems([Problem(join_key(prefix, part), f"not an entry of the list; use {known}")])
         return int(part)
 
-    def _enter(self, here: Any, key: Any, hint: Any, default: Any, path: str) -> Any:
-        """The container below ``here``, made where the file leaves it out."""
-        parsed = parse_hint(hint)
-        exists = (key < len(here)) if isinstance(here, list) else here.get(key) is not None
-        if not exists:
-            fresh = list(plain(default) or ()) if parsed.origin is tuple else {}
-            here.append(fresh) if isinstance(here, list) else here.__setitem__(key, fresh)
-        inner = here[key]
+    def _enter(self, here: Any, key: Any, hint: Any, path: str) -> Any:
+        """The container below ``here``, made where the file leaves it out. A copy, since YAML aliases share theirs."""
+        parsed, given = parse_hint(hint), getattr(hint, "default", None)
+        if key >= len(here) if isinstance(here, list) else here.get(key) is None:
+            fresh: Any = {} if parsed.origin is not tuple else plain(given) if isinstance(given, tuple) else []
+            _put(here, key, fresh)
+        here[key] = inner = copy(here[key])
         expected: type = list if parsed.origin is tuple else dict
         if parsed.type is Any and isinstance(inner, (dict, list)) or isinstance(inner, expected):
             return inner

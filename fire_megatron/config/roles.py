@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fire_megatron.config.schema import Recipe, RoleConfig
 
 
@@ -14,9 +12,9 @@ def roles(recipe: Recipe) -> dict[str, RoleConfig]:
 
 def resolved(recipe: Recipe, kind: str) -> Recipe:
     """The recipe as it is on a device of kind ``cpu`` or ``cuda``: formats that it leaves open are named."""
-    student = replace(recipe.student, precision=recipe.student.precision.on(kind))
-    teachers = {name: replace(t, precision=t.precision.on(kind)) for name, t in recipe.teachers.items()}
-    return replace(recipe, student=student, teachers=teachers)
+    student = recipe.student.replace(precision=recipe.student.precision.on(kind))
+    teachers = {name: t.replace(precision=t.precision.on(kind)) for name, t in recipe.teachers.items()}
+    return recipe.replace(student=student, teachers=teachers)
 
 
 def routes(recipe: Recipe) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The recipe: one frozen dataclass a section, a docstring under every field. ``docs/recipe.md`` is made from this.
+"""The recipe: one frozen model a section, a docstring under every field. ``docs/recipe.md`` is made from this.
 
 A value out of range raises as the section is built. What takes several sections, or the files that a recipe names,
 is checked in :mod:`fire_megatron.config.checks`.
@@ -7,20 +7,21 @@ is checked in :mod:`fire_megatron.config.checks`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, Lt
+from pydantic import field_validator
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.evaluation import BenchmarkConfig
-from fire_megatron.config.kinds import Count, Fraction, NonNegative, Positive, Seed, Size, Text, Threads
+from fire_megatron.config.kinds import Count, Fraction, Mass, Match, NonNegative, Positive, Seed, Size, Text
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.section import Match, NonEmpty, Range, Section
+from fire_megatron.config.section import FilledDict, FilledList, List, Options, Pair, Section
 from fire_megatron.config.spans import RANKS
 
-_TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (it becomes a part of metric names)")
+TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (for metric names)")
+BENCHMARK_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, ., - and _ (for metric and file names)")
 
 
-@dataclass(frozen=True)
 class RunConfig(Section):
     """The run as a whole."""
 
@@ -44,13 +45,12 @@ class RunConfig(Section):
     max_restarts: Count = 3
     """Automatic restarts (by the scripts in `slurm`, by torchrun, or by Slurm from its queue) in a row without a new
     checkpoint, after which the run refuses to be restarted. A start by hand counts from 0."""
-    threads: Threads = 0
+    threads: Annotated[int, Ge(0), Le(1024)] = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
-    plugins: tuple[Text, ...] = ()
+    plugins: List[Text] = ()
     """Python modules imported at the start, so that they can register hooks of their own."""
 
 
-@dataclass(frozen=True)
 class ParallelConfig(Section):
     """How one model is laid out over its ranks; data parallelism takes those that are left."""
 
@@ -68,7 +68,6 @@ class ParallelConfig(Section):
     """Sequence parallelism between tensor-parallel ranks; null turns it on when `tensor` is above 1."""
 
 
-@dataclass(frozen=True)
 class FP8Config(Section):
     """Matrix products of linear layers in 8-bit floating point. Sampling stays in `precision.dtype`."""
 
@@ -105,7 +104,6 @@ class FP8Config(Section):
             yield Problem("param_gather", "true, but emulation keeps weights in precision.dtype; leave out one of them")
 
 
-@dataclass(frozen=True)
 class PrecisionConfig(Section):
     """Number formats."""
 
@@ -115,35 +113,35 @@ class PrecisionConfig(Section):
     fp8: FP8Config | None = None
     """Linear layers in FP8; null leaves them in `dtype`. Needs Transformer Engine on a GPU, or `fp8.emulate`."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype == "bf16":
-            object.__setattr__(self, "dtype", "bfloat16")  # one name in what is compared and saved
+    @field_validator("dtype")
+    @classmethod
+    def _one_name(cls, dtype: str | None) -> str | None:
+        """In what is compared and saved."""
+        return "bfloat16" if dtype == "bf16" else dtype
 
     def on(self, kind: str) -> PrecisionConfig:
         """These formats on a device of kind ``cpu`` or ``cuda``: a null dtype is what it stands for there."""
-        return self if self.dtype else replace(self, dtype="bfloat16" if kind == "cuda" else "float32")
+        return self if self.dtype else self.replace(dtype="bfloat16" if kind == "cuda" else "float32")
 
 
-@dataclass(frozen=True)
 class RoleConfig(Section):
     """A model with a job."""
 
     checkpoint: Text
-    """Folder of a converted checkpoint; `python tools/convert.py hf-to-megatron --hf DIR --out DIR` makes one."""
+    """Folder of a converted checkpoint; `fire-megatron convert hf-to-megatron --hf DIR --out DIR` makes one."""
     ranks: Annotated[str, RANKS] | None = None
     """Ranks that hold this role, first to last, such as `8-15`; null is all ranks. Roles on the same ranks take turns,
     roles on other ranks run at the same time. The student's start at rank 0."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = ParallelConfig()
     """Layout over these ranks."""
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
     layer_spec: Literal["auto", "local", "te"] = "auto"
     """Implementation of the layers: `te` is Transformer Engine (CUDA only), `local` needs megatron-core alone,
     `auto` takes `te` where it works. Checkpoints fit either."""
     vocab_multiple: Size = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
-    megatron: dict[str, Any] = field(default_factory=dict)
+    megatron: Options = {}  # noqa: RUF012 - each section gets its own
     """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
     also the switch of the routers' auxiliary losses, which are off unless set: `moe_aux_loss_coeff` and
     `moe_z_loss_coeff`."""
@@ -153,22 +151,19 @@ class RoleConfig(Section):
     ranks score."""
 
 
-@dataclass(frozen=True)
 class StudentConfig(RoleConfig):
     """The model that samples and learns."""
 
 
-@dataclass(frozen=True)
 class TeacherConfig(RoleConfig):
     """A model that scores the student's answers; its vocabulary is the student's."""
 
-    labels: tuple[Text, ...] = ()
+    labels: List[Text] = ()
     """Labels of the prompts that this teacher scores; empty means its own name. A label belongs to one teacher."""
     micro_batch_tokens: Size = 8192
     """Tokens scored in one forward pass; lower it when a teacher runs out of memory."""
 
 
-@dataclass(frozen=True)
 class SourceConfig(Section):
     """A file of prompts."""
 
@@ -180,11 +175,10 @@ class SourceConfig(Section):
     """Take this many rows from the start of the file; 0 takes all."""
 
 
-@dataclass(frozen=True)
 class DataConfig(Section):
     """The prompts."""
 
-    train: Annotated[tuple[SourceConfig, ...], NonEmpty()]
+    train: FilledList[SourceConfig]
     """Files of prompts to train on."""
     prompt_key: Text = "problem"
     """Key of a row's prompt text; a dotted path reaches into nested objects."""
@@ -205,7 +199,6 @@ class DataConfig(Section):
     """Whether each pass over the prompts has an order of its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Section):
     """How the student samples its answers."""
 
@@ -219,9 +212,9 @@ class RolloutConfig(Section):
     """Longest answer, in tokens; longer ones are cut and counted as truncated."""
     temperature: NonNegative = 1.0
     """Divides the logits before sampling; 0 takes the likeliest token."""
-    top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    top_p: Mass = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
-    stop_tokens: tuple[Text, ...] = ()
+    stop_tokens: List[Text] = ()
     """Tokens that end an answer besides those of the tokenizer and the generation config."""
     batch_size: Count = 0
     """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once. Where there are more, each
@@ -240,7 +233,6 @@ class RolloutConfig(Section):
     while the rest is being sampled; 0 sends a quarter of them at a time."""
 
 
-@dataclass(frozen=True)
 class GuardConfig(Section):
     """Updates that are skipped, so that they spoil neither weights nor optimizer state."""
 
@@ -255,7 +247,6 @@ class GuardConfig(Section):
     """Updates that are looked back on; nothing is a spike before 16 of them, or as many as this if it is fewer."""
 
 
-@dataclass(frozen=True)
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
@@ -269,7 +260,7 @@ class OptimizerConfig(Section):
     """Steps over which the learning rate rises to `lr`."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: Pair[Fraction] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
     eps: Positive = 1e-8
     """Added to the denominator of an update."""
@@ -285,7 +276,7 @@ class OptimizerConfig(Section):
     """Optimizer updates made from each step's answers."""
     distributed: bool = True
     """Whether data-parallel replicas share the optimizer's state between them."""
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    guard: GuardConfig = GuardConfig()
     """Updates that are skipped."""
 
     def _problems(self) -> Iterator[Problem]:
@@ -299,7 +290,6 @@ class OptimizerConfig(Section):
             )
 
 
-@dataclass(frozen=True)
 class CheckpointConfig(Section):
     """When the run is saved."""
 
@@ -316,15 +306,43 @@ class CheckpointConfig(Section):
     host memory, which takes as much of that. A step counts as saved when all of it is on the disk."""
 
 
-@dataclass(frozen=True)
+class BenchmarkConfig(Section):
+    """Problems with right answers. The prompts are made as those of `data`, its chat template and system message."""
+
+    path: Text
+    """JSON Lines, or one JSON list, of objects with `problem` and `answer`."""
+    name: Annotated[str, BENCHMARK_NAME] | None = None
+    """Name in metrics and files; null is the file's name without its ending."""
+    samples: Annotated[int, Ge(1), Lt(2**16)] = 1
+    """Answers to each problem."""
+    limit: Count = 0
+    """Take this many problems from the start of the file; 0 takes all."""
+    max_new_tokens: Size = 1024
+    """Longest answer, in tokens; longer ones are cut, which makes most of them wrong."""
+    temperature: NonNegative = 1.0
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+    top_p: Mass = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
+    batch_size: Count = 0
+    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, an
+    answer that ends makes room for the next."""
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.temperature == 0 and self.samples > 1:
+            yield Problem(
+                "samples",
+                f"{self.samples}, but at temperature 0 they are all the same; leave it out, or raise temperature",
+            )
+
+
 class EvaluationConfig(Section):
     """Reverse KL to each teacher on fixed held-out prompts, and answers to benchmarks."""
 
     every: Count = 0
     """Evaluate after every so many steps; 0 leaves it at start and end."""
-    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    benchmarks: List[BenchmarkConfig] = ()
     """Benchmarks that the student answers: docs/evaluation.md."""
-    prompts: tuple[SourceConfig, ...] = ()
+    prompts: List[SourceConfig] = ()
     """Files of held-out prompts for the reverse KL; with none it is not measured."""
     num_prompts: Count = 0
     """Prompts of each label, from the start; 0 takes all."""
@@ -338,7 +356,6 @@ class EvaluationConfig(Section):
     """Seeds the sampling, alike at every evaluation."""
 
 
-@dataclass(frozen=True)
 class MetricsConfig(Section):
     """Where metrics go."""
 
@@ -356,7 +373,6 @@ class MetricsConfig(Section):
     Without a GPU nothing is sampled."""
 
 
-@dataclass(frozen=True)
 class Recipe(Section):
     """Everything that a run needs."""
 
@@ -364,24 +380,19 @@ class Recipe(Section):
     """The run as a whole."""
     student: StudentConfig
     """The model that samples and learns."""
-    teachers: Annotated[dict[str, TeacherConfig], NonEmpty()]
+    teachers: FilledDict[Annotated[str, TEACHER_NAME], TeacherConfig]
     """The models that score, by name."""
     data: DataConfig
     """The prompts."""
     rollout: RolloutConfig
     """How the student samples its answers."""
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = LossConfig()
     """What is minimised."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run is saved."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = EvaluationConfig()
     """Reverse KL to each teacher on fixed held-out prompts, and answers to benchmarks."""
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: MetricsConfig = MetricsConfig()
     """Where metrics go."""
-
-    def _problems(self) -> Iterator[Problem]:
-        for name in self.teachers:
-            if not _TEACHER_NAME.accepts(name):
-                yield Problem("teachers", f"{name!r} is not a teacher's name; use {_TEACHER_NAME}")

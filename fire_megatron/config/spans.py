@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.section import Match
+from fire_megatron.config.kinds import Match
 
 RANKS = Match(r"\d+(-\d+)?", "first-last, such as 8-15, or one rank in quotes")
 

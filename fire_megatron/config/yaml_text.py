@@ -42,14 +42,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = node.value
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    return int(text, base) if base != 10 else int(text)
+    return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    text = node.value.lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 for _name, _pattern in _RESOLVERS:
@@ -102,9 +99,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
         where = f"{source}:{mark.line + 1}" if mark else source
         context = f" {error.context}" if error.context else ""
         raise RecipeError(f"{where}: {error.problem}{context}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: {error}") from error
-    except ValueError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{source}: {error}") from error
     except RecursionError as error:
         raise RecipeError(f"{source}: nested too deeply to be a recipe") from error

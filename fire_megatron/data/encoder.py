@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig
-from fire_megatron.data.files import shown
+from fire_megatron.data.rows import shown
 from fire_megatron.data.tokenizer import Tokenizer
 
 

@@ -12,9 +12,17 @@ from typing import Any
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
-from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.rows import Reason, RowError, check_weights, checked_chat, checked_text, lookup
+from fire_megatron.data.rows import (
+    Reason,
+    RowError,
+    check_weights,
+    checked_chat,
+    checked_text,
+    lookup,
+    read_rows,
+    shown,
+)
 from fire_megatron.data.tokenizer import Tokenizer
 
 _EXAMPLES = 5

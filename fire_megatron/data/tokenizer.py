@@ -176,8 +176,8 @@ def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> l
     A token that ends within a character (byte-level vocabularies have such) has no text: the token that completes the
     character has it. Nor has a special token, which ``decode`` leaves out. A token is decoded after the ones before it
     that last gave text, since many tokenizers write a token at the start of a text without its space. What is decoded
-    at once is bounded, so the time grows with the number of tokens and no faster: where a decoder writes what came
-    before anew for longer than some tokens, that many share one text, of about their length.
+    at once is bounded, so the time grows with the number of tokens and no faster: where a decoder
+    rewrites more than a few earlier tokens, that many share one text, of about their length.
 
     Args:
         ids: tokens of one text.

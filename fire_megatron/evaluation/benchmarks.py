@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.rules.data import benchmark_name
-from fire_megatron.data.files import read_rows, shown
 from fire_megatron.data.records import Prompt
+from fire_megatron.data.rows import read_rows, shown
+from fire_megatron.rollout.sampling import Sampling
 
 _EXAMPLES = 5
 """Wrong rows named one by one before the rest is counted."""
@@ -53,6 +54,28 @@ class Benchmark:
         more samples leave those that there are as they were."""
         assert problem < 2**24 and sample < MOST_SAMPLES
         return (self.code << 40) | (sample << 24) | problem
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A benchmark and how it is answered."""
+
+    benchmark: Benchmark
+    prompts: Sequence[Prompt]
+    """Of its problems."""
+    samples: int
+    """Answers to each."""
+    sampling: Sampling
+
+    @property
+    def name(self) -> str:
+        """The benchmark's."""
+        return self.benchmark.name
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """(problem, sample) of every answer, those to one problem together."""
+        return [(problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]
 
 
 def read_benchmark(path: str | Path, *, name: str | None = None, limit: int = 0) -> Benchmark:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,6 @@ class Estimate:
     def __str__(self) -> str:
         """Percentages."""
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def pass_at(correct_P: np.ndarray, n: int, k: int) -> np.ndarray:
@@ -102,7 +98,7 @@ def powers_to(samples: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Scores:
+class BenchmarkScores:
     """What a benchmark's samples come to."""
 
     problems: int
@@ -126,13 +122,18 @@ class Scores:
         return {
             "problems": self.problems,
             "samples": n,
-            f"avg@{n}": self.average.as_dict(),
-            **{f"pass@{k}": estimate.as_dict() for k, estimate in self.passes.items()},
-            f"maj@{n}": self.vote.as_dict(),
+            f"avg@{n}": asdict(self.average),
+            **{f"pass@{k}": asdict(estimate) for k, estimate in self.passes.items()},
+            f"maj@{n}": asdict(self.vote),
             "mean_length": self.mean_length,
             "truncated": self.truncated,
             "unanswered": self.unanswered,
         }
+
+    def metrics(self) -> dict[str, float]:
+        """The scores by these names, without their intervals."""
+        values = {name: value["value"] if isinstance(value, dict) else value for name, value in self.as_dict().items()}
+        return {name: value for name, value in values.items() if name not in ("problems", "samples")}
 
 
 def score(
@@ -140,7 +141,7 @@ def score(
     classes_PN: Sequence[Sequence[int | None]],
     lengths_PN: np.ndarray,
     truncated_PN: np.ndarray,
-) -> Scores:
+) -> BenchmarkScores:
     """Scores of a benchmark.
 
     Args:
@@ -152,7 +153,7 @@ def score(
     correct = np.asarray(correct_PN, dtype=bool)
     problems, n = correct.shape
     votes = [majority(classes, right) for classes, right in zip(classes_PN, correct.tolist(), strict=True)]
-    return Scores(
+    return BenchmarkScores(
         problems=problems,
         samples=n,
         average=bootstrap(correct.mean(1)),
@@ -164,7 +165,7 @@ def score(
     )
 
 
-def table(scores: dict[str, Scores]) -> str:
+def table(scores: dict[str, BenchmarkScores]) -> str:
     """Percentages with their intervals, a line a benchmark."""
     sizes = sorted({k for result in scores.values() for k in result.passes})
     most = max(result.samples for result in scores.values())

@@ -11,7 +11,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,8 @@ from fire_megatron.platform.files import write_whole
 SETTINGS = "settings.json"
 SCORES = "scores.json"
 PARTS = "parts"
+Key = tuple[int, int]
+"""(problem, sample) of an answer to a benchmark, each from 0."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,13 +49,24 @@ class Generation:
     """Whether the answer was cut at the longest allowed."""
 
     @property
-    def key(self) -> tuple[int, int]:
-        """What it is an answer to, and the how-manieth."""
+    def key(self) -> Key:
+        """Which answer to which problem."""
         return self.problem, self.sample
 
     def line(self) -> str:
         """JSON, with its line break."""
         return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
+
+
+@contextlib.contextmanager
+def writing(folder: Path, key: str = "--out") -> Iterator[None]:
+    """Raises DataError: the folder, which this setting names, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{key} {folder}: cannot be written ({error}); make room and run again, or give another folder"
+        ) from error
 
 
 _FIELDS = {field.name for field in fields(Generation)}
@@ -67,9 +81,9 @@ def _parsed(line: str) -> Generation | None:
     return Generation(**values) if isinstance(values, dict) and values.keys() == _FIELDS else None
 
 
-def read_generations(folder: Path, name: str) -> dict[tuple[int, int], Generation]:
-    """All answers to a benchmark that are there, of any number of ranks, by (problem, sample)."""
-    found: dict[tuple[int, int], Generation] = {}
+def read_generations(folder: Path, name: str) -> dict[Key, Generation]:
+    """All answers to a benchmark that are there, of any number of ranks."""
+    found: dict[Key, Generation] = {}
     for path in (folder / f"{name}.jsonl", *sorted((folder / PARTS / name).glob("*.jsonl"))):
         if path.exists():
             with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
@@ -78,37 +92,57 @@ def read_generations(folder: Path, name: str) -> dict[tuple[int, int], Generatio
     return found
 
 
-class PartWriter:
-    """Appends answers to this replica's part of a benchmark, each in one write."""
+class MemoryAnswers:
+    """Answers of this rank's replica, by benchmark."""
 
-    def __init__(self, folder: Path, name: str, rank: int) -> None:
-        """Raises DataError: the folder cannot be written."""
-        path = folder / PARTS / name / f"{rank:05d}.jsonl"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_cut_line(path)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise DataError(f"--out {folder}: cannot be written ({error}); choose another folder") from error
+    def __init__(self) -> None:
+        self._held: defaultdict[str, dict[Key, Generation]] = defaultdict(dict)
 
-    def write(self, generation: Generation) -> None:
-        """Append one; it is there for a rerun whatever happens to this process. Raises DataError: no space."""
+    def add(self, name: str, generation: Generation) -> None:
+        """Keep an answer to a benchmark."""
+        self._held[name][generation.key] = generation
+
+    def held(self, name: str) -> dict[Key, Generation]:
+        """The answers to a benchmark."""
+        return self._held[name]
+
+
+class PartFiles:
+    """Answers in files that outlive the process: this replica's part of each benchmark, to which it appends."""
+
+    def __init__(self, folder: Path, rank: int, written: Callable[[], object] = lambda: None) -> None:
+        """Args: written: called after each answer."""
+        self.folder, self.rank, self._written = folder, rank, written
+        self._files: dict[str, int] = {}
+
+    def add(self, name: str, generation: Generation) -> None:
+        """Append an answer to a benchmark in one write; it is there for a rerun whatever happens to this process.
+
+        Raises:
+            DataError: the folder cannot be written, or has no space.
+        """
         line = generation.line().encode()
-        try:
+        with writing(self.folder):
+            if name not in self._files:
+                path = self.folder / PARTS / name / f"{self.rank:05d}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _drop_cut_line(path)
+                self._files[name] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             while line:
-                line = line[os.write(self._file, line) :]
-        except OSError as error:
-            raise DataError(f"--out: an answer cannot be written ({error}); make room and run again") from error
+                line = line[os.write(self._files[name], line) :]
+        self._written()
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+    def held(self, name: str) -> dict[Key, Generation]:
+        """On rank 0 all answers to a benchmark that are in the folder, of any rank; nothing on the others."""
+        return read_generations(self.folder, name) if self.rank == 0 else {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
 
 def _drop_cut_line(path: Path) -> None:
@@ -126,11 +160,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another one is at work there.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise DataError(f"--out {folder}: cannot be written ({error}); give another folder") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,13 +174,24 @@ def only_writer(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)
 
 
-def merge_parts(folder: Path, name: str) -> None:
-    """Put all answers to a benchmark into one file, in order, and remove the parts."""
-    generations = read_generations(folder, name)
-    write_whole(folder / f"{name}.jsonl", (generations[key].line() for key in sorted(generations)))
+def write_answers(folder: Path, key: str, name: str, generations: Mapping[Key, Generation]) -> None:
+    """Put all answers to a benchmark into one file, in order, and remove what parts of it there are.
+
+    Raises:
+        DataError: the folder, which the setting ``key`` names, cannot be written.
+    """
+    with writing(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{name}.jsonl", (generations[place].line() for place in sorted(generations)))
     shutil.rmtree(folder / PARTS / name, ignore_errors=True)
-    if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()):
+    with contextlib.suppress(OSError):  # while those of other benchmarks are there
         (folder / PARTS).rmdir()
+
+
+def write_scores(folder: Path, key: str, report: Mapping[str, Any]) -> None:
+    """Write ``scores.json``. Raises DataError: see :func:`write_answers`."""
+    with writing(folder, key):
+        write_whole(folder / SCORES, [json.dumps(report, indent=2), "\n"])
 
 
 def require_settings(
@@ -166,35 +209,26 @@ def require_settings(
     Raises:
         DataError: the folder was made with other settings, names the first, or it cannot be written.
     """
-    path = folder / SETTINGS
+    path, made = folder / SETTINGS, {"model": model, "fingerprint": fingerprint, "benchmarks": {}, **settings}
     try:
-        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if held is None:
-            held = {"model": model, "fingerprint": fingerprint, "benchmarks": {}, **settings}
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else made
         if not {"model", "fingerprint", "benchmarks"} <= held.keys():
             raise ValueError("no settings of an evaluation")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); choose another --out") from error
+    other = []
     if held["fingerprint"] != fingerprint:
-        raise DataError(
-            f"--checkpoint or --hf: {folder} holds answers of {held['model']}, and {model} has other weights or "
-            "another tokenizer; restore it, or choose another --out"
-        )
+        what = f"of {held['model']}, and {model} has other weights or another tokenizer; restore it"
+        other.append(("checkpoint or --hf", what))
     for key, value in settings.items():
         if held.get(key) != value:
-            raise DataError(
-                f"--{key.replace('_', '-')}: {folder} holds answers made with {held.get(key)!r}, not {value!r}; "
-                "restore it, or choose another --out"
-            )
+            other.append((key.replace("_", "-"), f"made with {held.get(key)!r}, not {value!r}; restore it"))
     for name, digest in benchmarks.items():
         if held["benchmarks"].get(name, digest) != digest:
-            raise DataError(
-                f"--benchmark {name}: {folder} holds answers to another file of this name; restore the file, rename it "
-                "or choose another --out"
-            )
+            other.append((f"benchmark {name}", "to another file of this name; restore the file, rename it"))
+    for option, what in other:
+        raise DataError(f"--{option}: {folder} holds answers {what}, or choose another --out")
     held["benchmarks"] |= benchmarks
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, [json.dumps(held, indent=2, sort_keys=True), "\n"])
-    except OSError as error:
-        raise DataError(f"--out {folder}: cannot be written ({error}); choose another folder") from error

@@ -85,7 +85,7 @@ class OutputLayer:
         return self._buffer.numel()
 
     def release(self) -> None:
-        """Let go of the memory for logits; the next call takes it anew."""
+        """Release the memory for logits; the next call allocates it again."""
         self._buffer = self._buffer.new_empty(0)
 
     def add_gradients(

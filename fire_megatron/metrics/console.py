@@ -85,7 +85,7 @@ class _Lines:
     """One line a step, which reads well in a file or a Slurm log."""
 
     quiet_seconds = 30.0
-    """Silence after which a line tells what the step in progress is doing."""
+    """Silence after which a line says what the step in progress is doing."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps

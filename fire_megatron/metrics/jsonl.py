@@ -59,11 +59,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _whole(line: str) -> dict[str, Any] | None:
-    """The values of a line; None when it was cut short or is not ours."""
+def parsed(line: str | bytes) -> dict[str, Any] | None:
+    """A line's object; None where there is none, or one without a step."""
     try:
-        values = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
@@ -79,7 +79,7 @@ def _keep(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> None:
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
         lines = list(stream)
-    kept = [line for line in lines if (values := _whole(line)) is not None and stays(values)]
-    if len(kept) == len(lines):
-        return
-    write_whole(path, kept)
+    whole = [(line, parsed(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, values in whole if values is not None and stays(values)]
+    if len(kept) < len(lines):
+        write_whole(path, kept)

@@ -30,66 +30,46 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A total over micro-batches and ranks."""
+class _Single:
+    """Something of one number."""
 
     value: float
+
+    @property
+    def result(self) -> float | None:
+        """The number."""
+        return self.value
+
+
+class Sum(_Single):
+    """A total over micro-batches and ranks."""
 
     def __add__(self, other: Sum) -> Sum:
         return Sum(self.value + other.value)
 
-    @property
-    def result(self) -> float | None:
-        """The total."""
-        return self.value
 
-
-@dataclass(frozen=True)
-class Max:
+class Max(_Single):
     """The largest; not-a-number wins over everything, so that no rank can hide another's."""
-
-    value: float
 
     def __add__(self, other: Max) -> Max:
         return Max(math.nan if _any_nan(self, other) else max(self.value, other.value))
 
-    @property
-    def result(self) -> float | None:
-        """The maximum."""
-        return self.value
 
-
-@dataclass(frozen=True)
-class Min:
+class Min(_Single):
     """The smallest; not-a-number wins over everything, so that no rank can hide another's."""
-
-    value: float
 
     def __add__(self, other: Min) -> Min:
         return Min(math.nan if _any_nan(self, other) else min(self.value, other.value))
 
-    @property
-    def result(self) -> float | None:
-        """The minimum."""
-        return self.value
 
-
-@dataclass(frozen=True)
-class Last:
+class Last(_Single):
     """Something that every rank knows alike, such as a learning rate: the lowest rank's is taken."""
-
-    value: float
 
     def __add__(self, other: Last) -> Last:
         return self
 
-    @property
-    def result(self) -> float | None:
-        """The value."""
-        return self.value
 
-
-def _any_nan(*values: Max | Min) -> bool:
+def _any_nan(*values: _Single) -> bool:
     return any(math.isnan(value.value) for value in values)
 
 

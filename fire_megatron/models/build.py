@@ -26,8 +26,11 @@ from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.rules.facts import Machine
 from fire_megatron.config.schema import PrecisionConfig, RoleConfig
 from fire_megatron.models.experts import expert_settings, use_router
-from fire_megatron.models.fp8.emulation import EmulatedFP8
-from fire_megatron.models.fp8.settings import fp8_settings, own_amax_group, unsupported
+from fire_megatron.models.fp8.settings import (
+    fp8_settings,
+    own_amax_group,
+    unsupported,
+)
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.layers import CoreAttention, RMSNorm
 from fire_megatron.parallel.grid import Layout, ModelGrid
@@ -260,6 +263,8 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     )
     fp8 = role.precision.fp8
     if fp8 is not None and fp8.emulate:
+        from fire_megatron.models.fp8.emulation import EmulatedFP8
+
         model.emulated_fp8 = EmulatedFP8(
             model.decoder.layers, fp8, num_layers=shape.num_layers, ep_rank=grid.pg.ep.rank()
         )

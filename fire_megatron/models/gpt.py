@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -25,12 +25,14 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from fire_megatron.losses import products
-from fire_megatron.models.fp8.emulation import EmulatedFP8
 from fire_megatron.models.fp8.settings import paused
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
+
+if TYPE_CHECKING:
+    from fire_megatron.models.fp8.emulation import EmulatedFP8
 
 _SPLIT_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 _OFF_IN_GENERATION = (

@@ -111,7 +111,7 @@ class KVCache:
             horizon: positions to attend over, more than the tokens of any row that counts.
         """
         assert horizon <= self.max_length, (horizon, self.max_length)
-        # A row that has ended goes on until somebody looks; its last position is as good as any.
+        # A row that has ended continues until the host looks; its last position is as good as any.
         at = self.lengths[:rows].clamp(max=horizon - 1)
         self._places = torch.arange(rows, device=at.device), at
         self._horizon, self._masks = horizon, {}

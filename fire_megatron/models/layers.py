@@ -111,7 +111,7 @@ class CoreAttention(MegatronModule):
     def _rotated(
         self, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query and key at their positions. megatron-core would take cosines and sines anew in every layer, twice."""
+        """Query and key at their positions. megatron-core would compute cosines and sines in every layer, twice."""
         if rotary is None or not self.rotates:
             return query, key
         return rotate(query, rotary), rotate(key, rotary)

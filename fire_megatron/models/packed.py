@@ -1,4 +1,4 @@
-"""What the layers are told of a pack: where its rows begin, and the whole that it may be a part of.
+"""What the layers know of a pack: where its rows begin, and the whole that it may be a part of.
 
 Shapes: T tokens of this rank's part of a pack.
 """

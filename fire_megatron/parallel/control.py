@@ -31,7 +31,7 @@ class Control:
         """Write the next order: names and plain values. A no-op on ranks that do not give orders."""
         if not self._speaks:
             return
-        # Orders stay: nobody knows how far behind a teacher without rows is, and each is a few dozen bytes.
+        # Orders stay: a teacher without rows may be far behind, and each is a few dozen bytes.
         self._store.set(f"{self._prefix}/{self._next}", json.dumps(order))
         self._next += 1
 

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.random import (
 from fire_megatron.platform import launch
 
 IDLE = datetime.timedelta(days=30)
-"""A role without work waits for ever: platform/watch.py tells when there is nobody left to wait for."""
+"""A role without work waits without limit: platform/watch.py ends the run when there is no rank left to wait for."""
 
 
 @dataclass(frozen=True)

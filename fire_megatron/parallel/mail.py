@@ -24,7 +24,7 @@ class Silence(Exception):
 
 
 class Mail:
-    """1-D tensors from rank to rank, whatever the receiver is at.
+    """1-D tensors from rank to rank, whatever the receiver is doing.
 
     Messages of one sender, receiver and tag arrive in the order in which they were sent. On GPUs they do not touch the
     devices: a send that waits for its receiver must not hold a stream up.
@@ -38,7 +38,7 @@ class Mail:
         doing: Callable[[str], None] = lambda what: None,
     ) -> None:
         """Args: group: gloo, of the ranks that write to each other; None on other ranks, which may not use it; pairs:
-        global ranks that will, the same on all ranks of the group: their first messages wait for nobody either; doing:
+        global ranks that will, the same on all ranks of the group: their first messages do not wait either; doing:
         is told whom this rank connects to."""
         self._group = group
         self._own: dict[int, deque[torch.Tensor]] = defaultdict(deque)

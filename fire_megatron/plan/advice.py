@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import UserError
@@ -12,7 +11,14 @@ from fire_megatron.config.load import recipe_from_dict, recipe_to_dict
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe
-from fire_megatron.plan.plan import Job, Kind, Plan, like_ranks, local_recipe, plan_kind
+from fire_megatron.plan.plan import (
+    Job,
+    Plan,
+    RankKind,
+    like_ranks,
+    local_recipe,
+    plan_rank_kind,
+)
 from fire_megatron.platform.device import Device
 from fire_megatron.train.inputs import check_models
 
@@ -34,10 +40,6 @@ class Advice:
     after: int
     fits: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def advise(plan: Plan, say: Callable[[str], None] = lambda text: None) -> list[Advice]:
     """Changes that help the fullest rank that does not fit, each tried on it. Of those that are tried in a round, the
@@ -51,7 +53,7 @@ def advise(plan: Plan, say: Callable[[str], None] = lambda text: None) -> list[A
     job, found = plan.job, []
     kind = max(misfits, key=lambda kind: kind.peak, default=None)
     while kind is not None and not kind.fits and len(found) < _ROUNDS:
-        best: tuple[int, str, Job, Kind] | None = None
+        best: tuple[int, str, Job, RankKind] | None = None
         for change in list(_candidates(job.recipe, kind))[:_TRIES]:
             say(f"trying {change}")
             changed = _changed(job, change)
@@ -84,12 +86,12 @@ def _changed(job: Job, change: str) -> Job | None:
     return replace(job, recipe=recipe)
 
 
-def _same_rank(job: Job, kind: Kind) -> Kind | None:
+def _same_rank(job: Job, kind: RankKind) -> RankKind | None:
     """The kind of a kind's first rank in another job."""
-    return next((plan_kind(job, ranks) for ranks in like_ranks(job) if kind.ranks[0] in ranks), None)
+    return next((plan_rank_kind(job, ranks) for ranks in like_ranks(job) if kind.ranks[0] in ranks), None)
 
 
-def _candidates(recipe: Recipe, kind: Kind) -> Iterator[str]:
+def _candidates(recipe: Recipe, kind: RankKind) -> Iterator[str]:
     """Changes that may help in the phase of the peak, the cheapest in speed first."""
     phase, held = kind.busiest, kind.plan.roles
     working = kind.plan.roles[kind.plan.worker(phase)].key

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from fire_megatron.config.roles import resolved, roles
 from fire_megatron.config.rules.facts import Machine
 from fire_megatron.config.schema import Recipe
 from fire_megatron.parallel.grid import Layout
-from fire_megatron.plan.gpus import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
+from fire_megatron.plan.hardware import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
 from fire_megatron.plan.rank import plan_rank, planned_role
-from fire_megatron.plan.records import RankPlan
+from fire_megatron.plan.rank_plan import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
 from fire_megatron.plan.workload import Workload
 from fire_megatron.platform.device import Device
@@ -51,7 +52,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RankKind:
     """Ranks that are alike: the same stages of the same roles."""
 
     ranks: tuple[int, ...]
@@ -83,12 +84,12 @@ class Plan:
     """Everything that was found."""
 
     job: Job
-    kinds: tuple[Kind, ...]
+    kinds: tuple[RankKind, ...]
     time: StepTime | None
     """None where no GPU was named."""
 
 
-def prepare(
+def make_job(
     recipe: Recipe,
     *,
     world_size: int,
@@ -140,7 +141,7 @@ def prepare(
 def local_recipe(recipe: Recipe) -> Recipe:
     """The recipe with layers that any machine can build: of Transformer Engine's only the parameters matter here."""
     teachers = {name: planned_role(teacher) for name, teacher in recipe.teachers.items()}
-    return replace(recipe, student=planned_role(recipe.student), teachers=teachers)
+    return recipe.replace(student=planned_role(recipe.student), teachers=teachers)
 
 
 def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
@@ -169,14 +170,14 @@ def make_plan(job: Job, say: Say = lambda text: None) -> Plan:
     """Build and run every kind of rank.
 
     Args:
-        job: from :func:`prepare`.
+        job: from :func:`make_job`.
         say: told of progress.
     """
     kinds = []
     alike = like_ranks(job)
     for number, ranks in enumerate(alike, 1):
         say(f"rank {ranks[0]}, for {len(ranks)} alike ({number} of {len(alike)})")
-        kinds.append(plan_kind(job, ranks))
+        kinds.append(plan_rank_kind(job, ranks))
     time = None
     if job.gpu is not None:
         plans, replicas = [kind.plan for kind in kinds], job.layouts["student"].row_replicas
@@ -198,14 +199,14 @@ def like_ranks(job: Job) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in by_stage.values()]
 
 
-def plan_kind(job: Job, ranks: Sequence[int]) -> Kind:
+def plan_rank_kind(job: Job, ranks: Sequence[int]) -> RankKind:
     """The first of some ranks that are alike, for all of them."""
     plan = plan_rank(job.recipe, job.shapes, job.workload, rank=ranks[0], world_size=job.world_size, kind=job.kind)
     peaks = {name: _peak(job.recipe, plan, name) for name in plan.phases}
     capacity = None
     if job.gpu is not None:
         capacity = int((job.gpu.memory_gib - CONTEXT_GIB - plan.communicators * COMMUNICATOR_GIB) * GIB)
-    return Kind(tuple(ranks), plan, peaks, capacity)
+    return RankKind(tuple(ranks), plan, peaks, capacity)
 
 
 def resident(recipe: Recipe, plan: RankPlan, phase: str) -> dict[str, int]:
@@ -248,21 +249,12 @@ def _peak(recipe: Recipe, plan: RankPlan, phase: str) -> int:
 
 def span_text(ranks: Sequence[int]) -> str:
     """``0-7, 16-23``."""
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in _runs(ranks))
+    spans = [[rank for _, rank in span] for _, span in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
-def _runs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    first = last = ranks[0]
-    for rank in (*ranks[1:], None):
-        if rank is not None and rank == last + 1:
-            last = rank
-            continue
-        yield first, last
-        first = last = rank  # type: ignore[assignment]
-
-
-def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
-    """The plan for programs."""
+def as_json(plan: Plan, advice: Sequence[Any]) -> str:
+    """The plan for programs, and what :func:`fire_megatron.plan.advice.advise` made of it."""
     job = plan.job
     return json.dumps(
         {
@@ -279,13 +271,13 @@ def as_json(plan: Plan, advice: Sequence[Mapping[str, Any]]) -> str:
             },
             "kinds": [_kind_json(kind) | {"host_bytes": on_host(job.recipe, kind.plan)} for kind in plan.kinds],
             "seconds": None if plan.time is None else asdict(plan.time) | {"total": plan.time.total},
-            "advice": list(advice),
+            "advice": list(map(asdict, advice)),
         },
         indent=1,
     )
 
 
-def _kind_json(kind: Kind) -> dict[str, Any]:
+def _kind_json(kind: RankKind) -> dict[str, Any]:
     phases = {}
     for name, phase in kind.plan.phases.items():
         trace = phase.trace

@@ -28,7 +28,7 @@ from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan import pieces as scale
 from fire_megatron.plan.decoding import decode_step
 from fire_megatron.plan.pieces import Pieces, ceil, of_all_layers
-from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
+from fire_megatron.plan.rank_plan import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.plan.workload import Workload
 from fire_megatron.plan.world import SimulatedGrids, simulated_rank
@@ -47,7 +47,7 @@ from fire_megatron.train.student import Student
 def planned_role(role: RoleConfig) -> RoleConfig:
     """A role whose layers can be built on any machine: Transformer Engine's have the same parameters."""
     settings = {k: v for k, v in role.megatron.items() if k not in ENGINE_ONLY and not k.startswith(("fp8", "fp4"))}
-    return replace(role, layer_spec="local", megatron=settings, precision=replace(role.precision, fp8=None))
+    return role.replace(layer_spec="local", megatron=settings, precision=role.precision.replace(fp8=None))
 
 
 def plan_rank(

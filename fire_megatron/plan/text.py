@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from fire_megatron.config.roles import roles
 from fire_megatron.metrics.table import aligned
 from fire_megatron.plan.advice import Advice
-from fire_megatron.plan.plan import GIB, Kind, Plan, held, on_host, span_text
+from fire_megatron.plan.plan import GIB, Plan, RankKind, held, on_host, span_text
 from fire_megatron.plan.timing import assumptions, communication, seconds
+
+_table = partial(aligned, indent="  ")
 
 
 def describe(plan: Plan, advice: Sequence[Advice]) -> str:
@@ -23,10 +26,10 @@ def describe(plan: Plan, advice: Sequence[Advice]) -> str:
         *(f"  {note}" for note in job.notes),
         "",
         "Roles",
-        *_table(_role_rows(plan)),
+        *_table(list(_role_rows(plan))),
     ]
     for kind in plan.kinds:
-        lines += ["", *_kind(plan, kind)]
+        lines += ["", *_rank_kind(plan, kind)]
     lines += ["", *_verdict(plan, advice)]
     if plan.time is not None and job.gpu is not None:
         lines += ["", *_time(plan), "", "Assumptions", *(f"  {a}" for a in assumptions(job.gpu, job.gpus_per_node))]
@@ -41,11 +44,6 @@ def gib(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns aligned, the first to the left."""
-    return [f"  {line}" for line in aligned(list(rows), left=(0,))]
-
-
 def _role_rows(plan: Plan) -> Iterable[Sequence[str]]:
     yield "role", "ranks", "tensor", "pipeline", "context", "expert", "data", "format", "offloaded"
     for path, layout in plan.job.layouts.items():
@@ -56,7 +54,7 @@ def _role_rows(plan: Plan) -> Iterable[Sequence[str]]:
         yield path, span_text(layout.ranks), *map(str, sizes), form, "yes" if role.offload else "no"
 
 
-def _kind(plan: Plan, kind: Kind) -> list[str]:
+def _rank_kind(plan: Plan, kind: RankKind) -> list[str]:
     most = f", {gib(kind.peak)} at most ({kind.busiest})"
     room = "" if kind.capacity is None else f" of {gib(kind.capacity)}: " + ("fits" if kind.fits else "DOES NOT FIT")
     lines = [f"Ranks {span_text(kind.ranks)} ({len(kind.ranks)}){most}{room}"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fire_megatron.config.schema import Recipe, RoleConfig
-from fire_megatron.plan.gpus import (
+from fire_megatron.plan.hardware import (
     BANDWIDTH,
     COMMUNICATOR_GIB,
     CONTEXT_GIB,
@@ -26,7 +26,7 @@ from fire_megatron.plan.gpus import (
     Gpu,
     host_gb_s,
 )
-from fire_megatron.plan.records import Phase, RankPlan
+from fire_megatron.plan.rank_plan import Phase, RankPlan
 from fire_megatron.plan.trace import Collective, Trace
 from fire_megatron.plan.workload import Workload
 from fire_megatron.rollout.engine import SYNC_EVERY

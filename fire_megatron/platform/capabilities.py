@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fire_megatron.platform.apex import EXTENSION, find_apex, import_problem
@@ -28,17 +29,28 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _transformer_engine(device: Device) -> Capability:
-    fallback = "layer spec 'local': megatron-core layers, our RMSNorm and scaled_dot_product_attention"
-    version = _version("transformer-engine")
+def _lacking(
+    name: str, version: str | None, device: Device, modules: Iterable[str], fallback: str
+) -> Capability | None:
+    """A dependency that is not installed, has no GPU here, or none of whose modules imports; else None."""
     if version is None:
-        return Capability("transformer-engine", None, f"not installed; {fallback}")
-    if not device.is_cuda:
-        return Capability("transformer-engine", None, f"{version} installed, needs a GPU; {fallback}")
-    problem = import_problem("transformer_engine.pytorch")
-    if problem:
-        return Capability("transformer-engine", None, f"{version} does not import ({problem}); {fallback}")
-    return Capability("transformer-engine", version, "layer spec 'te', where a role does not ask for 'local'")
+        why = "not installed"
+    elif not device.is_cuda:
+        why = f"{version} installed, needs a GPU"
+    else:
+        problems = [import_problem(module) for module in modules]
+        if None in problems:
+            return None
+        why = f"{version} does not import ({', '.join(map(str, problems))})"
+    return Capability(name, None, f"{why}; {fallback}")
+
+
+def _transformer_engine(device: Device) -> Capability:
+    name, version = "transformer-engine", _version("transformer-engine")
+    fallback = "layer spec 'local': megatron-core layers, our RMSNorm and scaled_dot_product_attention"
+    return _lacking(name, version, device, ["transformer_engine.pytorch"], fallback) or Capability(
+        name, version, "layer spec 'te', where a role does not ask for 'local'"
+    )
 
 
 def _apex(device: Device) -> Capability:
@@ -67,16 +79,11 @@ def _flash_attention(device: Device) -> Capability:
     fallback = "torch scaled_dot_product_attention"
     releases = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
     have = {name: version for name in releases if (version := _version(name)) is not None}
-    if not have:
-        return Capability("flash-attn", None, f"not installed; {fallback}")
-    installed = " and ".join(have.values())
-    if not device.is_cuda:
-        return Capability("flash-attn", None, f"{installed} installed, needs a GPU; {fallback}")
-    problems = {name: import_problem(releases[name]) for name in have}
-    working = [have[name] for name, problem in problems.items() if problem is None]
-    if not working:
-        reasons = ", ".join(str(problem) for problem in problems.values())
-        return Capability("flash-attn", None, f"{installed} does not import ({reasons}); {fallback}")
+    installed = " and ".join(have.values()) or None
+    lacking = _lacking("flash-attn", installed, device, [releases[name] for name in have], fallback)
+    if lacking is not None:
+        return lacking
+    working = [version for name, version in have.items() if import_problem(releases[name]) is None]
     if _transformer_engine(device).version is None:
         used = f"installed, but only Transformer Engine's attention would call it; {fallback}"
     else:
@@ -87,23 +94,15 @@ def _flash_attention(device: Device) -> Capability:
 def _nvidia_ml_py(device: Device) -> Capability:
     """NVML's bindings, whose module has the name ``pynvml``."""
     name, version, fallback = "nvidia-ml-py", _version("nvidia-ml-py"), "no gpu/... metrics"
-    if version is None:
-        return Capability(name, None, f"not installed; {fallback}")
-    if not device.is_cuda:
-        return Capability(name, None, f"{version} installed, needs a GPU; {fallback}")
-    problem = import_problem("pynvml")
-    if problem:
-        return Capability(name, None, f"{version} does not import ({problem}); {fallback}")
+    lacking = _lacking(name, version, device, ["pynvml"], fallback)
+    if lacking is not None:
+        return lacking
     nvml = importlib.import_module("pynvml")
     try:
         nvml.nvmlInit()
         nvml.nvmlShutdown()
     except Exception as error:  # no driver library in a container, for instance
-        return Capability(
-            name,
-            None,
-            f"{version}: the driver does not answer ({error}); {fallback}",
-        )
+        return Capability(name, None, f"{version}: the driver does not answer ({error}); {fallback}")
     return Capability(name, version, "gpu/... metrics, unless metrics.gpu_interval is 0")
 
 

@@ -196,7 +196,7 @@ def release_cached_memory(device: Device) -> None:
 
 
 def reset_peak_memory(device: Device) -> None:
-    """Count the peak of allocated GPU memory anew; that of resident memory on a CPU is the process's for good."""
+    """Restart the peak of allocated GPU memory; that of resident memory on a CPU covers the whole process."""
     if device.is_cuda:
         torch.cuda.reset_peak_memory_stats(device.index)
 

@@ -48,16 +48,12 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below and including ``folder`` to the disk."""
     for root, _, names in os.walk(folder):
         for path in (*(os.path.join(root, name) for name in names), root):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(path)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder's own entries, so that a rename inside it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync(path: str | Path) -> None:
+    """Flush a file, or a folder's own entries, so that a rename inside it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -102,7 +98,7 @@ def swap_in(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside(target), ignore_errors=True)
         target.rename(aside(target))
     temporary.rename(target)
-    fsync_folder(target.parent)
+    _fsync(target.parent)
     shutil.rmtree(aside(target), ignore_errors=True)
 
 

@@ -47,7 +47,7 @@ class FlightRecorder:
         """Args: rank: of the world; the file's name ends with it."""
         named = [os.environ[name] for name in PREFIX_VARIABLES if os.environ.get(name)]
         self.prefix = named[0] if named else None
-        """Of the files of all ranks; None where nobody has said where they go."""
+        """Of the files of all ranks; None where no place has been set."""
         self._rank = rank
 
     def mentioned(self, text: str) -> str:

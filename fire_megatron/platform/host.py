@@ -92,8 +92,8 @@ class HostMemory:
         while self._block < len(self._blocks) and self._used + size > len(self._blocks[self._block]):
             self._block, self._used = self._block + 1, 0
         if self._block == len(self._blocks):
-            self._add(max(size, min(self.bytes, _MOST)))  # nobody knows how much will be asked for: double it
-        [part] = self.spans(max(size, 1))  # of nothing too, which shall be known as pinned
+            self._add(max(size, min(self.bytes, _MOST)))  # the total is unknown: double it
+        [part] = self.spans(max(size, 1))  # also of nothing, which must count as pinned
         return part[:size].view(dtype).view(*shape)
 
     def copy(self, values: torch.Tensor, *, wait: bool) -> torch.Tensor:

@@ -129,7 +129,7 @@ def _meeting(timeout: float) -> dist.Store:
 
 def collective_patience(timeout: float) -> datetime.timedelta:
     """How long a collective itself waits where ``run.collective_timeout`` is so many seconds. Longer, since the watch,
-    which can tell where everybody is, shall be the first to speak."""
+    which knows where every rank is, must report first."""
     return datetime.timedelta(seconds=1.25 * timeout)
 
 
@@ -225,7 +225,7 @@ def _prepare_torch(timeout: float) -> None:
     _prefer("0", "NCCL_GRAPH_REGISTER")
     # Otherwise a group of n ranks opens n - 1 connections in each of them, whether it is used or not.
     _prefer("1", "TORCH_GLOO_LAZY_INIT")
-    # The watch, which can tell where everybody is, shall be the first to speak.
+    # The watch, which knows where every rank is, must report first.
     patience = math.ceil(collective_patience(timeout).total_seconds())
     _prefer(str(patience) if patience > _TORCH_HEARTBEAT else None, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
 

@@ -34,7 +34,7 @@ class Offload:
         constant: bool,
         scratch: Callable[[], Iterable[torch.Tensor]] = tuple,
     ) -> None:
-        """Args: tensors: which; asked anew whenever they leave, since an optimizer makes its state late; constant: they
+        """Args: tensors: which; asked each time they leave, since an optimizer makes its state late; constant: they
         never change, so that one copy on the host serves for good; scratch: more tensors, which come back as zeros."""
         self._tensors, self._constant, self._scratch = tensors, constant, scratch
         self._host = HostMemory()

@@ -6,7 +6,7 @@ from a thread of its own; rank 0 looks at all of them, the others at rank 0 and 
 
 A process that lives may still hang: in a collective whose other side does something else, a kernel, a file system.
 Whoever does work that may take long calls :func:`tick` between its pieces; a process without a tick for as long as a
-collective may take has stalled, and the run ends with what each rank was at.
+collective may take has stalled, and the run ends with what each rank was doing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _active: Watch | None = None
 
 
 def tick() -> None:
-    """Say that this process gets on with what it is doing. Cheap; a no-op in a process without a watch."""
+    """Say that this process makes progress. Cheap; a no-op in a process without a watch."""
     if _active is not None:
         _active.ticked()
 
@@ -123,19 +123,19 @@ class Watch:
                 time.sleep(0.05)
 
     def doing(self, what: str, *, patient: bool = False) -> None:
-        """Say what this process is at, for the message of somebody who waits for it in vain.
+        """Say what this process is doing, for the message of a rank that has waited for it too long.
 
         Args:
             what: a few words.
-            patient: it waits for other roles, which may take as long as they get on.
+            patient: it waits for other roles, which may take as long as they make progress.
         """
         self._doing, self._patient = what, patient
         self._since = self._last_tick = time.monotonic()
 
     @contextlib.contextmanager
     def patiently(self, what: str) -> Iterator[None]:
-        """Within the context, this process waits for others, which may take as long as they get on; then it goes on
-        with what it was at."""
+        """Within the context, this process waits for others, which may take as long as they make progress; then it
+        resumes what it was doing."""
         before, patient = self._doing, self._patient
         self.doing(what, patient=True)
         try:
@@ -164,7 +164,7 @@ class Watch:
         return text
 
     def give_up(self, text: str) -> str:
-        """:meth:`fail` in a process that is about to leave by itself, and looks at the others no longer."""
+        """:meth:`fail` in a process that is about to leave by itself and stops looking at the others."""
         self._end.set()
         return self.fail(text)
 
@@ -212,8 +212,8 @@ class Watch:
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """A fault in here, told once, must not end the thread: a process without signs of life counts as dead, and one
-        that does not look at the others waits for them for ever."""
+        """A fault here, reported once, must not end the thread: a process without signs of life counts as dead, and one
+        that does not look at the others waits forever."""
         try:
             yield
         except Exception:
@@ -289,7 +289,7 @@ class Watch:
         return min(_HURRIED, self._timeout / 2)
 
     def _judge_failed(self, beats: dict[int, dict[str, Any]]) -> str | None:
-        """A collective has failed: whose side is silent is named by :meth:`_judge_silence`, if somebody's is."""
+        """A collective has failed on ranks that are all alive; a silent rank is named by :meth:`_judge_silence`."""
         failed = [rank for rank, beat in beats.items() if beat["failed"]]
         now = time.monotonic()
         self._failed_since = (self._failed_since or now) if failed else None
@@ -303,7 +303,7 @@ class Watch:
 
     def _judge_stall(self, beats: dict[int, dict[str, Any]]) -> str | None:
         at_work = {rank: beat for rank, beat in beats.items() if beat["count"] != _DONE}
-        # Who waits for others waits in vain only when there is nobody left who works.
+        # Ranks that wait for others are stalled only when no rank works any more.
         working = {rank: beat for rank, beat in at_work.items() if not beat["patient"]}
         stalled = [rank for rank, beat in (working or at_work).items() if beat["still"] > self._timeout]
         if not stalled or (not working and len(stalled) < len(at_work)):

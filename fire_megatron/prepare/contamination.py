@@ -20,13 +20,13 @@ from fire_megatron.prepare.same_text import plain, words
 RUN = 8
 """Words of a run; a problem of fewer words is compared whole. The smallest n of GPT-3's."""
 OVERLAP = 0.7
-"""Share of a problem's words in shared runs from which on it counts as found; docs/data.md has what it rests on."""
+"""A problem is found when at least this share of its words is in shared runs; docs/data.md has the evidence."""
 _COMMON_SHARE, _COMMON_LEAST = 0.1, 10
-"""A run in at least this share of a benchmark's problems, and this many, is nobody's own: an instruction."""
+"""A run in at least this share of a benchmark's problems, and this many, is an instruction, not a problem."""
 
 
 @dataclass(frozen=True)
-class Match:
+class Contamination:
     """A benchmark's problem that a prompt holds."""
 
     benchmark: int
@@ -48,7 +48,7 @@ class _Problem:
     words: int
 
 
-class Benchmarks:
+class BenchmarkProblems:
     """The problems that training must not see."""
 
     def __init__(self, paths: Sequence[Path], *, key: str | None = None, overlap: float = OVERLAP) -> None:
@@ -92,7 +92,7 @@ class Benchmarks:
             for start, run in enumerate(_runs(own)):
                 self._runs[run].append((index, start))
 
-    def find(self, texts: Sequence[str]) -> Match | None:
+    def find(self, texts: Sequence[str]) -> Contamination | None:
         """The problem that a chat holds most of, at least ``overlap`` of it; None where there is none.
 
         Args:
@@ -112,9 +112,9 @@ class Benchmarks:
         best = max(shares, key=shares.__getitem__, default=None)
         return None if best is None or shares[best] < self.overlap else self._match(best, shares[best])
 
-    def _match(self, index: int, share: float) -> Match:
+    def _match(self, index: int, share: float) -> Contamination:
         problem = self._problems[index]
-        return Match(problem.benchmark, problem.where, share)
+        return Contamination(problem.benchmark, problem.where, share)
 
 
 def _problems(path: Path, key: str | None) -> Iterator[tuple[str, str]]:

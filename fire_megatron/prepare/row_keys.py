@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.files import read_rows
-from fire_megatron.data.rows import lookup
+from fire_megatron.data.rows import lookup, read_rows
 from fire_megatron.prepare.parquet import SUFFIXES, column_names, read_parquet
 
 LOOKED_AT = 1000
@@ -26,7 +25,7 @@ def _is_answer(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Role:
+class _Sought:
     """What keys are looked for."""
 
     candidates: tuple[str, ...]
@@ -35,11 +34,11 @@ class _Role:
     """Whether a value found at a candidate can be meant."""
 
 
-TEXT = _Role(("problem", "question", "query", "prompt"), lambda value: isinstance(value, str))
-CHAT = _Role(("messages", "prompt"), lambda value: isinstance(value, list))
+TEXT = _Sought(("problem", "question", "query", "prompt"), lambda value: isinstance(value, str))
+CHAT = _Sought(("messages", "prompt"), lambda value: isinstance(value, list))
 # The teacher that verl's and G-OPD's rows name comes first: `label` is the answer in some data sets.
-LABEL = _Role(("extra_info.opd_teacher", "opd_teacher", "label"), _is_label)
-ANSWER = _Role(("answer", "reward_model.ground_truth", "ground_truth", "expected_answer", "final_answer"), _is_answer)
+LABEL = _Sought(("extra_info.opd_teacher", "opd_teacher", "label"), _is_label)
+ANSWER = _Sought(("answer", "reward_model.ground_truth", "ground_truth", "expected_answer", "final_answer"), _is_answer)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class KeyChoice:
         """
         named = {self.prompt_option: self.prompt, "--messages-key": self.messages}
         named |= {"--label-key": self.label, "--answer-key": self.answer}
-        candidates = (key for role in (TEXT, CHAT, LABEL, ANSWER) for key in role.candidates)
+        candidates = (key for sought in (TEXT, CHAT, LABEL, ANSWER) for key in sought.candidates)
         looked_for = [*candidates, *(key for key in named.values() if key)]
         rows = [r for _, r in itertools.islice(open_rows(path, looked_for), LOOKED_AT) if isinstance(r, dict)]
         own_prompt = tuple(key for key in (self.prompt, self.messages) if key)
@@ -104,7 +103,7 @@ class KeyChoice:
         for option, key in named.items():
             if key and not any(_has(row, key) for row in rows):
                 raise DataError(f"{path}: {option} {key}: {_nobody(path, rows)}")
-        prompt = own_prompt or tuple(dict.fromkeys(key for role in (TEXT, CHAT) if (key := _found(role, rows))))
+        prompt = own_prompt or tuple(dict.fromkeys(key for sought in (TEXT, CHAT) if (key := _found(sought, rows))))
         if not prompt:
             raise DataError(
                 f"{path}: no prompt under any of {', '.join(dict.fromkeys(TEXT.candidates + CHAT.candidates))}; "
@@ -119,8 +118,8 @@ class KeyChoice:
         return RowKeys(prompt, label, self.answer or _found(ANSWER, rows))
 
 
-def _found(role: _Role, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    return next((key for key in role.candidates if any(role.fits(lookup(row, key)) for row in rows)), None)
+def _found(sought: _Sought, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    return next((key for key in sought.candidates if any(sought.fits(lookup(row, key)) for row in rows)), None)
 
 
 _ABSENT = object()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.checkpoints import read_marker
+from fire_megatron.config.checkpoints import is_converted, read_json_object
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
-from fire_megatron.metrics.jsonl import by_step
+from fire_megatron.metrics.jsonl import by_step, parsed
 from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
 
 _STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
@@ -38,9 +37,9 @@ class SampleLines:
         with self.path.open("rb") as stream:
             for offset in self.offsets:
                 stream.seek(offset)
-                parsed = _parsed(stream.readline())
-                if parsed is not None:  # as it was before the run was resumed
-                    yield parsed
+                values = parsed(stream.readline())
+                if values is not None:  # as it was before the run was resumed
+                    yield values
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def read_run(directory: str | Path, *, max_samples: int, max_tokens: int) -> Run
     metrics = by_step(_whole_lines(folder / METRICS_FILE, notes))
     samples, total = _samples(folder / SAMPLES_FILE, (max_samples, max_tokens), notes)
     section = recipe.get("run")
-    status = _object(_text(folder / _STATUS_FILE))
+    status = read_json_object(folder / _STATUS_FILE) or {}
     return RunData(
         name=str(section.get("name", folder.name)) if isinstance(section, dict) else folder.resolve().name,
         folder=folder.resolve(),
@@ -185,7 +184,7 @@ def _checkpoints(folder: Path, recipe: Mapping[str, Any]) -> tuple[int, ...]:
     found = (
         int(match[1])
         for path in _folders(parent)
-        if (match := _STEP_FOLDER.fullmatch(path.name)) and read_marker(path) is not None
+        if (match := _STEP_FOLDER.fullmatch(path.name)) and is_converted(path)
     )
     return tuple(sorted(found))
 
@@ -194,11 +193,11 @@ def _whole_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Objects with a step; a line that is still being written is passed over, one that is damaged is noted."""
     damaged = 0
     for _, line in _lines(path):
-        parsed = _parsed(line)
-        if parsed is None:
+        values = parsed(line)
+        if values is None:
             damaged += 1
         else:
-            yield parsed
+            yield values
     if damaged:
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {path.name} left out")
 
@@ -215,20 +214,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    value = _object(line)
-    return value if type(value.get("step")) is int else None
-
-
-def _object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; an empty one where the text is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 _STEP = re.compile(rb'\{"step": (\d+),')
 _TOKENS = re.compile(rb'"tokens": (\d+),')
 """How the logger writes them, so that not all lines need be parsed; in texts quotes are escaped."""
@@ -239,15 +224,15 @@ def _head(line: bytes) -> tuple[int, int] | None:
     step, tokens = _STEP.match(line), _TOKENS.search(line)
     if step and tokens:
         return int(step[1]), int(tokens[1])
-    parsed = _parsed(line)
-    if parsed is None:
+    values = parsed(line)
+    if values is None:
         return None
-    count = parsed.get("tokens")
-    return parsed["step"], count if type(count) is int else 0
+    count = values.get("tokens")
+    return values["step"], count if type(count) is int else 0
 
 
 def _samples(path: Path, bounds: tuple[int, int], notes: list[str]) -> tuple[SampleLines, int]:
-    """The lines that are chosen, by step, and how many there are. Each of those is parsed, to see that it can be."""
+    """The chosen lines by step, and how many lines there are. Each chosen line is parsed, to see that it can be."""
     places: dict[int, list[tuple[int, int]]] = {}
     damaged = 0
     for offset, line in _lines(path):
@@ -261,7 +246,7 @@ def _samples(path: Path, bounds: tuple[int, int], notes: list[str]) -> tuple[Sam
         with path.open("rb") as stream:
             for offset in _spread(places, *bounds):
                 stream.seek(offset)
-                whole = _parsed(stream.readline()) is not None
+                whole = parsed(stream.readline()) is not None
                 damaged += not whole
                 chosen += [offset] if whole else []
     if damaged:

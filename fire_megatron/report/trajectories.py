@@ -68,7 +68,7 @@ class Shades:
     """Sees the trajectories one by one and holds some of their numbers, of which it makes the bounds of the shades."""
 
     def __init__(self, trajectories: int) -> None:
-        """Args: trajectories: how many there will be; of many, some are looked at."""
+        """Args: trajectories: how many there will be; of many, only some are examined."""
         self._every, self._seen = _stride(trajectories, _LOOKED_AT), 0
         self._values: dict[str, array[float]] = {}
 

@@ -28,7 +28,7 @@ from fire_megatron.rollout.sampling import Sampling
 
 
 class Decoder:
-    """Slots of one stage: their keys and values, last tokens, and the tokens sampled since somebody looked.
+    """Slots of one stage: their keys and values, last tokens, and the tokens sampled since the host last looked.
 
     Every rank of a pipeline calls the same methods in the same order; with experts shared over replicas, so do these
     replicas as far as forward passes go.

@@ -163,7 +163,7 @@ class MegatronEngine:
         )
 
     def release(self) -> None:
-        """Give back the memory for keys and values, and the graphs that work on it; the next call takes them anew."""
+        """Give back the memory for keys and values, and the graphs that work on it; the next call makes them again."""
         self._decoder = None
         self.graphs.forget()
 

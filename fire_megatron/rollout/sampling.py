@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fire_megatron.config.evaluation import BenchmarkConfig
-from fire_megatron.config.schema import RolloutConfig
+from fire_megatron.config.schema import BenchmarkConfig, RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)

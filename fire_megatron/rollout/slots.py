@@ -48,7 +48,7 @@ class Slots:
         """[S] the row in each slot, -1 for none."""
         self.position = np.zeros(slots, dtype=np.int64)
         """[S] tokens sampled of it."""
-        # Room for what is sampled beyond a row's end before somebody looks.
+        # Room for what is sampled beyond a row's end before the host looks.
         self._tokens = np.zeros((slots, max_new_tokens + columns), dtype=np.int64)
         self._statistics = np.zeros((2, slots, max_new_tokens + columns), dtype=np.float32)
 
@@ -82,7 +82,7 @@ class Slots:
         return admitted
 
     def steps(self, most: int) -> int:
-        """Decode steps until somebody has to look: ``most``, or until every row has reached its limit, when each has
+        """Decode steps until the host has to look: ``most``, or until every row has reached its limit, when each has
         the token that follows its prompt."""
         active = self.active
         if not len(active):

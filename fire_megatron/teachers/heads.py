@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fire_megatron.checkpoint.load import load_output_rows
+from fire_megatron.checkpoint.loading import load_output_rows
 from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.schema import TeacherConfig
 from fire_megatron.losses.fused import OutputLayer

@@ -155,7 +155,7 @@ class TeacherPool:
         )
 
     def _bring(self, offload: Offload | None) -> None:
-        """Have a teacher's weights on the device, and nobody else's that wait on the host."""
+        """Have a teacher's weights on the device, and no other's that wait on the host."""
         if offload is not self._resident and self._resident is not None:
             self._resident.leave()
         if offload is not None:

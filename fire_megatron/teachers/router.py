@@ -57,7 +57,7 @@ class TeacherRouter:
             mixture: what a mixture's weights mix, ``distributions`` or ``log_probs``.
             control: to the ranks that hold teachers and none of the student; None where there are none.
             watch: knows what these ranks were doing, for messages.
-            timeout: seconds that an answer may take; None waits for ever.
+            timeout: seconds that an answer may take; None waits without limit.
             offload: where the student waits while teachers on its ranks score.
             group_size: rows that a replica sends to teachers on other ranks at a time; 0 is a quarter of them.
         """
@@ -193,7 +193,7 @@ class Scoring:
 
         Args:
             rollouts: this replica's, all of whose rows have been sent.
-            progress: is told the name of each teacher on this rank that starts.
+            progress: is given the name of each teacher on this rank as it starts.
 
         Returns:
             Scores in the order of the rollouts, on every rank of the replica.
@@ -248,7 +248,7 @@ class Scoring:
         """All answers of these teachers, one after the other, on the replica's leader."""
         if not self.router.student_grid.leads_rows:
             return None
-        # The replica's other ranks wait in a collective meanwhile; whoever can tell what is wrong shall be the first.
+        # The replica's other ranks wait in a collective meanwhile; the one that knows what is wrong must end first.
         deadline = time.monotonic() + 0.9 * (self.router.timeout or IDLE.total_seconds())
         # A request without rows is not answered.
         answers = [self._receive(name, deadline) for name in names for lengths in self._requests[name] if lengths]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.checkpoint.resuming import TrainingState, load_training_state
 from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
-from fire_megatron.checkpoint.training import TrainingState, load_training_state
 from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
 from fire_megatron.config.schema import Recipe
@@ -93,7 +93,7 @@ class Checkpoints:
         return None
 
     def _tell_format(self, folder: Path) -> None:
-        """A step fits any format, so a run goes on in another; which nobody may have asked for, where a recipe leaves
+        """A step fits any format, so a run continues in another, which may be unintended where a recipe leaves
         it to the device, or to the defaults of a version."""
         saved, now = (read_marker(folder) or {}).get("dtype"), self.recipe.student.precision.dtype
         if saved not in (None, now):

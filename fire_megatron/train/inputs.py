@@ -1,10 +1,10 @@
-"""What a run reads besides weights, and all that can be wrong with it before a model is built."""
+"""What a run reads besides weights, and every check that can be made before a model is built."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,11 @@ from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
-from fire_megatron.evaluation.benchmarks import Benchmark, encode_problems, read_benchmark
+from fire_megatron.evaluation.benchmarks import (
+    BenchmarkTask,
+    encode_problems,
+    read_benchmark,
+)
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks, registered_hooks
 from fire_megatron.models.build import check_megatron_fields, resolve_layer_spec, this_machine, transformer_config
@@ -28,6 +32,7 @@ from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.watch import tick
+from fire_megatron.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,7 @@ class Inputs:
     route: dict[str, str]
     notes: tuple[str, ...]
     """What was read, for people."""
-    benchmarks: tuple[tuple[Benchmark, list[Prompt]], ...] = ()
-    """With their problems as prompts."""
+    benchmarks: tuple[BenchmarkTask, ...] = ()
 
 
 def role_layout(role: RoleConfig, num_ranks: int) -> Layout:
@@ -124,9 +128,9 @@ def read_inputs(facts: Facts) -> Inputs:
         held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
-    benchmarks = _read_benchmarks(recipe, shapes["student"], tokenizer)
-    notes += [f"benchmark {benchmark.name}: {len(problems)} problems" for benchmark, problems in benchmarks]
     ends = stop_ids(tokenizer, recipe.rollout.stop_tokens, "rollout.stop_tokens")
+    benchmarks = _read_benchmarks(recipe, shapes["student"], tokenizer, ends)
+    notes += [f"benchmark {task.name}: {len(task.prompts)} problems" for task in benchmarks]
     return Inputs(tokenizer, prompts, held_out, ends, route, tuple(notes), benchmarks)
 
 
@@ -176,15 +180,15 @@ def _vocabulary_notes(shapes: Mapping[str, ModelShape]) -> list[str]:
 
 
 def _read_benchmarks(
-    recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer
-) -> tuple[tuple[Benchmark, list[Prompt]], ...]:
+    recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer, stop_ids: Sequence[int]
+) -> tuple[BenchmarkTask, ...]:
     """Raises DataError: a benchmark that cannot be answered, or nothing to judge answers with."""
     configs = recipe.evaluation.benchmarks
     if not configs:
         return ()
     require_math_verify()
     benchmarks = [read_benchmark(config.path, name=config.name, limit=config.limit) for config in configs]
-    encode = Encoder(replace(recipe.data, max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):
         key = f"evaluation.benchmarks.{i}"
@@ -192,7 +196,8 @@ def _read_benchmarks(
             prompts = encode_problems(benchmark, encode, room=shape.max_positions - config.max_new_tokens)
         except DataError as error:
             raise DataError(f"{key}.max_new_tokens: {config.max_new_tokens}: {error}") from error
-        read.append((benchmark, prompts))
+        sampling = Sampling.of(config, seed=recipe.evaluation.seed, stop_ids=stop_ids)
+        read.append(BenchmarkTask(benchmark, prompts, config.samples, sampling))
     return tuple(read)
 
 

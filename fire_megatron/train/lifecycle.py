@@ -10,7 +10,7 @@ from fire_megatron.checkpoint.steps import find_saved
 from fire_megatron.config.errors import TrainingError, UserError
 from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
-from fire_megatron.evaluation.during import take_exams
+from fire_megatron.evaluation.during import measure_benchmarks
 from fire_megatron.metrics.values import Max, Value, reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects, everywhere
 from fire_megatron.platform import launch
@@ -22,7 +22,7 @@ from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Checkpoints
 from fire_megatron.train.ending import end_tables
-from fire_megatron.train.gpus import RunGpus
+from fire_megatron.train.gpu_readings import GpuReadings
 from fire_megatron.train.guard import NONFINITE
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import Stopped, StopRequest
@@ -79,7 +79,7 @@ class Trainer:
             self.logger.log(self.step, self._unlogged)
         if self.setup.run is not None:
             self.run.phases.show = lambda text: self.logger.progress(f"step {self.step + 1}: {text}")
-        self.gpus = RunGpus(world.device, recipe.metrics, self.setup.control)
+        self.gpus = GpuReadings(world.device, recipe.metrics, self.setup.control)
 
     @property
     def run(self) -> Run:
@@ -224,9 +224,9 @@ class Trainer:
         is stopped in an evaluation makes it when it continues."""
         config, last = self.recipe.evaluation, self.step == self.recipe.run.steps
         due = config.at_start if self.step == 0 else bool(config.every) and self.step % config.every == 0
-        measures = self.run.held_out is not None or bool(self.run.exams)
+        measures = self.run.held_out is not None or self.run.benchmarks is not None
         if measures and self.evaluated < self.step and (due or (last and self.step and config.at_end)):
-            if self.step and self.run.exams:  # which may take long
+            if self.step and self.run.benchmarks:  # which may take long
                 self._save_if_due()
             measured = self._evaluate()
             if self.step == 0:
@@ -244,18 +244,20 @@ class Trainer:
             most = run.held_out.own_rows * self.recipe.evaluation.max_new_tokens
             measured = run.held_out.measure(run.phases.progress("evaluation", most), run.wait_for_replicas)
         reduced = reduce_metrics(measured if run.grid.leads_rows else {}, group=run.grid.span)
-        examined = take_exams(
-            run.exams,
-            self.folder.path / "evaluation" / f"step_{self.step:06d}",
-            writes=self.world.is_main,
-            stopped=run.asked_to_stop,
-            asked=lambda: self.stop.signal_name is not None,
-            progress=run.phases.progress,
-        )
+        answered: dict[str, float] | None = {}
+        if run.benchmarks is not None:
+            answered = measure_benchmarks(
+                run.benchmarks,
+                run.engine,
+                self.folder.path / "evaluation" / f"step_{self.step:06d}",
+                stopped=run.asked_to_stop,
+                asked=lambda: self.stop.signal_name is not None,
+                progress=run.phases.progress,
+            )
         run.engine.release()  # long answers may have taken more memory than those of a step
-        if examined is None:
+        if answered is None:
             raise Stopped
-        return reduced | examined
+        return reduced | answered
 
     # ---- the end ----------------------------------------------------------------------------------------------
 

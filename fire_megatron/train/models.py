@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import roles
@@ -48,7 +48,7 @@ class RoleModels:
 
     def _key(self, path: str, role: RoleConfig) -> Hashable:
         """Equal for teachers that can share one model, the same checkpoint in the same form on the same ranks. The
-        student's weights change, so it shares with nobody."""
+        student's weights change, so its model is never shared."""
         layout = self._grids[path].layout
         return (
             path if path == "student" else Path(role.checkpoint).resolve(),

@@ -13,8 +13,8 @@ from fire_megatron.config.schema import Recipe
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import TrainingRows
-from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut, replica_rows
+from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.parallel.collectives import wait_for_all
 from fire_megatron.parallel.control import Control
@@ -52,7 +52,7 @@ class Run:
     hooks: list[Hook]
     order: PromptOrder
     held_out: HeldOut | None
-    exams: list[Exam]
+    benchmarks: BenchmarkRunner | None
     saver: Saver
     guard: UpdateGuard
     phases: Phases

@@ -28,7 +28,7 @@ class RunFolder:
             saved: step of the newest checkpoint.
 
         Raises:
-            TrainingError: it has been restarted often enough, or in vain; on the first rank.
+            TrainingError: it has been restarted too often, or another restart would fail too; on the first rank.
             RecipeError: the folder cannot be written.
         """
         self.path = Path(recipe.run.dir)

@@ -11,8 +11,8 @@ from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.order import PromptOrder
-from fire_megatron.evaluation.during import Exam
 from fire_megatron.evaluation.heldout import HeldOut
+from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import model_dtype
 from fire_megatron.parallel.collectives import everywhere
@@ -148,7 +148,7 @@ class Setup:
             hooks=self.hooks,
             order=order,
             held_out=self._held_out(engine, sampling, router),
-            exams=self._exams(engine),
+            benchmarks=self._benchmarks(),
             saver=self._saver(),
             guard=UpdateGuard(recipe.optimizer.guard),
             phases=Phases(self.watch, self.world.device),
@@ -191,15 +191,9 @@ class Setup:
         sampling = replace(sampling, max_new_tokens=own.max_new_tokens, temperature=1.0, top_p=1.0, seed=own.seed)
         return HeldOut(self.inputs.held_out, engine, sampling, router, self.grid)
 
-    def _exams(self, engine: MegatronEngine) -> list[Exam]:
-        exams, own = [], self.recipe.evaluation
+    def _benchmarks(self) -> BenchmarkRunner | None:
+        if not self.inputs.benchmarks:
+            return None
+        assert self._waiting is not None
         wait = partial(self.watch.patiently, "waiting for the other ranks' evaluation")
-        for config, (benchmark, prompts) in zip(own.benchmarks, self.inputs.benchmarks, strict=True):
-            sampling = Sampling.of(config, seed=own.seed, stop_ids=self.inputs.stop_ids)
-            exams.append(
-                Exam(
-                    benchmark, prompts, config.samples, engine, sampling, self.grid, self.inputs.tokenizer,
-                    self._waiting, wait,
-                )
-            )  # fmt: skip
-        return exams
+        return BenchmarkRunner(self.inputs.benchmarks, self.inputs.tokenizer, self.grid, self._waiting, wait)

@@ -1,4 +1,4 @@
-"""What became of a run, in ``status.json`` of its folder: for its next start, and for whoever started it."""
+"""The state of a run, in ``status.json`` of its folder: for its next start, and for the user."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def begin(run_dir: Path, *, saved: int | None, restart: Restart, max_restarts: i
         max_restarts: ``run.max_restarts``.
 
     Raises:
-        TrainingError: it has been restarted often enough, or in vain.
+        TrainingError: it has been restarted too often, or another restart would fail too.
     """
     before = read_status(run_dir)
     if restart is Restart.NO or before is None or before.state in ("done", "stopped"):

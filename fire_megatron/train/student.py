@@ -81,7 +81,7 @@ class Student:
             config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                # A single replica has nobody to share with, and would copy all gradients and weights to itself; but
+                # A single replica has no other to share with, and would copy all gradients and weights to itself; but
                 # only the distributed optimizer quantises weights anew.
                 use_distributed_optimizer=optimizer.distributed and (grid.pg.dp_cp.size() > 1 or gathers_fp8),
                 overlap_grad_reduce=False,
@@ -222,7 +222,7 @@ class Student:
             norm = float(measure() or 0.0)
             return norm
 
-        # Between measuring and applying, megatron-core's step() asks nobody.
+        # megatron-core's step() has no hook between measuring and applying.
         optimizer.get_grad_norm = measured
         optimizer.step_with_ready_grads = lambda: not skip(norm) and apply()
         try:

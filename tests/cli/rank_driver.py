@@ -1,6 +1,8 @@
-"""Run by torchrun for ``test_bad_input_ranks.py``: the training command once a case, with one rank spoilt.
+"""Run by torchrun: the training command once a case, on every rank, with one rank spoilt where a case says so.
 
-Each case meets at a port of its own, with the store in rank 0 as under srun, so that one launch serves them all.
+Each case meets at a port of its own, with the store in rank 0 as under srun, so that one launch serves them all. Reads
+cases from a JSON file (a list of mappings: ``arguments``, ``port``, perhaps ``spoilt`` and ``rank``) and leaves beside
+it what each rank made of them. Exits with the largest code of any.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ def file_limit(size):
 
 
 SPOILT = {
-    "nothing": lambda: contextlib.nullcontext(),
     "prompts": lambda: mock.patch.object(inputs, "read_prompts", _raises(DataError("rank-local: prompts"))),
     "plugin": lambda: mock.patch.object(inputs, "registered_hooks", lambda: ["mine"]),
     "files": lambda: mock.patch.object(ShardReader, "check_files", _raises(CheckpointError("rank-local: files"))),
@@ -53,12 +54,17 @@ SPOILT = {
 def run(case: dict, rank: int) -> dict:
     """One start of the training command; what this rank made of it."""
     os.environ["MASTER_PORT"] = str(case["port"])
-    mine = rank == case["rank"]
-    recipe = "absent.yaml" if mine and case["spoilt"] == "recipe" else case["recipe"]
-    errors, started = io.StringIO(), time.monotonic()
-    with SPOILT.get(case["spoilt"] if mine else "nothing", SPOILT["nothing"])(), contextlib.redirect_stderr(errors):
-        code = main(["--recipe", recipe, f"run.dir={case['run_dir']}"])
-    return {"code": code, "errors": errors.getvalue(), "seconds": time.monotonic() - started}
+    spoilt = case.get("spoilt") if rank == case.get("rank") else None
+    arguments = ["--recipe", "absent.yaml"] if spoilt == "recipe" else case["arguments"]
+    output, errors, started = io.StringIO(), io.StringIO(), time.monotonic()
+    with (
+        SPOILT.get(spoilt, contextlib.nullcontext)(),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        code = main(arguments)
+    seconds = time.monotonic() - started
+    return {"code": code, "output": output.getvalue(), "errors": errors.getvalue(), "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def system_prompt_without_template(box):
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 
-@case("teachers.math.checkpoint", "Hugging Face folder", "tools/convert.py hf-to-megatron --hf {hf}")
+@case("teachers.math.checkpoint", "Hugging Face folder", "fire-megatron convert hf-to-megatron --hf {hf}")
 def checkpoint_not_converted(box):
     source = box.inputs / "math-hf"
     box.names["hf"] = box.folder / "hf-model"

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
+from subprocess import STDOUT
 
-import pytest
-from tiny_run import make_inputs, tiny_recipe, write_recipe
+from processes import call, free_ports
+from tiny_run import tiny_recipe, write_recipe
 
 from fire_megatron.checkpoint.steps import saved_steps
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60
 CASES = (
     ("recipe", 1, "absent.yaml: no such recipe file"),
     ("recipe", 0, "absent.yaml: no such recipe file"),
@@ -27,66 +20,26 @@ CASES = (
     ("chunk", 1, "rank-local: chunk"),
     ("run folder", 0, "rank-local: run folder"),
     ("disk", 1, "cannot be written"),
+    ("layout", None, "student.parallel.tensor: 4 does not divide the model's 2 key/value heads"),
 )
-"""What is spoilt, on which rank, and what the run says."""
+"""What is spoilt, on which rank or for all, and what the run says."""
 
 
-def torchrun(*command):
-    """Start something on two ranks; returns exit code and output. A hang fails the test."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    )
-    try:
-        output = process.communicate(timeout=PATIENCE)[0]
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # which ends its ranks as well
-        process.communicate()
-        raise
-    return process.returncode, output
-
-
-def free_ports(count):
-    """Ports that nobody listens on, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Models and prompts."""
-    return make_inputs(tmp_path_factory.mktemp("bad-ranks"), num_hidden_layers=1)
-
-
-def test_two_ranks_with_a_bad_recipe(inputs, tmp_path):
-    values = tiny_recipe(inputs, tmp_path / "run", student__parallel={"tensor": 4})
-    code, output = torchrun("-m", "fire_megatron.train", "--recipe", write_recipe(tmp_path / "recipe.yaml", values))
-    assert code != 0
-    assert output.count("student.parallel.tensor: 4 does not divide the model's 2 key/value heads") == 1, output
-    assert "exitcode  : 2" in output
-
-
-def test_one_rank_sees_the_problem(inputs, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(inputs, tmp_path / "run", run__steps=1))
-    cases = [
-        {"spoilt": spoilt, "rank": rank, "port": port, "recipe": str(recipe), "run_dir": str(tmp_path / f"run{i}")}
-        for i, ((spoilt, rank, _), port) in enumerate(zip(CASES, free_ports(len(CASES)), strict=True))
-    ]
+def test_one_rank_sees_the_problem_or_all_do(tiny, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tiny, tmp_path / "run", run__steps=1))
+    cases = []
+    for number, ((spoilt, rank, _), port) in enumerate(zip(CASES, free_ports(len(CASES)), strict=True)):
+        arguments = ["--recipe", str(recipe), f"run.dir={tmp_path / f'run{number}'}"]
+        arguments += ["student.parallel.tensor=4"] if spoilt == "layout" else []
+        cases.append({"spoilt": spoilt, "rank": rank, "port": port, "arguments": arguments})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    code, output = torchrun(Path(__file__).with_name("rank_driver.py"), tmp_path / "cases.json")
-    assert code != 0
+    output = call(Path(__file__).with_name("rank_driver.py"), tmp_path / "cases.json", ranks=2, code=1, stderr=STDOUT)
+    assert "exitcode  : 2" in output
     assert "Traceback" not in output.split("torch/distributed/elastic")[0], output
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for case, main_rank, other in zip(CASES, *results, strict=True):
+    for number, (case, main_rank, other) in enumerate(zip(CASES, *results, strict=True)):
         assert main_rank["code"] == other["code"] == 2, case
-        assert main_rank["errors"].startswith("error: ") and case[2] in main_rank["errors"], case
+        assert main_rank["errors"].startswith("error: ") and main_rank["errors"].count(case[2]) == 1, case
         assert other["errors"] == "", "one rank speaks for all"
         assert max(main_rank["seconds"], other["seconds"]) < 20, case
-    assert saved_steps(Path(cases[-1]["run_dir"]) / "checkpoints") == []
+        assert saved_steps(tmp_path / f"run{number}" / "checkpoints") == []

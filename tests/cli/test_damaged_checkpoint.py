@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from tiny_run import read_metrics, tiny_recipe, train, write_recipe
 
 from fire_megatron.checkpoint.steps import saved_steps
 from fire_megatron.cli.train import main
@@ -37,18 +39,16 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tiny, tmp_path_factory):
     """A run of three steps with all of them saved, and its recipe as plain values."""
-    folder = make_inputs(tmp_path_factory.mktemp("damaged"), num_hidden_layers=1)
-    values = tiny_recipe(folder, folder / "run", run__steps=3, checkpoint={"every": 1, "keep": 3})
+    folder = tmp_path_factory.mktemp("damaged")
+    values = tiny_recipe(tiny, folder / "run", run__steps=3, checkpoint={"every": 1, "keep": 3})
     assert main(["--recipe", str(write_recipe(folder / "recipe.yaml", values))]) == 0
     return folder, values
 
 
 def copy_of(finished, tmp_path):
     """The run in a folder of its own; returns its folder and a recipe that continues it."""
-    import shutil
-
     folder, values = finished
     run = shutil.copytree(folder / "run", tmp_path / "run")
     values = {**values, "run": {**values["run"], "dir": str(run)}}
@@ -88,13 +88,8 @@ def test_without_a_whole_one_the_run_does_not_begin_anew(finished, tmp_path, cap
     assert len(read_metrics(run)) == 3
 
 
-def test_a_damaged_teacher(finished, tmp_path, capsys):
-    import shutil
-
-    folder, values = finished
-    teacher = shutil.copytree(folder / "math", tmp_path / "math")
+def test_a_damaged_teacher(tiny, tmp_path, capsys):
+    teacher = shutil.copytree(tiny / "math", tmp_path / "math")
     flip_a_bit(weights(teacher))
-    values = {**values, "run": {**values["run"], "dir": str(tmp_path / "run")}}
-    recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    assert main(["--recipe", str(recipe), f"teachers.math.checkpoint={teacher}"]) == 2
+    assert train(tiny, tmp_path / "run", f"teachers.math.checkpoint={teacher}") == 2
     assert f"{weights(teacher)}: damaged" in capsys.readouterr().err

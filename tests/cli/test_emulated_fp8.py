@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
-
-from fire_megatron.cli.train import main
+import tiny_run
+from tiny_run import make_inputs, read_metrics
 
 CURVE = 0.04
 """Mean distance of a step's loss from the run's without FP8, relative to the mean loss; docs/fp8.md states it."""
@@ -23,11 +22,9 @@ def train(inputs, folder, fp8, *overrides, teachers=True):
     if fp8 and teachers:
         recipe = "tensorwise" if fp8["recipe"] == "delayed" else fp8["recipe"]
         changes |= {f"teachers__{name}__precision": {"fp8": {**fp8, "recipe": recipe}} for name in ("math", "code")}
-    values = tiny_recipe(
-        inputs, folder, run__steps=4, run__threads=1, optimizer=OPTIMIZER, checkpoint__final=False,
-        rollout__prompts_per_step=12, loss={"estimator": "full"}, **changes,
-    )  # fmt: skip
-    assert main(["--recipe", str(write_recipe(inputs / f"{folder.name}.yaml", values)), *overrides]) == 0
+    changes |= {"run__steps": 4, "run__threads": 1, "optimizer": OPTIMIZER, "checkpoint__final": False}
+    changes |= {"rollout__prompts_per_step": 12, "loss": {"estimator": "full"}}
+    assert tiny_run.train(inputs, folder, *overrides, **changes) == 0
     return read_metrics(folder)
 
 
@@ -69,7 +66,5 @@ def test_a_continued_run_has_the_scales_that_it_had(inputs, tmp_path):
     ],
 )
 def test_refusals(inputs, tmp_path, capsys, fp8, overrides, message):
-    values = tiny_recipe(inputs, tmp_path / "run", student__precision={"fp8": fp8})
-    recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    assert main(["--recipe", str(recipe), *overrides]) != 0
+    assert tiny_run.train(inputs, tmp_path / "run", *overrides, student__precision={"fp8": fp8}) != 0
     assert message in capsys.readouterr().err

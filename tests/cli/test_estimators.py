@@ -6,9 +6,7 @@ import json
 
 import pytest
 from models import save_megatron
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
-
-from fire_megatron.cli.train import main
+from tiny_run import make_inputs, read_metrics, train
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +20,8 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, run_dir, **changes):
-    recipe = tiny_recipe(
-        inputs, run_dir, run__steps=12, optimizer__lr=3e-3, checkpoint__final=False, loss__hooks=[], **changes
-    )
-    assert main(["--recipe", str(write_recipe(run_dir.parent / f"{run_dir.name}.yaml", recipe))]) == 0
+    common = {"run__steps": 12, "optimizer__lr": 3e-3, "checkpoint__final": False, "loss__hooks": []}
+    assert train(inputs, run_dir, **common, **changes) == 0
     return read_metrics(run_dir)
 
 

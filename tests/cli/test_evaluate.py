@@ -9,7 +9,7 @@ import pytest
 from boxed_models import make_model, write_benchmark
 
 from fire_megatron.cli.evaluate import main
-from fire_megatron.evaluation.generations import PartWriter
+from fire_megatron.evaluation.generations import PartFiles
 
 PROBLEMS, SAMPLES = 6, 4
 
@@ -51,13 +51,13 @@ def whole(inputs, tmp_path_factory):
 def written(monkeypatch):
     """(problem, sample) of every answer that is written, in order."""
     keys = []
-    write = PartWriter.write
+    add = PartFiles.add
 
-    def recording(self, generation):
-        write(self, generation)
+    def recording(self, name, generation):
+        add(self, name, generation)
         keys.append(generation.key)
 
-    monkeypatch.setattr(PartWriter, "write", recording)
+    monkeypatch.setattr(PartFiles, "add", recording)
     return keys
 
 
@@ -88,14 +88,14 @@ def test_scores_are_those_of_what_was_written(whole):
 
 
 def test_a_stopped_run_continues(evaluate, whole, tmp_path, written, monkeypatch, capsys):
-    write = PartWriter.write
+    add = PartFiles.add
 
-    def stopping(self, generation):
-        write(self, generation)
+    def stopping(self, name, generation):
+        add(self, name, generation)
         if len(written) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(PartWriter, "write", stopping)
+    monkeypatch.setattr(PartFiles, "add", stopping)
     assert evaluate() == 0
     shown = capsys.readouterr().out
     assert f"stopped with {PROBLEMS * SAMPLES - len(written)} answers to go; run again to continue" in shown
@@ -145,10 +145,12 @@ def test_a_hugging_face_folder(evaluate, whole, tmp_path, inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", 0], "--samples 0: give 1 to 65535"),
-        (["--temperature", 0], "--samples 4 with --temperature 0 is one answer 4 times"),
-        (["--temperature", -1], "--temperature -1.0: give 0 or more"),
-        (["--top-p", 0], "--top-p 0.0"),
+        (["--samples", 0], "--samples: 0 is not allowed; it must be at least 1 and below 65536"),
+        (["--temperature", 0], "--samples: 4, but at temperature 0 they are all the same"),
+        (["--temperature", -1], "--temperature: -1.0 is not allowed; it must be at least 0"),
+        (["--top-p", "nan"], "--top-p: nan"),
+        (["--tensor", 0], "--tensor: 0 is not allowed; it must be at least 1"),
+        (["--timeout", 0], "--timeout: 0.0 is not allowed; it must be above 0"),
         (["--max-new-tokens", 510], "sums.jsonl:1: 3 tokens, and the model's positions leave 2"),
         (["--tensor", 2], "--tensor, --pipeline: tensor 2 x pipeline 1 x context 1 = 2 ranks a copy of the model"),
         (["--tensor", 4], "--tensor: 4 does not divide the model's 2 key/value heads"),
@@ -174,9 +176,7 @@ def test_mistakes_in_the_model_and_in_what_is_there(evaluate, whole, inputs, tmp
     refused("none does not exist", "--hf", tmp_path / "none")
     refused("is a Hugging Face folder and must be converted first", "--checkpoint", f"{inputs}/model-hf")
     fixed = ["--max-new-tokens", 12]
-    there = ["--checkpoint", f"{inputs}/model", "--out", whole]
-    refused("--seed: ", *there, *fixed, "--seed", 8)
-    refused("--max-new-tokens: ", *there, "--max-new-tokens", 13)
+    refused("--seed: ", "--checkpoint", f"{inputs}/model", "--out", whole, *fixed, "--seed", 8)
     refused("has other weights or another tokenizer", "--hf", f"{inputs}/model-hf", "--out", whole, *fixed)
     with pytest.raises(SystemExit, match="2"):
         main(["--checkpoint", "a", "--hf", "b", "--benchmark", "c"])

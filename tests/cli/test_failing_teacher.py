@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from processes import ROOT, TRAIN, command, environment
+from tiny_run import read_metrics, tiny_recipe, train, write_recipe
 
 from fire_megatron.checkpoint.steps import find_latest, saved_steps
+from fire_megatron.cli.train import main
 from fire_megatron.train.status import read_status
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 TIMEOUT = 12.0
 """``run.collective_timeout`` of these runs, seconds."""
@@ -46,20 +46,13 @@ Teacher.score = score
 """
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Models, prompts, and a plugin that spoils a teacher."""
-    folder = make_inputs(tmp_path_factory.mktemp("failing"), num_hidden_layers=1)
-    (folder / "spoil_teacher.py").write_text(PLUGIN)
-    return folder
-
-
 class Runs:
     """Starts the same run again and again: the student on rank 0, both teachers on rank 1."""
 
     def __init__(self, inputs, folder):
         """Nothing is started yet."""
         self.inputs, self.folder, self.process = inputs, folder, None
+        (folder / "spoil_teacher.py").write_text(PLUGIN)
 
     def start(self, name, mode="", **changes):
         """Start it; ``mode`` is how the teacher fails."""
@@ -68,18 +61,11 @@ class Runs:
             own["run__plugins"] = ["spoil_teacher"]
         own |= {"run__steps": STEPS, "checkpoint__every": 1, "run__collective_timeout": TIMEOUT, **changes}
         recipe = write_recipe(self.folder / f"{name}.yaml", tiny_recipe(self.inputs, self.folder / name, **own))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(self.inputs), os.environ.get("PYTHONPATH", "")]),
-            "FIRE_TEST_FOLDER": str(self.folder),
-            "FIRE_TEST_MODE": mode,
-        }
+        variables = environment(self.folder, FIRE_TEST_FOLDER=self.folder, FIRE_TEST_MODE=mode)
         self.log = self.folder / f"{name}-{mode}.log"
         with self.log.open("w") as log:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            command = [sys.executable, *launcher, "-m", "fire_megatron.train", "--recipe", str(recipe)]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
+            words = command(*TRAIN, recipe, ranks=2)
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=variables)
 
     def wait(self, condition):
         """Wait for something to come true; returns the seconds that it took."""
@@ -112,9 +98,9 @@ class Runs:
 
 
 @pytest.fixture
-def runs(inputs, tmp_path):
+def runs(tiny, tmp_path):
     """See :class:`Runs`."""
-    made = Runs(inputs, tmp_path)
+    made = Runs(tiny, tmp_path)
     yield made
     made.end()
 
@@ -135,17 +121,19 @@ CASES = {
 }
 
 
+ONE_RANK = ["run.plugins=[]", *(f"{key}.ranks=null" for key in ("student", "teachers.math", "teachers.code"))]
+
+
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
-    """Metrics of the run that nothing happens to."""
-    made = Runs(inputs, tmp_path_factory.mktemp("whole"))
-    made.start("run")
-    made.wait(lambda: made.process.poll() is not None)
-    return read_metrics(made.folder / "run")
+def whole(tiny, tmp_path_factory):
+    """Metrics of the run that nothing happens to, in this process."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(tiny, run_dir, run__steps=STEPS) == 0
+    return read_metrics(run_dir)
 
 
 @pytest.mark.parametrize("mode", CASES)
-def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, whole, mode):
+def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, whole, mode, capsys):
     number, expected = CASES[mode]
     runs.start("run", mode)
     runs.wait((runs.folder / "ready").exists)
@@ -162,7 +150,7 @@ def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, who
     assert expected in runs.complaint()
     status, log = read_status(runs.folder / "run"), runs.log.read_text()
     assert status.state == "failed" and runs.complaint().endswith(status.error), "the verdict, not what follows from it"
-    assert ('cli/guard.py", line' in log) == (mode == "raise"), "a traceback where it tells something"
+    assert ('cli/supervision.py", line' in log) == (mode == "raise"), "a traceback where it tells something"
     records = list((runs.folder / "run" / "flight_recorder").glob("*/rank_0"))
     assert len(records) == (number is not None)
     assert all(f"The last collectives of each rank: {path.parent}/rank_*" in status.error for path in records)
@@ -171,10 +159,15 @@ def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, who
     assert saved and saved[-1] < STEPS
     latest = find_latest(runs.folder / "run" / "checkpoints")
 
-    runs.start("run")
-    runs.wait(lambda: runs.process.poll() is not None)
-    assert runs.process.returncode == 0, runs.log.read_text()
-    assert f"resumed from {latest}" in runs.log.read_text()
+    if mode == "kill":
+        runs.start("run")
+        runs.wait(lambda: runs.process.poll() is not None)
+        assert runs.process.returncode == 0, runs.log.read_text()
+        said = runs.log.read_text()
+    else:  # in this process, all roles on one rank
+        assert main(["--recipe", str(runs.folder / "run.yaml"), *ONE_RANK]) == 0
+        said = capsys.readouterr().out
+    assert f"resumed from {latest}" in said
     resumed = read_metrics(runs.folder / "run")
     assert [line["step"] for line in resumed] == [line["step"] for line in whole] == list(range(1, STEPS + 1))
     for line, expected_line in zip(resumed, whole, strict=True):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,30 +20,25 @@ from gpu_checks.runner import Runner, chosen
 from gpu_checks.table import CHECKS
 from gpu_checks.worker import work
 from gpu_checks.workers import TIMED_OUT, Workers
+from processes import call
 
 from fire_megatron.platform.device import Device
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 
 
-def gpu_check(out, *arguments):
-    """Exit code, lines printed, and results by check."""
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--device", "cpu", "--out", str(out), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=230,
-    )
-    assert done.returncode in (0, 1), done.stderr
+def gpu_check(out, *arguments, code):
+    """Lines printed, results by check, and what they were found on."""
+    printed = call(TOOL, "--device", "cpu", "--out", out, *arguments, code=code, timeout=230)
     results = json.loads((out / "results.json").read_text())
-    return done.returncode, done.stdout.splitlines(), {r["check"]: r for r in results["checks"]}, results["about"]
+    return printed.splitlines(), {r["check"]: r for r in results["checks"]}, results["about"]
 
 
 def test_every_check_runs_and_says_what_it_promises(tmp_path):
     """But for one that gets no time, which changes nothing for the others."""
     late = "transformers_256"
-    code, lines, results, about = gpu_check(tmp_path, "--seconds", "220", "--limit", f"{late}=0.05", "--commit", "abc")
+    options = ("--seconds", 220, "--limit", f"{late}=0.05", "--commit", "abc")
+    lines, results, about = gpu_check(tmp_path, *options, code=1)
     assert list(results) == [check.name for check in CHECKS]
     for check in CHECKS:
         result, line = results[check.name], next(line for line in lines if f"  {check.name}: " in line)
@@ -58,7 +52,6 @@ def test_every_check_runs_and_says_what_it_promises(tmp_path):
         else:
             assert result["state"] == OK, (tmp_path / "log.txt").read_text()[-6000:]
             assert set(check.figures) <= set(result["figures"])
-    assert code == 1
     assert about["commit"] == "abc" and about["card"] == "cpu" and about["torch"] and "gpu_check.py" in about["command"]
     table = (tmp_path / "results.md").read_text()
     assert all(f"| {check.name} | {results[check.name]['state']} |" in table for check in CHECKS)
@@ -70,8 +63,7 @@ def test_every_check_runs_and_says_what_it_promises(tmp_path):
 
 
 def test_without_time_every_check_is_left_out_and_says_so(tmp_path):
-    code, _, results, _ = gpu_check(tmp_path, "--seconds", "0", "--only", "resume", "--only", "decode")
-    assert code == 0
+    _, results, _ = gpu_check(tmp_path, "--seconds", 0, "--only", "resume", "--only", "decode", code=0)
     assert list(results) == ["models", "whole_run", "resume", "decode_32", "decode_256"]
     assert {r["state"] for r in results.values()} == {LEFT_OUT}
     assert "no time: 0 s left" in results["models"]["told"]
@@ -123,13 +115,7 @@ def test_what_measures_starts_as_a_run_does(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("gpu_tests_on_gpu", "pytest"),
-        ("models", "transformers"),
-        ("step_against_trl", "trl"),
-        ("export", "transformers"),
-    ],
+    ("name", "module"), [("gpu_tests_on_gpu", "pytest"), ("step_against_trl", "trl"), ("export", "transformers")]
 )
 def test_what_is_not_installed_is_named_and_nothing_has_failed(monkeypatch, tmp_path, name, module):
     real = importlib.util.find_spec
@@ -143,7 +129,7 @@ def test_without_transformer_engine_one_line_says_so_and_runs_go_on(monkeypatch,
     """It works on a GPU only, so here it is as if it were absent; float8 then has nothing to run on."""
     from gpu_checks import commands
 
-    monkeypatch.setattr("fire_megatron.platform.select_device", lambda setting: Device("cpu"))
+    monkeypatch.setattr("fire_megatron.platform.device.select_device", lambda setting: Device("cpu"))
     context = Context("cuda", str(tmp_path), str(tmp_path))
     check = next(check for check in CHECKS if check.name == "transformer_engine")
     result = work(check, context)

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from nvml import BUS_ID, UUID, FakeNvml, NVMLError
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from processes import call
+from tiny_run import read_metrics, tiny_recipe, train, write_recipe
 
-from fire_megatron.cli.train import main
 from fire_megatron.config.schema import MetricsConfig
-from fire_megatron.metrics.gpu import GpuSampler
+from fire_megatron.metrics.gpu_sampler import GpuSampler
 from fire_megatron.metrics.values import Max, Mean, Sum
 from fire_megatron.platform.device import Device, GpuIdentity
-from fire_megatron.train import gpus
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Models and prompts."""
-    return make_inputs(tmp_path_factory.mktemp("gpus"), num_hidden_layers=1)
+from fire_megatron.train import gpu_readings
 
 
 @pytest.fixture
@@ -34,7 +23,7 @@ def nvml(monkeypatch):
     """NVML of a GPU that this process is told to have."""
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(gpus, "gpu_identity", lambda device: GpuIdentity((UUID,), BUS_ID))
+    monkeypatch.setattr(gpu_readings, "gpu_identity", lambda device: GpuIdentity((UUID,), BUS_ID))
     return fake
 
 
@@ -48,27 +37,21 @@ def gpu_keys(line):
     return {key for key in line if key.startswith("gpu/")}
 
 
-def run(inputs, folder, **changes):
-    """Exit code of a run of two steps."""
-    values = tiny_recipe(inputs, folder / "run", run__steps=2, **changes)
-    return main(["--recipe", str(write_recipe(folder / "recipe.yaml", values))])
-
-
-def test_every_step_has_its_readings(inputs, tmp_path, nvml):
+def test_every_step_has_its_readings(tiny, tmp_path, nvml):
     nvml.errors["PowerUsage"] = NVMLError("Not Supported")
-    assert run(inputs, tmp_path, metrics__gpu_interval=0.01) == 0
+    assert train(tiny, tmp_path / "run", run__steps=2, metrics__gpu_interval=0.01) == 0
     for line in read_metrics(tmp_path / "run"):
         assert line["gpu/utilization"] == 80 and line["gpu/memory_used_mb"] == 3072 and line["gpu/ecc_corrected"] == 0
         assert "gpu/power_w" not in gpu_keys(line)
     assert not threads() and nvml.running == 0
 
 
-def test_turned_off(inputs, tmp_path, nvml):
-    assert run(inputs, tmp_path, metrics__gpu_interval=0) == 0
+def test_turned_off(tiny, tmp_path, nvml):
+    assert train(tiny, tmp_path / "run", run__steps=2, metrics__gpu_interval=0) == 0
     assert not any(gpu_keys(line) for line in read_metrics(tmp_path / "run")) and not nvml.calls
 
 
-def test_a_run_that_fails_leaves_no_thread(inputs, tmp_path, nvml, monkeypatch):
+def test_a_run_that_fails_leaves_no_thread(tiny, tmp_path, nvml, monkeypatch):
     seen = []
 
     def fail(*arguments, **named):
@@ -77,7 +60,7 @@ def test_a_run_that_fails_leaves_no_thread(inputs, tmp_path, nvml, monkeypatch):
 
     monkeypatch.setattr("fire_megatron.train.loop.select", fail)
     with pytest.raises(ZeroDivisionError):
-        run(inputs, tmp_path)
+        train(tiny, tmp_path / "run", run__steps=2)
     assert seen and not threads() and nvml.running == 0
 
 
@@ -86,31 +69,23 @@ import os, sys
 from nvml import BUS_ID, UUID, FakeNvml
 from fire_megatron.cli.train import main
 from fire_megatron.platform.device import GpuIdentity
-from fire_megatron.train import gpus
+from fire_megatron.train import gpu_readings
 
 rank = int(os.environ["RANK"])
 sys.modules["pynvml"] = fake = FakeNvml()
 fake.readings |= {"Temperature": 50 + 20 * rank, "PowerUsage": 100_000 * (1 + rank)}
-gpus.gpu_identity = lambda device: GpuIdentity((UUID,), BUS_ID)
+gpu_readings.gpu_identity = lambda device: GpuIdentity((UUID,), BUS_ID)
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_gpus_of_teachers_on_ranks_of_their_own_count(inputs, tmp_path):
-    values = tiny_recipe(inputs, tmp_path / "run", run__steps=3, metrics__gpu_interval=0.01)
+def test_gpus_of_teachers_on_ranks_of_their_own_count(tiny, tmp_path):
+    values = tiny_recipe(tiny, tmp_path / "run", run__steps=3, metrics__gpu_interval=0.01)
     values["student"]["ranks"] = "0-0"
     for teacher in values["teachers"].values():
         teacher["ranks"] = "1-1"
     (tmp_path / "driver.py").write_text(DRIVER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "driver.py"), "--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    call(tmp_path / "driver.py", "--recipe", write_recipe(tmp_path / "recipe.yaml", values), ranks=2)
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 3
     assert max(line["gpu/temperature_c"] for line in lines) == 70
@@ -123,10 +98,10 @@ def test_ranks_without_the_student_report_theirs(monkeypatch):
     control = SimpleNamespace(report=told.append, reports=lambda: [told.pop(0) for _ in range(len(told))])
     own = iter([{"gpu/temperature_c": Max(70.0), "gpu/energy_j": Sum(5.0)}, {}, {"gpu/temperature_c": Max(60.0)}])
     monkeypatch.setattr(GpuSampler, "values", lambda self: next(own))
-    ranks = [gpus.RunGpus(Device("cpu"), MetricsConfig(), control) for _ in range(2)]
+    ranks = [gpu_readings.GpuReadings(Device("cpu"), MetricsConfig(), control) for _ in range(2)]
     ranks[1].report()
     ranks[1].report()
     assert len(told) == 1, "nothing seen is nothing sent"
     assert ranks[0].values() == {"gpu/temperature_c": Max(70.0), "gpu/energy_j": Sum(5.0)}
     monkeypatch.setattr(GpuSampler, "values", lambda self: {"gpu/utilization": Mean(50, 1)})
-    assert gpus.RunGpus(Device("cpu"), MetricsConfig(), None).values() == {"gpu/utilization": Mean(50, 1)}
+    assert gpu_readings.GpuReadings(Device("cpu"), MetricsConfig(), None).values() == {"gpu/utilization": Mean(50, 1)}

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_inputs, tiny_recipe
+from tiny_run import tiny_recipe
 
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.checkpoint.steps import find_latest, saved_steps
-from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.platform import launch
 from fire_megatron.train.lifecycle import Trainer
@@ -30,10 +30,10 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
+def trainer(tiny, tmp_path_factory):
     """A student with an optimizer, ready to be saved."""
-    folder = make_inputs(tmp_path_factory.mktemp("kill"), num_hidden_layers=1)
-    recipe = recipe_from_dict(tiny_recipe(folder, folder / "run", checkpoint__keep=KEEP, run__threads=1))
+    folder = tmp_path_factory.mktemp("kill")
+    recipe = recipe_from_dict(tiny_recipe(tiny, folder / "run", checkpoint__keep=KEEP, run__threads=1))
     made = Trainer(recipe, launch.start("cpu", threads=1))
     # What earlier tests have left, process groups and their threads among it, cannot be freed in a fork.
     gc.collect()

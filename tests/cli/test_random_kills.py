@@ -4,13 +4,11 @@ always resumes, and what it ends with is what an undisturbed run ends with."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from processes import call
+from tiny_run import read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.checkpoint.steps import find_latest, saved_steps
 from fire_megatron.checkpoint.torch_dist import ShardReader
@@ -21,23 +19,20 @@ MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "router/")
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["", "async_save"])
-def test_killed_at_random_moments(tmp_path, in_background):
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+def test_killed_at_random_moments(tiny, tmp_path, in_background):
     kills = KILLS // 2
     values = tiny_recipe(
-        inputs,
+        tiny,
         tmp_path / "killed",
         run__steps=STEPS,
         run__threads=1,
         checkpoint={"every": 1, "keep": KEEP, "async_save": in_background},
     )
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), str(recipe), str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*driver, str(kills), "1"], capture_output=True, text=True, env=environment, check=False)
+    driver = (Path(__file__).with_name("kill_driver.py"), recipe, tmp_path / "killed", kills, 1)
+    told = call(*driver, timeout=600)
     log = (tmp_path / "killed.log").read_text()
-    assert done.returncode == 0, done.stderr + log
-    *history, end = json.loads(done.stdout.splitlines()[-1])
+    *history, end = json.loads(told.splitlines()[-1])
     assert len(history) == kills and all(entry["died"] for entry in history), "the run was over too soon"
     for entry in history:
         newest = max(entry["saved"], default=0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import time
 
 import pytest
 from browser import Browser
+from processes import call
 from report_page import blocks
 from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
 
@@ -277,6 +276,5 @@ def test_it_is_light(tmp_path):
     """No torch is imported, which takes seconds."""
     (tmp_path / "recipe.yaml").write_text("run: {name: a}")
     code = "import sys; from fire_megatron.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "report", str(tmp_path)]
-    done = subprocess.run(command, text=True, capture_output=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False" and "report.html: " in done.stdout
+    said = call("-c", code, "report", tmp_path)
+    assert said.splitlines()[-1] == "False" and "report.html: " in said

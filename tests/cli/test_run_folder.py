@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from tiny_run import read_metrics, tiny_recipe, train, write_recipe
 
 from fire_megatron.cli.train import main
 from fire_megatron.config.load import load_recipe, recipe_to_dict
 from fire_megatron.config.roles import resolved
 
 
-def test_files_of_a_run(tmp_path, capsys):
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
+def test_files_of_a_run(tiny, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    held_out = {"prompts": [{"path": str(inputs / "math.jsonl")}], "num_prompts": 2, "max_new_tokens": 4}
-    values = tiny_recipe(inputs, run_dir, metrics__samples=3, evaluation=held_out)
+    held_out = {"prompts": [{"path": str(tiny / "math.jsonl")}], "num_prompts": 2, "max_new_tokens": 4}
+    values = tiny_recipe(tiny, run_dir, metrics__samples=3, evaluation=held_out)
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
     assert main(["--recipe", str(recipe), "run.steps=2"]) == 0
 
@@ -56,15 +55,12 @@ def test_files_of_a_run(tmp_path, capsys):
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
 
 
-def test_the_loss_is_a_mean_whatever_the_mini_batches(tmp_path):
+def test_the_loss_is_a_mean_whatever_the_mini_batches(tiny, tmp_path):
     """Before the first update moves the weights, the parts of a batch weigh by their tokens."""
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
     losses = []
     for parts in (1, 4):
-        values = tiny_recipe(
-            inputs, tmp_path / f"run{parts}", run__steps=1, checkpoint__final=False,
-            optimizer={"mini_batches": parts, "lr": 1e-12, "clip_grad": 0.0}, loss={"hooks": []},
-        )  # fmt: skip
-        assert main(["--recipe", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
+        optimizer = {"mini_batches": parts, "lr": 1e-12, "clip_grad": 0.0}
+        changes = {"run__steps": 1, "checkpoint__final": False, "optimizer": optimizer, "loss": {"hooks": []}}
+        assert train(tiny, tmp_path / f"run{parts}", **changes) == 0
         losses.append(read_metrics(tmp_path / f"run{parts}")[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != 0

@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from processes import ROOT, TRAIN, command, environment
+from tiny_run import read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.checkpoint.steps import saved_steps
 from fire_megatron.cli.train import main
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 400
 """More than are done before the signal comes."""
 PATIENCE = 60
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Models and prompts."""
-    return make_inputs(tmp_path_factory.mktemp("signals"), num_hidden_layers=1)
-
-
 @pytest.fixture
-def start(inputs, tmp_path):
+def start(tiny, tmp_path):
     """Starts the training command on a new run folder, or on the same one again; ends it whatever happens."""
     started = []
 
-    def command(*, ranks=1):
-        values = tiny_recipe(inputs, tmp_path / "run", run__steps=STEPS, metrics__console=True)
+    def begin(*, ranks=1):
+        values = tiny_recipe(tiny, tmp_path / "run", run__steps=STEPS, metrics__console=True)
         recipe = write_recipe(tmp_path / "recipe.yaml", values)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        log = (tmp_path / "log").open("w")
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *launcher, "-m", "fire_megatron.train", "--recipe", str(recipe)],
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        )
+        log, words = (tmp_path / "log").open("w"), command(*TRAIN, recipe, ranks=ranks)
+        started.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=environment()))
         return started[-1]
 
-    yield command
+    yield begin
     for process in started:
         process.kill()
         process.wait()

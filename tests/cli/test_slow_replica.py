@@ -6,18 +6,14 @@ replica samples for longer than that; in step 2 it hangs.
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
-import sys
-from pathlib import Path
 
-from tiny_run import make_inputs, read_metrics, tiny_recipe, write_recipe
+from processes import ROOT, TRAIN, command, environment, free_ports
+from tiny_run import read_metrics, tiny_recipe, write_recipe
 
 from fire_megatron.platform.watch import EXIT_CODE
 from fire_megatron.train.status import read_status
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT, SLOW = 4.0, 5.5
 """Seconds that a collective may take, and that the slow replica samples."""
 PLUGIN = f"""
@@ -53,20 +49,15 @@ MegatronEngine.generate = slow
 """
 
 
-def test_a_slow_replica_is_waited_for_and_one_that_hangs_is_named(tmp_path):
-    inputs = make_inputs(tmp_path, num_hidden_layers=1)
-    (inputs / "slow_replica.py").write_text(PLUGIN)
+def test_a_slow_replica_is_waited_for_and_one_that_hangs_is_named(tiny, tmp_path):
+    (tmp_path / "slow_replica.py").write_text(PLUGIN)
     changes = {"run__plugins": ["slow_replica"], "evaluation__at_start": False}
-    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(inputs, tmp_path / "run", **changes))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(inputs), os.environ.get("PYTHONPATH", "")))}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tiny, tmp_path / "run", **changes))
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     ranks = [
         subprocess.Popen(  # without torchrun, which imports torch a third time
-            [sys.executable, "-m", "fire_megatron.train", "--recipe", str(recipe)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            command(*TRAIN, recipe), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env=environment(tmp_path, **common, RANK=rank, LOCAL_RANK=rank),
         )
         for rank in range(2)
     ]  # fmt: skip

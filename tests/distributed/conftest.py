@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from roles import Roles, share
+from steps import write_checkpoints
 from torch.distributed.distributed_c10d import _world
 
+from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.platform import launch
 
 TIMEOUT = 60.0
@@ -30,11 +33,6 @@ def launched_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
-    config.addinivalue_line("markers", "world_size(multiple): runs only where the world size is a multiple of this")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, alike on every rank, what this world size cannot run."""
     size = launched_size()
@@ -44,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("world_size")
         if size == 1:
             item.add_marker(pytest.mark.skip(reason="needs several ranks: torchrun --nproc-per-node 2 -m pytest ..."))
+        elif item.get_closest_marker("two_ranks") and size > 2:
+            item.add_marker(pytest.mark.skip(reason="more ranks say no more than 2 do"))
         elif marker is not None and size % marker.args[0]:
             item.add_marker(pytest.mark.skip(reason=f"needs a multiple of {marker.args[0]} ranks, not {size}"))
 
@@ -80,6 +80,39 @@ def leave_groups(world: launch.World | None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def session_folder(world: launch.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all ranks see."""
+    return Path(share(str(tmp_path_factory.mktemp("session"))))
+
+
+@pytest.fixture(scope="module")
+def folder(world: launch.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the module that all ranks see."""
+    return Path(share(str(tmp_path_factory.mktemp("module"))))
+
+
+@pytest.fixture(scope="module")
+def roles(world: launch.World, session_folder: Path) -> Roles:
+    """Builds roles in any layout; what is converted for one module serves all."""
+    return Roles(world, session_folder)
+
+
+@pytest.fixture(scope="module")
+def factory(world: launch.World) -> GridFactory:
+    """One set of process groups for the module."""
+    return GridFactory(timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(world: launch.World, session_folder: Path) -> Path:
+    """Student and two teachers of other depth and width, written by rank 0, seen by all."""
+    if world.is_main:
+        write_checkpoints(session_folder)
+    dist.barrier()
+    return session_folder
+
+
+@pytest.fixture(scope="session")
 def world_size() -> int:
     """Number of ranks."""
     return launched_size()
@@ -107,3 +140,9 @@ def subgroup(world: launch.World) -> Callable[[int], dist.ProcessGroup]:
         return groups[size]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def group(subgroup: Callable[[int], dist.ProcessGroup], world_size: int) -> dist.ProcessGroup:
+    """All ranks."""
+    return subgroup(world_size)

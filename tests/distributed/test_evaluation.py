@@ -1,41 +1,37 @@
 """Evaluating on several ranks gives what one process gives, byte by byte, in any layout and after a change of it."""
 
 import json
-import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from boxed_models import make_model, write_benchmark
-from roles import Roles, share
+from processes import command, environment
+from roles import Roles
 
 from fire_megatron.cli.evaluate import _parser, _read
 from fire_megatron.config.errors import UserError
 from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.tokenizer import load_tokenizer
-from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
-from fire_megatron.evaluation.during import Exam
+from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmark
+from fire_megatron.evaluation.during import measure_benchmarks
 from fire_megatron.evaluation.generations import PARTS
-from fire_megatron.evaluation.judge import Judge
+from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.evaluation.standalone import Evaluation
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXED = "--samples 3 --max-new-tokens 16 --batch-size 3 --device cpu"
 DATA = DataConfig(train=(SourceConfig(path="none"),))
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
-def inputs(world, tmp_path_factory):
-    folder = Path(share(str(tmp_path_factory.mktemp("evaluation"))))
+def inputs(world, folder):
     if not world.is_main:
         dist.barrier()
         yield folder
@@ -51,10 +47,9 @@ def inputs(world, tmp_path_factory):
 
 def _alone(folder, log):
     """One plain process, from the command line, meanwhile."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    command = ["-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", "5"]
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    variables = {name: value for name, value in environment().items() if name not in LAUNCHER}
+    words = command("-m", "fire_megatron.evaluate", *_arguments(folder, folder / "alone"), "--batch-size", 5)
+    return subprocess.Popen(words, env=variables, stdout=log, stderr=log)
 
 
 def alone(folder):
@@ -73,9 +68,8 @@ def _arguments(folder, out):
 
 def evaluate(world, folder, out, *options, stopped=lambda: None):
     """The command as ranks that are there already run it."""
-    work, settings = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
-    watch = launch.watch(world, roles="the model", timeout=60)
-    return Evaluation(work, settings, world, watch, stopped).run()
+    job = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
+    return Evaluation(job, world, launch.watch(world, roles="the model", timeout=60), stopped).run()
 
 
 def results(folder):
@@ -114,29 +108,28 @@ def test_a_folder_that_only_rank_0_finds_wrong(world, inputs):
         evaluate(world, inputs, "other", "--tensor", "3")
 
 
-def take(world, roles, folder, path, layout, file):
-    """An exam in training's way, on a model that is loaded in some layout."""
+def measure(world, roles, folder, path, layout, out):
+    """The first benchmark in training's way, on a model that is loaded in some layout: metrics, answers, scores."""
     model, grid = roles.build(path, layout)
     tokenizer = load_tokenizer(path)
     benchmark = read_benchmark(folder / "sums.jsonl")
     prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
-    engine = MegatronEngine(model, grid)
     sampling = Sampling(max_new_tokens=16, batch_size=4, stop_ids=frozenset(tokenizer.eos_ids), seed=7)
     waiting = roles.factory.cpu_group(range(world.size), purpose="evaluation")
-    exam = Exam(benchmark, prompts, 3, engine, sampling, grid, tokenizer, waiting)
-    with Judge() as judge:
-        scores = exam.take(judge, file, writes=world.is_main, stopped=lambda: False)
+    runner = BenchmarkRunner([BenchmarkTask(benchmark, prompts, 3, sampling)], tokenizer, grid, waiting)
+    metrics = measure_benchmarks(runner, MegatronEngine(model, grid), out, stopped=lambda: False)
     dist.barrier()
-    return scores, file.read_text()
+    return metrics, (out / "sums.jsonl").read_text(), json.loads((out / "scores.json").read_text())["sums"]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
-def test_an_exam_in_training_is_the_command(world, inputs, sizes):
+@pytest.mark.parametrize("sizes", [{"pipeline": 2}, {"context": 2}], ids=str)
+def test_a_benchmark_in_training_is_the_command(world, inputs, sizes):
     roles = Roles(world, inputs)
     layout = Layout(**sizes, num_ranks=world.size)
-    scores, written = take(world, roles, inputs, inputs / "model", layout, inputs / f"exam{sizes}.jsonl")
+    metrics, written, scores = measure(world, roles, inputs, inputs / "model", layout, inputs / f"training{sizes}")
     assert written == (alone(inputs) / "sums.jsonl").read_text()
-    assert scores.as_dict() == json.loads((alone(inputs) / "scores.json").read_text())["benchmarks"]["sums"]
+    assert scores == json.loads((alone(inputs) / "scores.json").read_text())["benchmarks"]["sums"]
+    assert metrics["eval/sums/maj@3"] == scores["maj@3"]["value"]
 
 
 def test_replicas_that_share_experts(world, inputs):
@@ -146,7 +139,7 @@ def test_replicas_that_share_experts(world, inputs):
         make_model(path, "qwen3-moe")
     dist.barrier()
     apart, shared = (
-        take(world, roles, inputs, path, Layout(expert=size, num_ranks=world.size), inputs / f"experts{size}.jsonl")
+        measure(world, roles, inputs, path, Layout(expert=size, num_ranks=world.size), inputs / f"experts{size}")
         for size in (1, 2)
     )
     assert apart == shared

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from experts import AUXILIARY, SPEC, draw_rows, expert_layouts, make_student, run_step
 from models import save_megatron
 from roles import (
-    Roles,
     Spec,
     assert_same_state,
     hf_response_logits,
@@ -25,7 +24,7 @@ from roles import (
 from steps import save_state
 from tiny_run import make_inputs, read_metrics, tiny_recipe
 
-from fire_megatron.checkpoint.training import load_training_state
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.data.records import Prompt
@@ -38,11 +37,6 @@ from fire_megatron.train.lifecycle import Trainer
 
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "teacher/", "router/")
 """Metrics of the machine; and the teachers' traffic, which depends on the student's tensor size."""
-
-
-@pytest.fixture(scope="module")
-def roles(world, tmp_path_factory):
-    return Roles(world, Path(share(str(tmp_path_factory.mktemp("models")))))
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -90,7 +84,8 @@ def generate(model, grid, prompts, rows, *, stop_ids=(), batch_size=0):
 def test_generation_of_uneven_rows(roles, world_size):
     prompts = [Prompt(i, "math", tuple(p.tolist()), "") for i, p in enumerate(draw_rows(7)[0])]
     expected = None
-    for layout in expert_layouts(world_size):
+    *_, split, spread = every = expert_layouts(world_size)
+    for layout in every:
         model, grid = roles.build(SPEC, layout)
         model.eval()
         whole = generate(model, grid, prompts, range(7))
@@ -108,6 +103,8 @@ def test_generation_of_uneven_rows(roles, world_size):
             cut[row] = tokens[: ends[0] + 1] if ends else tokens
         assert len({len(tokens) for tokens in cut.values()}) > 2
         assert generate(model, grid, prompts, range(7), stop_ids=stops) == cut, layout
+        if layout not in (split, spread):
+            continue
         assert generate(model, grid, prompts, range(7), stop_ids=stops, batch_size=2) == cut, layout
         # Fewer rows than replicas, and none at all.
         assert generate(model, grid, prompts, [4], stop_ids=stops) == {4: cut[4]}, layout

@@ -3,29 +3,20 @@ autograd, also where replicas that share experts hold unequal numbers of rows.""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from experts import AUXILIARY, MIXED, ROWS, SPEC, draw_rows, expert_layouts, make_student, run_step, training_rows
 from roles import (
-    Roles,
     assert_same_state,
     hf_response_logits,
     log_prob_and_entropy,
     reference,
-    share,
     whole_gradients,
     whole_state,
 )
 
 from fire_megatron.checkpoint.maps import pack, tensor_map
 from fire_megatron.config.hf_config import read_hf_config
-
-
-@pytest.fixture(scope="module")
-def roles(world, tmp_path_factory):
-    return Roles(world, Path(share(str(tmp_path_factory.mktemp("models")))))
 
 
 def micro_batches(layout, size, count=ROWS):

@@ -15,7 +15,7 @@ from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.parallel.reducer import Reducer
 
 ROWS, WIDTH = 22, 9
-FILTER, REWEIGHT = HookConfig("filter", {"percentile": 40}), HookConfig("reweight")
+FILTER, REWEIGHT = HookConfig("filter", percentile=40), HookConfig("reweight")
 PIPELINES = {
     "none": (),
     "filter": (FILTER,),
@@ -23,8 +23,8 @@ PIPELINES = {
     "both": (FILTER, REWEIGHT),
     "reversed": (REWEIGHT, FILTER),
     "published": (
-        HookConfig("filter", {"percentile": 40, "group_by": "batch"}),
-        HookConfig("reweight", {"group_by": "batch", "normalise_over": "all"}),
+        HookConfig("filter", percentile=40, group_by="batch"),
+        HookConfig("reweight", group_by="batch", normalise_over="all"),
     ),
 }
 SPLITS = ["even", "strided", "all on the first", "all on the last", "uneven"]
@@ -74,8 +74,7 @@ def take(batch, rows):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_global_scope_is_invariant_to_the_split(subgroup, world_size, rank, name, split, micro_batch_size):
-    group = subgroup(world_size)
+def test_global_scope_is_invariant_to_the_split(group, world_size, rank, name, split, micro_batch_size):
     batch, hooks = whole_batch(), build_hooks(PIPELINES[name])
     reference = apply_hooks(batch, hooks, reducer=Reducer(), micro_batch_size=1)
     rows = share(split, rank, world_size)
@@ -90,9 +89,8 @@ def test_global_scope_is_invariant_to_the_split(subgroup, world_size, rank, name
     assert ours["teacher/unused/rows"] == 0 and "fire/threshold/unused" not in ours
 
 
-def test_equal_rows_on_different_ranks_share_their_fate(subgroup, world_size, rank):
+def test_equal_rows_on_different_ranks_share_their_fate(group, world_size, rank):
     # Every rank holds the same tokens in another order and under another padding; all are at the threshold.
-    group = subgroup(world_size)
     tokens = torch.tensor([-0.1, -0.2, -0.3, -0.7, -1.1, -1.3, -0.9])
     order = torch.randperm(7, generator=torch.Generator().manual_seed(rank))
     row = torch.nn.functional.pad(tokens[order], (0, rank))[None]
@@ -105,14 +103,13 @@ def test_equal_rows_on_different_ranks_share_their_fate(subgroup, world_size, ra
         student_entropy_BR=-row,
         truncated_B=torch.zeros(1, dtype=torch.bool),
     )
-    hooks = build_hooks([HookConfig("filter", {"percentile": 50})])
+    hooks = build_hooks([HookConfig("filter", percentile=50)])
     assert apply_hooks(batch, hooks, reducer=Reducer(group), micro_batch_size=1).keep_B.all()
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_summed_gradients_are_those_of_the_whole_batch(subgroup, world_size, rank, split, micro_batch_size):
-    group = subgroup(world_size)
+def test_summed_gradients_are_those_of_the_whole_batch(group, world_size, rank, split, micro_batch_size):
     batch, hooks = whole_batch(), build_hooks(PIPELINES["both"])
     generator = torch.Generator().manual_seed(1)
     log_prob_BR, old_BR, rollout_BR = -torch.rand(3, ROWS, WIDTH, generator=generator)
@@ -150,18 +147,17 @@ def test_summed_gradients_are_those_of_the_whole_batch(subgroup, world_size, ran
     assert expected[0].ne(0).any()
 
 
-def test_microbatch_scope_asks_nothing_of_other_ranks(subgroup, world_size, rank):
+def test_microbatch_scope_asks_nothing_of_other_ranks(group, world_size, rank):
     # Ranks hold different numbers of micro-batches: a collective would hang.
-    group = subgroup(world_size)
-    hooks = build_hooks([HookConfig(name, {"scope": "microbatch"}) for name in ("filter", "reweight")])
+    hooks = build_hooks([HookConfig(name, scope="microbatch") for name in ("filter", "reweight")])
     batch = take(whole_batch(), share("uneven", rank, world_size))
     mine = apply_hooks(batch, hooks, reducer=Reducer(group), micro_batch_size=3)
     alone = apply_hooks(batch, hooks, reducer=Reducer(), micro_batch_size=3)
     assert torch.equal(mine.keep_B, alone.keep_B) and torch.equal(mine.weight_BR, alone.weight_BR)
 
 
-def test_reducer_gathers_rows_of_any_number_and_shape(subgroup, world_size, rank):
-    reducer = Reducer(subgroup(world_size))
+def test_reducer_gathers_rows_of_any_number_and_shape(group, world_size, rank):
+    reducer = Reducer(group)
     values = torch.full((rank, 2, 3), float(rank))
     gathered = reducer.gather_rows(values)
     assert gathered[:, 0, 0].tolist() == [float(r) for r in range(world_size) for _ in range(r)]
@@ -169,8 +165,8 @@ def test_reducer_gathers_rows_of_any_number_and_shape(subgroup, world_size, rank
     assert reducer.gather_rows(torch.zeros(0, 2)).shape == (0, 2)
 
 
-def test_reducer_leaves_its_input_alone(subgroup, world_size, rank):
-    reducer = Reducer(subgroup(world_size))
+def test_reducer_leaves_its_input_alone(group, world_size, rank):
+    reducer = Reducer(group)
     values = torch.tensor([rank, -rank])
     assert reducer.sum(values).tolist() == [sum(range(world_size)), -sum(range(world_size))]
     assert reducer.max(values).tolist() == [world_size - 1, 0]

@@ -13,14 +13,12 @@ import pytest
 import torch
 from experts import SPEC, make_student, run_step
 from models import VOCABULARY
-from roles import Roles, Spec, layouts, share, whole_gradients
-from steps import save_state
+from roles import Spec, layouts, share, whole_gradients
+from steps import make_rollouts, make_training_rows, save_state
 
-from fire_megatron.checkpoint.training import load_training_state
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
-from fire_megatron.data.records import Prompt
-from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
 from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.parallel.collectives import all_gather_objects
 from fire_megatron.parallel.grid import Layout
@@ -40,31 +38,13 @@ APART = 0.25
 """What rounding changes of them at least, in this random model."""
 
 
-@pytest.fixture(scope="module")
-def roles(world, tmp_path_factory):
-    return Roles(world, Path(share(str(tmp_path_factory.mktemp("models")))))
-
-
 def rows_of(mine):
     """This replica's rows, with made-up teachers."""
     generator = torch.Generator().manual_seed(7)
     draw = [torch.randint(6, VOCABULARY, (LENGTH,), generator=generator) for _ in range(ROWS)]
     scores = [-2 - 3 * torch.rand(LENGTH - 6, generator=generator) for _ in range(ROWS)]
-    rollouts = Rollouts(
-        row_ids=tuple(mine),
-        prompts=tuple(Prompt(i, "math", tuple(draw[i][:6].tolist()), "") for i in mine),
-        responses=tuple(draw[i][6:] for i in mine),
-        log_probs=tuple(scores[i] for i in mine),
-        entropies=tuple(torch.ones(LENGTH - 6) for _ in mine),
-        truncated=tuple(False for _ in mine),
-        weight_version=0,
-    )
-    return TrainingRows(
-        rollouts=rollouts,
-        targets=tuple(Target(("math",), (1.0,)) for _ in mine),
-        teacher_log_probs=tuple(scores[i] for i in mine),
-        weights=tuple(torch.ones(LENGTH - 6) for _ in mine),
-    )
+    rollouts = make_rollouts(mine, [row[:6] for row in draw], [row[6:] for row in draw], scores)
+    return make_training_rows(rollouts, scores)
 
 
 def build(roles, layout, fp8, *, sequence=None, micro_batch_size=1):

@@ -1,12 +1,10 @@
 """Logits of every converted family equal transformers' in every layout: packed rows against single rows."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, VOCABULARY
-from roles import EXPERTS, Roles, Spec, hf_logits, layouts, reference, share
+from roles import Spec, expert_sizes, hf_logits, layouts, reference, telling_layouts
 
 from fire_megatron.data.packing import pack_rows, whole_tokens
 from fire_megatron.models.pipeline import run_pipeline
@@ -15,11 +13,6 @@ LENGTHS = (1, 40, 3, 8, 17)
 """Around the small sliding window of 7, and far above; odd, so that sequence parallelism has to pad."""
 TOLERANCE = 1e-5
 """Of the largest logit; float32 gives 2e-6."""
-
-
-@pytest.fixture(scope="module")
-def roles(world, tmp_path_factory):
-    return Roles(world, Path(share(str(tmp_path_factory.mktemp("models")))))
 
 
 def draw_rows(lengths=LENGTHS):
@@ -73,7 +66,8 @@ def largest_difference(model, grid, rows, hf):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(roles, world_size, family):
     spec, rows = Spec(family), draw_rows()
-    for layout in layouts(world_size, contexts=(1, 2, 4), experts=EXPERTS.get(family, (1,))):
+    contexts = (1, 2, 4) if "window" in family else (1, 2)
+    for layout in telling_layouts(world_size, contexts=contexts, experts=expert_sizes(family, world_size)):
         model, grid = roles.build(spec, layout)
         assert largest_difference(model, grid, rows, reference(spec)) < TOLERANCE, layout
 

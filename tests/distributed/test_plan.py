@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import plan_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from processes import command, environment
 from roles import share
 from tiny_run import make_inputs, tiny_recipe, write_recipe
 
@@ -33,21 +31,27 @@ pytestmark = pytest.mark.world_size(4)
 
 PROMPT, RESPONSE = 12, 5
 CASES = {
-    "tp2-pp2": {"student__parallel": {"tensor": 2, "pipeline": 2}},
+    "tp2-pp2-bf16-topk": {
+        "student__parallel": {"tensor": 2, "pipeline": 2},
+        "student__precision": {"dtype": "bfloat16"},
+        "loss__estimator": "topk",
+        "loss__top_k": 8,
+    },
     "tp2-dp2-moving": {"student__parallel": {"tensor": 2}, "optimizer__mini_batches": 2},
     "pp2-dp2-tokens": {"student__parallel": {"pipeline": 2}, "optimizer__micro_batch_tokens": 40},
     "cp2-dp2": {"student__parallel": {"context": 2}, "teachers__math__parallel": {"pipeline": 2}},
-    "pp4-full": {"student__parallel": {"pipeline": 4}, "loss__estimator": "full"},
-    "dp4-bf16-topk": {"loss__estimator": "topk", "loss__top_k": 8, "student__precision": {"dtype": "bfloat16"}},
-    "recompute": {"student__parallel": {"pipeline": 2}, "student__megatron": {"recompute_granularity": "selective"}},
+    "pp4-full-recompute": {
+        "student__parallel": {"pipeline": 4},
+        "loss__estimator": "full",
+        "student__megatron": {"recompute_granularity": "selective"},
+    },
 }
 
 
 @pytest.fixture(scope="module")
-def plans(world, tmp_path_factory):
-    """Recipe and plan of each case: each rank makes a share of them in a process of its own, and waits for the others
-    outside of collectives, since that may take longer than these may."""
-    folder = Path(share(str(tmp_path_factory.mktemp("plan"))))
+def plans(world, folder):
+    """Recipe and plan of each case: two ranks make half of them each in a process of its own, and all wait outside of
+    collectives, since that may take longer than these may."""
     inputs = share(make_inputs(folder, num_hidden_layers=4, hidden_size=64) if world.is_main else None)
     for name, changes in CASES.items() if world.is_main else ():
         common = {"rollout__prompts_per_step": 16, "loss__hooks": [], "rollout__max_new_tokens": RESPONSE}
@@ -55,22 +59,22 @@ def plans(world, tmp_path_factory):
             common["optimizer__micro_batch_size"] = 2
         write_recipe(folder / f"{name}.yaml", tiny_recipe(inputs, folder / name, **common, **changes))
     dist.barrier()
-    mine = list(CASES)[world.rank :: world.size]
-    command = [sys.executable, plan_ranks.__file__, "4", str(PROMPT), str(RESPONSE)]
-    command += [str(folder / f"{name}.yaml") for name in mine]
-    environment = {**os.environ, "PYTHONPATH": str(Path(plan_ranks.__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    part = folder / f"{world.rank}.part"
-    part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
-    part.rename(folder / f"{world.rank}.json")
-    deadline, results = time.monotonic() + 320, [folder / f"{rank}.json" for rank in range(world.size)]
+    makers = [list(CASES)[maker::2] for maker in range(2)]
+    mine = makers[world.rank] if world.rank < len(makers) else []
+    words = command(plan_ranks.__file__, 4, PROMPT, RESPONSE, *(folder / f"{name}.yaml" for name in mine))
+    if mine:
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+        part = folder / f"{world.rank}.part"
+        part.write_text(done.stdout if done.returncode == 0 else json.dumps(done.stderr[-3000:]))
+        part.rename(folder / f"{world.rank}.json")
+    deadline, results = time.monotonic() + 320, [folder / f"{maker}.json" for maker in range(len(makers))]
     while not all(result.exists() for result in results) and time.monotonic() < deadline:
         time.sleep(0.1)
     plans = {}
-    for rank, result in enumerate(results):
+    for names, result in zip(makers, results, strict=True):
         found = json.loads(result.read_text())
         assert isinstance(found, list), found
-        plans |= dict(zip(list(CASES)[rank :: world.size], found, strict=True))
+        plans |= dict(zip(names, found, strict=True))
     return {name: (load_recipe(folder / f"{name}.yaml"), plans[name]) for name in CASES}
 
 

@@ -12,17 +12,11 @@ from roles import layouts
 from fire_megatron.data.packing import balance
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts, Target, TrainingRows
-from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.plan.trace import Tracing
 from fire_megatron.platform.host import HostMemory
 from fire_megatron.train.rebalance import TOKEN_BYTES, rebalance
 
 ROWS = 21
-
-
-@pytest.fixture(scope="module")
-def factory(world):
-    return GridFactory(timeout=60)
 
 
 def whole_batch():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
+import shutil
 
 import pytest
 import roles
@@ -16,20 +16,18 @@ from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.train.lifecycle import Trainer
 
-STEPS, STOP = 4, 2
+STEPS, STOP = 3, 2
 MACHINE = ("time/", "memory/", "rollout/tokens_per_second", "router/")
 """Metrics of the machine, not of the run."""
 
 
 @pytest.fixture(scope="module")
-def shared(world, tmp_path_factory):
-    """A folder that every rank sees, with the models in it."""
-    box = [str(tmp_path_factory.mktemp("resume")) if world.is_main else None]
-    dist.broadcast_object_list(box, src=0)
+def shared(world, folder):
+    """The module's folder with the models in it."""
     if world.is_main:
-        make_inputs(Path(box[0]), tie_word_embeddings=True)
+        make_inputs(folder, tie_word_embeddings=True)
     dist.barrier()
-    return Path(box[0])
+    return folder
 
 
 def settings(layout, *, distributed=True, dtype="float32", **changes):
@@ -48,7 +46,7 @@ def settings(layout, *, distributed=True, dtype="float32", **changes):
             "distributed": distributed,
             "mini_batches": 2,
         },
-        # Two passes over the prompts and a bit: the order of the second pass is resumed as well.
+        # More than one pass over the prompts: the order of the second is resumed as well.
         "rollout__prompts_per_step": 7,
         **changes,
     }
@@ -99,16 +97,16 @@ def run_straight_and_stopped(world, shared, name, case):
 
 def copy_run(world, source, target):
     """Copy a run's folder, so that it can be resumed more than once."""
-    import shutil
-
     if world.is_main:
         shutil.copytree(source, target)
     dist.barrier()
 
 
 def layouts(size):
-    """Splits of the world into tensor x pipeline x context; data parallelism takes the rest."""
-    shapes = [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
+    """Splits of the world into tensor x pipeline x context; data parallelism takes the rest. Of 2 ranks each alone, of
+    4 two of them together."""
+    alone, together = [(1, 1, 2), (1, 2, 1), (2, 1, 1)], [(2, 2, 1), (1, 2, 2), (2, 1, 2)]
+    shapes = [(1, 1, 1), *(alone if size % 4 else together)]
     return [shape for shape in shapes if size % math.prod(shape) == 0]
 
 
@@ -138,7 +136,7 @@ def test_resumed_equals_uninterrupted(world, shared, distributed):
 
 
 def test_resumed_equals_uninterrupted_in_bfloat16(world, shared):
-    for distributed in (True, False):
+    for distributed in (True, False) if world.size == 2 else (True,):
         case = settings(layouts(world.size)[-1 if distributed else 0], dtype="bfloat16", distributed=distributed)
         name = f"bfloat16-{distributed}"
         end, middle = run_straight_and_stopped(world, shared, name, case)

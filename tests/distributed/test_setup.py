@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from roles import share
 from tiny_run import make_inputs, tiny_recipe
 
 from fire_megatron.config.checks import check_recipe
@@ -20,8 +18,7 @@ APART = {"student__ranks": "0-0", "teachers__math__ranks": "1-1", "teachers__cod
 
 
 @pytest.fixture(scope="module")
-def inputs(world, tmp_path_factory):
-    folder = Path(share(str(tmp_path_factory.mktemp("setup"))))
+def inputs(world, folder):
     if world.is_main:
         make_inputs(folder, num_hidden_layers=1)
         shutil.copytree(folder / "math", folder / "torn")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from gpu_runs import REPOSITORY, assert_close, need_gpus, run, train, write
+from gpu_runs import assert_close, need_gpus, run, train, write
 from tiny_run import make_inputs
 
+from fire_megatron.checkpoint.convert import megatron_to_hf
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import load_recipe
 
@@ -120,8 +119,7 @@ def test_fp8_weights(inputs, recipe):
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in low)
     step = max((inputs / case / "checkpoints").glob("step_*"))
     export = inputs / f"{case}-hf"
-    convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py"), "megatron-to-hf"]
-    subprocess.run([*convert, "--checkpoint", str(step), "--out", str(export)], check=True, timeout=600)
+    megatron_to_hf(step, export)
     assert json.loads(Path(export / "config.json").read_text())["num_hidden_layers"] == 4
     assert list(export.glob("*.safetensors"))
 

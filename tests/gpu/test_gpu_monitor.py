@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from processes import call, environment
 
-from fire_megatron.metrics.gpu import GpuSampler, find_gpu
+from fire_megatron.metrics.gpu_sampler import GpuSampler, find_gpu
 from fire_megatron.platform.capabilities import capability_report
 from fire_megatron.platform.device import compute_device, gpu_identity, select_device
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(importlib.util.find_spec("pynvml") is None, reason="nvidia-ml-py is not installed"),
@@ -56,12 +54,9 @@ def test_also_where_others_are_hidden():
         "import json, test_gpu_monitor as t; from fire_megatron.platform.device import select_device;"
         "print(json.dumps(t.memory_of_the_found_gpu(select_device('cuda'))))"
     )
-    path = os.pathsep.join(str(part) for part in (ROOT, ROOT / "tests", Path(__file__).parent))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[-1] or str(last)
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": visible}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    before, after = json.loads(done.stdout.splitlines()[-1])
+    told = call("-c", code, env=environment(Path(__file__).parent, CUDA_VISIBLE_DEVICES=visible))
+    before, after = json.loads(told.splitlines()[-1])
     assert after - before >= 2000
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import dense
 import pytest
-from gpu_runs import REPOSITORY, assert_close, need_gpus, run
+from gpu_runs import assert_close, need_gpus, run
 from models import save_megatron
+from processes import call
 from tiny_run import make_inputs
 
 needs_te = pytest.mark.skipif(
@@ -56,15 +54,7 @@ def test_grouped_experts_equal_the_cpu(inputs):
 def test_fused_attention_of_packs_equals_ours(ranks):
     """Also with each row on two GPUs, where there are two."""
     need_gpus(ranks)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, str(Path(__file__).with_name("te_attention.py"))],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    call(Path(__file__).with_name("te_attention.py"), ranks=ranks, timeout=600)
 
 
 @pytest.mark.parametrize(

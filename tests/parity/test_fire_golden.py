@@ -57,13 +57,14 @@ def fire_batch(case):
 def select(case, batch, *, scope="microbatch", group_by="batch", normalise_over="all"):
     percentile, alpha, beta = (float(case[key]) for key in ("percentile", "alpha", "beta"))
     hooks = [
-        HookConfig("filter", {"percentile": percentile, "scope": scope, "group_by": group_by}),
+        HookConfig("filter", percentile=percentile, scope=scope, group_by=group_by),
         HookConfig(
             "reweight",
-            {
-                "alpha": alpha, "beta": beta, "scope": scope, "group_by": group_by,
-                "normalise_over": normalise_over,
-            },
+            alpha=alpha,
+            beta=beta,
+            scope=scope,
+            group_by=group_by,
+            normalise_over=normalise_over,
         ),
     ]  # fmt: skip
     return apply_hooks(batch, build_hooks(hooks), reducer=Reducer(), micro_batch_size=len(batch))

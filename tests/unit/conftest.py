@@ -1,10 +1,10 @@
-"""Small tokenizers made on the fly, and a way to read rows with them."""
+"""Small tokenizers made on the fly and a way to read rows with them; a run of one rank."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +116,14 @@ def read(tmp_path: Path, plain_tokenizer: Tokenizer) -> Read:
         return read_prompts(DataConfig(train=sources, **config), sources, tokenizer or plain_tokenizer, LABELS)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Any]:
+    """The grid of a lone rank, for models and groups; the run is left after the module."""
+    from fire_megatron.parallel.grid import GridFactory, Layout
+    from fire_megatron.platform import launch
+
+    launch.start("cpu", threads=1)
+    yield GridFactory(timeout=60).grid(Layout())
+    launch.stop()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import call
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "fire_megatron"
@@ -75,7 +76,7 @@ def _layering(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
     if not here:
         return
     if here not in HEIGHT:
-        yield 1, f"{here}/ is not one of the layers of DESIGN.md"
+        yield 1, f"{here}/ is not one of the layers"
         return
     for line, name in _imports(path, tree):
         parts = name.split(".")
@@ -137,7 +138,23 @@ def _removed(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield line, f"{name} is going to be removed; use {engine}.quantization, autocast, quantized_model_init"
 
 
-RULES = (_layering, _torch_cuda, _launcher, _argv, _pure, _removed)
+_EMULATION = tuple(f"{PACKAGE}.models.fp8.{name}" for name in ("emulation", "linear", "quantize"))
+_BELOW_REPORT = ("config", "platform", "metrics")
+
+
+def _satellites(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """A run imports the emulation of FP8 only where it is asked for; a report reads a run by what it has written."""
+    for node in tree.body if not path.startswith(f"{PACKAGE}/models/fp8/") and _layer(path) else ():
+        for line, name in _imports(path, node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+            if any(_within(name, module) for module in _EMULATION):
+                yield line, f"{name} is imported for runs without emulation too"
+    for line, name in _imports(path, tree) if _layer(path) == "report" else ():
+        parts = name.split(".")
+        if parts[0] == PACKAGE and parts[1:] and parts[1] in HEIGHT and parts[1] not in (*_BELOW_REPORT, "report"):
+            yield line, f"report/ imports {parts[1]}/, and reads what runs have written only"
+
+
+RULES = (_layering, _satellites, _torch_cuda, _launcher, _argv, _pure, _removed)
 
 
 def violations(path: str, source: str) -> list[str]:
@@ -171,6 +188,15 @@ def test_the_package_keeps_the_rules() -> None:
         ("fire_megatron/rollout/a.py", "from fire_megatron.teachers.router import routes"),
         ("fire_megatron/teachers/a.py", "from fire_megatron.rollout.engine import Engine"),
         ("fire_megatron/train/a.py", "from fire_megatron.cli.train import main"),
+        *(
+            (f"fire_megatron/{step}/a.py", f"def f():\n    from fire_megatron.{satellite}.a import b")
+            for step in ("train", "rollout", "teachers", "losses", "fire", "data", "models", "checkpoint")
+            for satellite in ("prepare", "plan", "report")
+        ),
+        ("fire_megatron/plan/a.py", "from fire_megatron.report.page import write_report"),
+        ("fire_megatron/train/a.py", "from fire_megatron.models.fp8.emulation import EmulatedFP8"),
+        ("fire_megatron/models/gpt.py", "from fire_megatron.models.fp8 import linear"),
+        ("fire_megatron/report/a.py", "from fire_megatron.checkpoint.folder import read_marker"),
         ("fire_megatron/surprise/a.py", "x = 1"),
         ("fire_megatron/models/a.py", "import torch\ntorch.cuda.synchronize()"),
         ("fire_megatron/models/a.py", "import torch.cuda"),
@@ -195,12 +221,15 @@ def test_a_file_against_the_rules_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("fire_megatron/__init__.py", "from fire_megatron.train import trainer"),
+        ("fire_megatron/__init__.py", "from fire_megatron.train import loop"),
         ("fire_megatron/train/a.py", "from fire_megatron.rollout.engine import Engine\nfrom . import step"),
         ("fire_megatron/train/__main__.py", "from fire_megatron.cli.train import main"),
         ("fire_megatron/platform/a.py", "import os, torch\ntorch.cuda.synchronize()\nos.environ['RANK']"),
         ("fire_megatron/models/a.py", "'''torch.cuda, RANK and sys.argv in a docstring'''\n# import megatron"),
         ("fire_megatron/losses/a.py", "import fire_megatron.parallel.collectives\nimport torch"),
+        ("fire_megatron/models/a.py", "def f():\n    from fire_megatron.models.fp8.emulation import EmulatedFP8"),
+        ("fire_megatron/models/fp8/a.py", "from fire_megatron.models.fp8.quantize import quantize"),
+        ("fire_megatron/report/a.py", "from fire_megatron.metrics.jsonl import finite\nfrom .read import read_run"),
         ("fire_megatron/cli/a.py", "import argparse, sys\nsys.argv"),
         ("tools/a.py", "import argparse"),
         ("fire_megatron/models/a.py", "from transformer_engine.pytorch import autocast, is_fp8_available"),
@@ -208,3 +237,13 @@ def test_a_file_against_the_rules_is_found(path: str, source: str) -> None:
 )
 def test_a_file_within_the_rules_passes(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+LIGHT = ("config.checks", "data.prompts", "data.order", "prepare.prepare", "report.page", "cli.main")
+"""What recipes are checked with, and what commands start with that need no model."""
+
+
+def test_what_needs_no_model_starts_without_the_seconds_that_torch_takes() -> None:
+    imports = ", ".join(f"fire_megatron.{name}" for name in LIGHT)
+    heavy = "{'torch', 'megatron', 'transformers', 'sentencepiece', 'pyarrow'}"
+    assert call("-c", f"import sys, {imports}; print(sorted({heavy} & set(sys.modules)))") == "[]\n"

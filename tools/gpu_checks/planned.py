@@ -17,7 +17,7 @@ _MB = 2**20
 
 def planned(context: Context) -> Findings:
     """Bytes and seconds, planned over measured: 1 is a plan that is right."""
-    from fire_megatron.plan.gpus import GPUS
+    from fire_megatron.plan.hardware import GPUS
 
     card = str(context.earlier("card").get("card", "")).lower()
     gpu = next((gpu for name, gpu in GPUS.items() if name.partition("-")[0] in card), GPUS["h100"])
@@ -46,7 +46,7 @@ def _measured(figures: Mapping[str, Figure]) -> dict[str, Any]:
 
 def _plan(context: Context, gpu: Any, model: str, load: Mapping[str, int], micro_batch_tokens: int) -> Any:
     """Of one rank that holds a student, and a teacher of one layer."""
-    from fire_megatron.plan.plan import make_plan, prepare
+    from fire_megatron.plan.plan import make_job, make_plan
 
     precision = {"precision": {"dtype": "bfloat16"}}
     recipe = {
@@ -62,7 +62,7 @@ def _plan(context: Context, gpu: Any, model: str, load: Mapping[str, int], micro
     }
     path = context.folder / "planned.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    return make_plan(prepare(load_recipe(str(path), []), world_size=1, gpu=gpu, gpus_per_node=1))
+    return make_plan(make_job(load_recipe(str(path), []), world_size=1, gpu=gpu, gpus_per_node=1))
 
 
 def _decode(context: Context, rows: int, gpu: Any) -> dict[str, float]:
@@ -95,10 +95,10 @@ def _loss(context: Context, gpu: Any) -> dict[str, float]:
 
 def _whole_run(context: Context, gpu: Any) -> dict[str, float]:
     """The recipe of the run itself, so small that launches decide."""
-    from fire_megatron.plan.plan import make_plan, prepare
+    from fire_megatron.plan.plan import make_job, make_plan
 
     path = context.folder / "planned_run.yaml"
     path.write_text(yaml.safe_dump(commands.recipe(context, "planned_run")))
     overrides = ["student.layer_spec=local", "teachers.math.layer_spec=local", "teachers.code.layer_spec=local"]
-    plan = make_plan(prepare(load_recipe(str(path), overrides), world_size=1, gpu=gpu, gpus_per_node=1))
+    plan = make_plan(make_job(load_recipe(str(path), overrides), world_size=1, gpu=gpu, gpus_per_node=1))
     return {"mb": plan.kinds[0].peak / _MB, "seconds": plan.time.total}

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from fire_megatron.config.checkpoints import looked_in
 from fire_megatron.config.errors import Problem
-from fire_megatron.config.evaluation import NAME
+from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts, Vocabulary
-from fire_megatron.config.schema import DataConfig
-from fire_megatron.config.walk import nearest
+from fire_megatron.config.schema import BENCHMARK_NAME, DataConfig
 
 
 def labels(facts: Facts) -> Iterator[Problem]:
@@ -68,8 +67,8 @@ def benchmark_names(names: Iterable[tuple[str, str]]) -> Iterator[Problem]:
     for key, name in names:
         if name in taken:
             yield Problem(key, f"{name!r} is taken by {taken[name]}; results and samples go by name, so give another")
-        elif not NAME.accepts(name):
-            yield Problem(key, f"{name!r} is not of {NAME}; give another name")
+        elif not BENCHMARK_NAME.accepts(name):
+            yield Problem(key, f"{name!r} is not of {BENCHMARK_NAME}; give another name")
         taken[name] = key
 
 

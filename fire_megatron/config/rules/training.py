@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from fire_megatron.config.errors import Problem
 from fire_megatron.config.loss import BUILTIN_HOOKS
+from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts
-from fire_megatron.config.walk import nearest
 
 
 def hook_names(facts: Facts) -> Iterator[Problem]:

@@ -97,7 +97,7 @@ class Scales:
         }
 
     def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Continue from :meth:`state` of a model of the same layers in any layout; layers it lacks begin anew."""
+        """Continue from :meth:`state` of a model of the same layers in any layout; layers it lacks start over."""
         known = [key for key in self.rows if key in state]
         length = max((len(state[key]["history"]) for key in known), default=0)
         history_hM3 = self.pending_M3.new_zeros(length, *self.pending_M3.shape)

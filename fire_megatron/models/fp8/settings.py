@@ -110,7 +110,7 @@ def paused(config: TransformerConfig) -> Iterator[None]:
 
 def release_quantized_weights(model: torch.nn.Module) -> None:
     """Give up the FP8 copies of weights, which Transformer Engine keeps from micro-batch to micro-batch. The first
-    micro-batch of the next pass makes them anew in any case; meanwhile others may need the memory."""
+    micro-batch of the next pass makes them again in any case; meanwhile other roles may need the memory."""
     for module in model.modules():
         copies = getattr(module, "_fp8_workspaces", None)
         if copies:

@@ -7,7 +7,7 @@ import sys
 
 from megatron.core import dist_checkpointing
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model

@@ -186,17 +186,18 @@ def test_an_empty_folder_is_free(published, tmp_path):
 
 
 def test_the_tool(published, read_weights, tmp_path):
-    """``tools/convert.py`` as its users start it: exit code, what it prints, and no traceback."""
+    """As its users start it, by either name: exit code, what it prints, and no traceback."""
 
-    def convert(*arguments):
-        command = [sys.executable, str(ROOT / "tools/convert.py"), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    def convert(*arguments, command=("-m", "fire_megatron", "convert")):
+        line = [sys.executable, *command, *map(str, arguments)]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
 
     there = convert("hf-to-megatron", "--hf", published, "--out", "megatron", "--dtype", "bfloat16")
     assert there.returncode == 0 and there.stdout.startswith("wrote megatron ("), there.stderr
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     check_equal(read_weights(tmp_path / "back"), {name: t.bfloat16() for name, t in read_weights(published).items()})
-    again = convert("megatron-to-hf", "--checkpoint", "megatron", "--out", "back")
+    tool = [str(ROOT / "tools/convert.py")]
+    again = convert("megatron-to-hf", "--checkpoint", "megatron", "--out", "back", command=tool)
     assert again.returncode == 2 and again.stderr == "error: back: already holds a Hugging Face model; pass " + (
         "--overwrite to replace it\n"
     )

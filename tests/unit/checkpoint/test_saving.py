@@ -12,9 +12,9 @@ import torch.distributed as dist
 from tiny_run import make_inputs, tiny_recipe
 
 from fire_megatron.checkpoint import saving
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.checkpoint.steps import saved_steps, step_folder
 from fire_megatron.checkpoint.torch_dist import ShardWriter
-from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.platform import launch

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from models import save_megatron
+from processes import call
 
 from fire_megatron.checkpoint.checksums import CHECKSUMS
-from fire_megatron.checkpoint.load import global_shapes, load_weights
+from fire_megatron.checkpoint.loading import global_shapes, load_weights
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.checkpoint.torch_dist import METADATA, ShardReader, ShardWriter, read_common, write_metadata
 from fire_megatron.checkpoint.whole import require_tensors
@@ -25,8 +24,6 @@ from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
 
 TENSORS = {
@@ -36,14 +33,6 @@ TENSORS = {
     "cube": torch.arange(24, dtype=torch.float16).reshape(2, 3, 4),
     "number": torch.tensor(3.5, dtype=torch.float64),
 }
-
-
-@pytest.fixture(scope="module")
-def grid():
-    """One rank; megatron-core's save and load want a process group."""
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60).grid(Layout())
-    launch.stop()
 
 
 def write(folder, tensors, pieces=1, file_bytes=2**30):
@@ -158,15 +147,7 @@ def test_ours_reads_a_model_that_megatron_saved(model, tmp_path):
     """megatron-core's own save of the built model holds the tensors that conversion writes, in the same order."""
     _, folder = model
     (tmp_path / "w").mkdir()
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(
-        [sys.executable, str(here / "megatron_save.py"), str(folder), str(tmp_path / "w")],
-        env={**os.environ, "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    call(Path(__file__).with_name("megatron_save.py"), folder, tmp_path / "w")
     theirs, ours = ShardReader(tmp_path / "w"), ShardReader(folder / "weights")
     theirs.check_files()
     assert set(ours.tensors) <= set(theirs.tensors)

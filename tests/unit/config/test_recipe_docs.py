@@ -5,12 +5,12 @@ from pathlib import Path
 
 import yaml
 
-from fire_megatron.config.docs import EXAMPLE, field_docs, reference
+from fire_megatron.config.docs import EXAMPLE, reference
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.config.loss import BUILTIN_HOOKS
+from fire_megatron.config.messages import all_keys, parse_hint
 from fire_megatron.config.schema import Recipe, TeacherConfig
-from fire_megatron.config.section import Section, parse_hint, specs
-from fire_megatron.config.walk import all_keys
+from fire_megatron.config.section import Section
 from fire_megatron.config.yaml_text import parse_yaml
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipe.md"
@@ -28,8 +28,8 @@ def test_the_example_is_a_recipe() -> None:
 
 def _sections(section: type, seen: set[type]) -> set[type]:
     seen.add(section)
-    for spec in specs(section).values():
-        hint = parse_hint(spec.hint)
+    for field in section.model_fields.values():
+        hint = parse_hint(field)
         inner = parse_hint(hint.item()) if hint.origin in (tuple, dict) else hint
         if inner.is_section and inner.type not in seen:
             _sections(inner.type, seen)
@@ -41,12 +41,12 @@ def test_every_section_and_field_has_a_docstring() -> None:
     assert len(sections) > 12
     for section in sections:
         assert section.__doc__ and section.__doc__ != Section.__doc__ and not section.__doc__.startswith("Recipe(")
-        for name in specs(section):
-            assert field_docs(section).get(name), f"{section.__name__}.{name} has no docstring"
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name} has no docstring"
 
 
 def test_inherited_fields_keep_their_docstring() -> None:
-    assert "converted checkpoint" in field_docs(TeacherConfig)["checkpoint"]
+    assert "converted checkpoint" in TeacherConfig.model_fields["checkpoint"].description
 
 
 def test_every_key_is_on_the_page_and_every_link_has_a_target() -> None:

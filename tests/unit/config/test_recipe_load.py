@@ -1,7 +1,6 @@
 """Plain values and YAML files to recipes and back: types, ranges, unknown keys, saving."""
 
 import copy
-import dataclasses
 import os
 import subprocess
 import sys
@@ -69,7 +68,7 @@ def test_a_section_with_nothing_below_it_takes_its_defaults(values: dict[str, An
         ("optimizer.lr", float("nan"), "optimizer.lr: nan is a number; it must be a number, above 0; infinities"),
         ("optimizer.lr", float("inf"), "infinities and not-a-number are no settings"),
         ("optimizer.lr", 10**400, "infinities and not-a-number are no settings"),
-        ("optimizer.betas", [0.9], "optimizer.betas: [0.9] has 1 entries; give 2"),
+        ("optimizer.betas", [0.9], "optimizer.betas: [0.9] is not allowed; it must be 2 entries long"),
         ("optimizer.betas", [0.9, "x"], "optimizer.betas.1: 'x' is a string"),
         ("metrics.jsonl", "yes", "metrics.jsonl: 'yes' is a string; it must be true or false"),
         ("metrics.jsonl", 1, "metrics.jsonl: 1 is a whole number; it must be true or false"),
@@ -101,7 +100,7 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ("run.steps", 0, "run.steps: 0 is not allowed; it must be at least 1"),
         ("run.name", "  ", "run.name: '  ' is not allowed; it must be not empty"),
         ("run.seed", -1, "run.seed: -1 is not allowed; it must be at least 0 and below 2147483648"),
-        ("run.collective_timeout", 0, "run.collective_timeout: 0.0 is not allowed; it must be above 0"),
+        ("run.collective_timeout", 0, "run.collective_timeout: 0 is not allowed; it must be above 0"),
         ("student.parallel.tensor", 0, "student.parallel.tensor: 0 is not allowed; it must be at least 1"),
         ("teachers.math.parallel.pipeline", -2, "teachers.math.parallel.pipeline: -2 is not allowed"),
         ("teachers.code.labels", ["a", ""], "teachers.code.labels.1: '' is not allowed"),
@@ -111,14 +110,18 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ("data.train.0.path", "", "data.train.0.path: '' is not allowed"),
         ("data.train.0.limit", -1, "data.train.0.limit: -1 is not allowed"),
         ("rollout.temperature", -0.1, "rollout.temperature: -0.1 is not allowed; it must be at least 0"),
-        ("rollout.top_p", 0, "rollout.top_p: 0.0 is not allowed; it must be above 0 and at most 1"),
+        ("rollout.top_p", 0, "rollout.top_p: 0 is not allowed; it must be above 0 and at most 1"),
         ("rollout.top_p", 1.1, "rollout.top_p: 1.1 is not allowed"),
-        ("loss.clip", 0, "loss.clip: 0.0 is not allowed; it must be above 0"),
+        ("loss.clip", 0, "loss.clip: 0 is not allowed; it must be above 0"),
         ("loss.importance.low", 2, "loss.importance.low: 2.0 is not below high, which is 2.0"),
-        ("loss.hooks", [{"name": "filter", "percentile": 100}], "loss.hooks.0.percentile: 100.0 is not allowed"),
-        ("loss.hooks", [{"name": "filter", "scope": "world"}], "it must be one of global, microbatch"),
-        ("loss.hooks", [{"name": "reweight", "alpha": -1}], "loss.hooks.0.alpha: -1.0 is not allowed"),
-        ("optimizer.lr", 0, "optimizer.lr: 0.0 is not allowed; it must be above 0"),
+        ("loss.hooks", [{"name": "filter", "percentile": 100}], "loss.hooks.0.percentile: 100 is not allowed"),
+        (
+            "loss.hooks",
+            [{"name": "filter", "scope": "world"}],
+            "loss.hooks.0.scope: 'world' is not a choice; it must be one of global, microbatch",
+        ),
+        ("loss.hooks", [{"name": "reweight", "alpha": -1}], "loss.hooks.0.alpha: -1 is not allowed"),
+        ("optimizer.lr", 0, "optimizer.lr: 0 is not allowed; it must be above 0"),
         ("optimizer.min_lr", 1, "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr"),
         (
             "optimizer",
@@ -126,7 +129,7 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
             "optimizer.micro_batch_size: 2 has no effect, since micro_batch_tokens is 64; leave out one of them",
         ),
         ("optimizer.micro_batch_tokens", -1, "optimizer.micro_batch_tokens: -1 is not allowed"),
-        ("optimizer.betas", [0.9, 1], "optimizer.betas.1: 1.0 is not allowed; it must be at least 0 and below 1"),
+        ("optimizer.betas", [0.9, 1], "optimizer.betas.1: 1 is not allowed; it must be at least 0 and below 1"),
         (
             "loss",
             {"student_temperature": 2.0},
@@ -138,18 +141,19 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
             "loss.skew: has no effect with divergence reverse_kl; leave it out, or use skewed_forward_kl or skewed_rev",
         ),
         ("loss", {"estimator": "full", "clip": 0.3}, "loss.clip: has no effect with estimator full; leave it out, or"),
-        ("loss", {"divergence": "kl"}, "'kl' is not a"),
-        ("loss.beta", 1.0, "loss.beta: 1.0 is not allowed; it must be above 0 and below 1"),
+        ("loss.divergence", "kl", "loss.divergence: 'kl' is not"),
+        ("loss.beta", 1, "loss.beta: 1 is not allowed; it must be above 0 and below 1"),
         ("checkpoint.keep", 0, "checkpoint.keep: 0 is not allowed; it must be at least 1"),
     ],
 )
 def test_values_out_of_range(values: dict[str, Any], key: str, value: Any, expected: str) -> None:
-    assert expected in complaint(put(values, key, value))
+    message = complaint(put(values, key, value))
+    assert message.startswith(expected) and "\n" not in message, "one problem alone"
 
 
 def test_a_teachers_name_becomes_a_part_of_metric_names(values: dict[str, Any]) -> None:
     values["teachers"]["a/b"] = values["teachers"]["math"]
-    assert "teachers: 'a/b' is not a teacher's name; use letters, digits, - and _" in complaint(values)
+    assert "teachers: 'a/b' is no name; it must be letters, digits, - and _" in complaint(values)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_unknown_options_of_a_builtin_hook(values: dict[str, Any]) -> None:
 
 def test_options_of_other_hooks_are_theirs_to_check(values: dict[str, Any]) -> None:
     recipe = recipe_from_dict(put(values, "loss.hooks", [{"name": "mine", "depth": 3, "names": ["a"]}]))
-    assert recipe.loss.hooks == (HookConfig("mine", {"depth": 3, "names": ["a"]}),)
+    assert recipe.loss.hooks == (HookConfig("mine", depth=3, names=["a"]),)
 
 
 def test_options_of_builtin_hooks_are_complete_and_inline(values: dict[str, Any]) -> None:
@@ -193,7 +197,7 @@ def test_everything_wrong_is_reported_at_once(values: dict[str, Any]) -> None:
     values = put(put(put(values, "optimizer.lr", -1), "rollout.top", 1), "teachers.code.parallel.tensor", "two")
     message = complaint(values)
     assert message.startswith("4 problems in the recipe:\n  - ")
-    for part in ("run.name: missing", "optimizer.lr: -1.0", "rollout.top: unknown", "teachers.code.parallel.tensor"):
+    for part in ("run.name: missing", "optimizer.lr: -1", "rollout.top: unknown", "teachers.code.parallel.tensor"):
         assert part in message
 
 
@@ -209,16 +213,16 @@ def test_sections_built_in_python_check_themselves() -> None:
         OptimizerConfig(lr=-1)
     with pytest.raises(RecipeError, match="percentile: 100 is not allowed"):
         FilterOptions(percentile=100)
-    with pytest.raises(RecipeError, match="mode: 'clip' is not allowed; it must be one of truncate, mask, off"):
+    with pytest.raises(RecipeError, match="mode: 'clip' is not a choice; it must be one of truncate, mask, off"):
         ImportanceConfig(mode="clip")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="percentile: 100"):
-        LossConfig(hooks=(HookConfig("filter", {"percentile": 100}),))
-    with pytest.raises(TypeError):
-        RolloutConfig()  # type: ignore[call-arg]
+        LossConfig(hooks=(HookConfig("filter", percentile=100),))
+    with pytest.raises(RecipeError, match="prompts_per_step: missing"):
+        RolloutConfig()
 
 
 def test_recipes_are_frozen(values: dict[str, Any]) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValueError, match="frozen"):
         recipe_from_dict(values).run.steps = 5  # type: ignore[misc]
 
 
@@ -281,7 +285,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_reading_a_recipe_loads_neither_torch_nor_megatron() -> None:
-    modules = ["checks", "checkpoints", "docs", "errors", "load", "overrides", "schema", "section", "walk", "yaml_text"]
+    modules = ["checks", "checkpoints", "docs", "load"]  # which import the others
     imports = ", ".join(f"fire_megatron.config.{name}" for name in modules)
     code = f"import sys, {imports}; sys.exit(bool({{'torch', 'megatron', 'numpy', 'transformers'}} & set(sys.modules)))"
     root = str(Path(__file__).resolve().parents[3])

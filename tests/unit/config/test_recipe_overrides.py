@@ -75,12 +75,12 @@ def test_values(path: Path, override: str, value: Any) -> None:
 def test_hooks_start_from_their_defaults(path: Path) -> None:
     by_index = load_recipe(path, ["loss.hooks.0.percentile=30"]).loss.hooks
     by_name = load_recipe(path, ["loss.hooks.filter.percentile=30"]).loss.hooks
-    assert by_index == by_name == (HookConfig("filter", {"percentile": 30.0}), HookConfig("reweight"))
+    assert by_index == by_name == (HookConfig("filter", percentile=30.0), HookConfig("reweight"))
 
 
 def test_a_new_hook_is_added_after_the_last(path: Path) -> None:
     hooks = load_recipe(path, ["loss.hooks.2.name=mine", "loss.hooks.2.depth=3"]).loss.hooks
-    assert hooks[2] == HookConfig("mine", {"depth": 3}) and len(hooks) == 3
+    assert hooks[2] == HookConfig("mine", depth=3) and len(hooks) == 3
 
 
 def test_the_last_override_wins(path: Path) -> None:

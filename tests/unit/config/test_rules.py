@@ -411,7 +411,7 @@ def test_a_hugging_face_folder_must_be_converted(values: Values, tmp_path: Path,
     values["teachers"]["math"]["checkpoint"] = str(hf)
     assert complaint(values) == (
         f"teachers.math.checkpoint: {hf} is a Hugging Face folder and must be converted first: "
-        f"python tools/convert.py hf-to-megatron --hf {hf} --out {hf}-megatron"
+        f"fire-megatron convert hf-to-megatron --hf {hf} --out {hf}-megatron"
     )
     make_checkpoint(tmp_path / "hf-megatron")
     assert complaint(values).endswith(f"give the checkpoint converted from it, {hf}-megatron")

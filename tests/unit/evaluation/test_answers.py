@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fire_megatron.data.files import read_rows
+from fire_megatron.data.rows import read_rows
 from fire_megatron.evaluation.answers import equal, last_boxed
 from fire_megatron.evaluation.judge import Judge
 

@@ -7,11 +7,11 @@ import pytest
 from fire_megatron.config.errors import DataError
 from fire_megatron.evaluation.generations import (
     Generation,
-    PartWriter,
-    merge_parts,
+    PartFiles,
     only_writer,
     read_generations,
     require_settings,
+    write_answers,
 )
 
 SETTINGS = {"temperature": 1.0, "max_new_tokens": 16, "seed": 7}
@@ -22,16 +22,20 @@ def generation(problem, sample, text="so \\boxed{2}"):
 
 
 def write(folder, rank, *generations):
-    with PartWriter(folder, "amc", rank) as part:
+    with PartFiles(folder, rank) as parts:
         for one in generations:
-            part.write(one)
+            parts.add("amc", one)
+
+
+def merge(folder):
+    write_answers(folder, "--out", "amc", PartFiles(folder, 0).held("amc"))
 
 
 def test_parts_of_all_ranks_are_read_and_merged_in_order(tmp_path):
     write(tmp_path, 1, generation(1, 0), generation(0, 1))
     write(tmp_path, 0, generation(0, 0, "\0 \ud800 \u2028 é"))
     assert sorted(read_generations(tmp_path, "amc")) == [(0, 0), (0, 1), (1, 0)]
-    merge_parts(tmp_path, "amc")
+    merge(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "amc.jsonl").read_bytes().splitlines()]
     assert [(line["problem"], line["sample"]) for line in lines] == [(0, 0), (0, 1), (1, 0)]
     assert lines[0]["text"] == "\0 ? \u2028 é"
@@ -53,9 +57,9 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path, cut):
 
 def test_killed_between_merging_and_removing_parts(tmp_path):
     write(tmp_path, 0, generation(0, 0, "first"))
-    merge_parts(tmp_path, "amc")
+    merge(tmp_path)
     write(tmp_path, 0, generation(0, 0, "again"))
-    merge_parts(tmp_path, "amc")
+    merge(tmp_path)
     assert [g.text for g in read_generations(tmp_path, "amc").values()] == ["first"]
 
 
@@ -97,4 +101,4 @@ def test_a_folder_that_is_a_file(tmp_path):
     with pytest.raises(DataError, match="--out"):
         require(tmp_path / "out")
     with pytest.raises(DataError, match="--out"):
-        PartWriter(tmp_path / "out", "amc", 0)
+        write(tmp_path / "out", 0, generation(0, 0))

@@ -105,7 +105,7 @@ def test_no_rows_or_only_empty_ones(random_batch, shape, scope):
         for k, v in vars(batch).items()
         if torch.is_tensor(v)
     }
-    hooks = [HookConfig(name, {"scope": scope}) for name in ("filter", "reweight")]
+    hooks = [HookConfig(name, scope=scope) for name in ("filter", "reweight")]
     selection = run(replace(batch, **tables), hooks)
     assert selection.weight_BR.shape == shape and not selection.keep_B.any()
     assert selection.reason == ("empty",) * shape[0]
@@ -135,7 +135,7 @@ def test_a_hook_of_the_users_own(random_batch, unregister):
 
     batch = random_batch(20)
     short = batch.mask_BR.sum(-1) < 5
-    configs = [HookConfig("drop_short", {"min_tokens": 5}), HookConfig("reweight")]
+    configs = [HookConfig("drop_short", min_tokens=5), HookConfig("reweight")]
     selection = run(batch, configs)
     assert torch.equal(selection.keep_B, ~short)
     assert selection.metrics["fire/dropped/short"] == Sum(float(short.sum()))
@@ -148,7 +148,7 @@ def test_a_hook_of_the_users_own(random_batch, unregister):
 def test_details_are_what_the_decisions_came_from(random_batch, scope):
     batch = random_batch(20)
     options = {"alpha": 2.0, "beta": 0.5, "scope": scope}
-    selection = run(batch, [HookConfig("filter", {"scope": scope}), HookConfig("reweight", options)], 5)
+    selection = run(batch, [HookConfig("filter", scope=scope), HookConfig("reweight", **options)], 5)
     assert set(selection.details) == {"threshold", "confidence", "confusion"}
     details = selection.details
     means_B = row_means(batch.teacher_logp_BR, batch.mask_BR)
@@ -192,7 +192,7 @@ def test_options_that_a_users_hook_does_not_take(unregister, options, message):
         return lambda batch, selection, reducer: selection
 
     with pytest.raises(RecipeError, match=rf"loss\.hooks\.0 \(drop_short\): .*{message}"):
-        build_hooks([HookConfig("drop_short", options)])
+        build_hooks([HookConfig("drop_short", **options)])
 
 
 def test_a_name_is_registered_once(unregister):

@@ -14,7 +14,7 @@ from fire_megatron.parallel.reducer import Reducer
 
 
 def run(batch, micro_batch_size=1, **options):
-    hooks = build_hooks([HookConfig("filter", options)])
+    hooks = build_hooks([HookConfig("filter", **options)])
     return apply_hooks(batch, hooks, reducer=Reducer(), micro_batch_size=micro_batch_size)
 
 

@@ -13,7 +13,7 @@ from fire_megatron.parallel.reducer import Reducer
 
 
 def run(batch, *hooks, micro_batch_size=1):
-    built = build_hooks([HookConfig(name, options) for name, options in hooks])
+    built = build_hooks([HookConfig(name, **options) for name, options in hooks])
     return apply_hooks(batch, built, reducer=Reducer(), micro_batch_size=micro_batch_size)
 
 

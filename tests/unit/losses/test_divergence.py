@@ -1,4 +1,5 @@
-"""Every exact divergence on one process against dense float64, forward and backward."""
+"""What exact divergences over the vocabulary have of their own: mixtures of teachers, limits, what is saved. What all
+losses of a token have in common is in test_token_losses.py."""
 
 import math
 
@@ -6,12 +7,11 @@ import dense
 import pytest
 import torch
 from dense import KINDS, overwritten, value_and_gradient
+from token_losses import EXACT, draw, draw_weights, same
 
 from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.vocab_divergence import divergence
 
-SHAPES = [(1, 1), (1, 7), (5, 64), (33, 130)]
-EXACT = {torch.float32: dict(rtol=1e-5, atol=1e-6), torch.float64: dict(rtol=1e-12, atol=1e-13)}
 MIXTURES = ["distributions", "log_probs"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -23,66 +23,6 @@ def local(kind, teachers, parameters=None, **options):
 
 def reference(kind, log_t, temperature=1.0):
     return lambda logits: dense.divergence(kind, dense.log_softmax(logits, temperature), log_t, **KINDS[kind])
-
-
-def draw(tokens, vocabulary, dtype=torch.float32, models=2, scale=3.0):
-    """Logits of the student and its teachers, and output gradients."""
-    generator = torch.Generator().manual_seed(tokens * 1000 + vocabulary)
-    logits = torch.randn(models, tokens, vocabulary, generator=generator, dtype=torch.float64) * scale
-    grad = torch.randn(tokens, generator=generator, dtype=torch.float64)
-    return (*logits.to(dtype).unbind(), grad)
-
-
-def draw_weights(tokens, teachers):
-    """Different at every token; the first tokens have one teacher alone."""
-    generator = torch.Generator().manual_seed(tokens + teachers)
-    weights = torch.rand(tokens, teachers, generator=generator).add_(0.05)
-    weights /= weights.sum(-1, keepdim=True)
-    weights[:teachers] = torch.eye(teachers)
-    return weights
-
-
-def same(ours, expected, dtype=torch.float32):
-    for value, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(value.double(), other.double(), **EXACT[dtype])
-
-
-@every_kind
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_dense_float64(kind, shape, dtype):
-    student, teacher, grad = draw(*shape, dtype)
-    expected = value_and_gradient(reference(kind, dense.log_softmax(teacher)), student.double(), grad)
-    for block in (None, 1, 4):
-        ours = value_and_gradient(local(kind, teacher, block_tokens=block), student, grad)
-        assert [result.dtype for result in ours] == [dtype] * 2
-        same(ours, expected, dtype)
-
-
-@every_kind
-@pytest.mark.parametrize("temperatures", [(0.5, 1.0), (1.0, 2.5), (3.0, 0.7)])
-def test_each_side_has_its_temperature(kind, temperatures):
-    student, teacher, grad = draw(9, 64)
-    log_t = dense.log_softmax(teacher, temperatures[1])
-    expected = value_and_gradient(reference(kind, log_t, temperatures[0]), student.double(), grad)
-    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
-    same(value_and_gradient(local(kind, teacher, **options), student, grad), expected)
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(kind, dtype, reuse):
-    student, teacher, grad = draw(9, 1000, dtype)
-    run = overwritten if reuse else value_and_gradient
-    value, gradient = run(local(kind, teacher, reuse_logits=reuse), student, grad)
-    expected = value_and_gradient(reference(kind, dense.log_softmax(teacher)), student.double(), grad)
-    assert value.dtype == torch.float32 and gradient.dtype == dtype
-    torch.testing.assert_close(value.double(), expected[0], **EXACT[torch.float32])
-    # Rounded once: half a unit in the last place, not more. Written over the logits it is rounded twice.
-    roundings, smallest = 1 + reuse, 2.0**-24 if dtype is torch.float16 else 0.0
-    tolerance = dict(rtol=torch.finfo(dtype).eps * 0.51 * roundings, atol=1e-8 + smallest * 2 * roundings)
-    torch.testing.assert_close(gradient.double(), expected[1], **tolerance)
 
 
 @every_kind
@@ -97,81 +37,6 @@ def test_the_teacher_may_have_another_dtype(kind, dtypes):
     torch.testing.assert_close(
         gradient.double(), expected[1], rtol=max(1e-5, torch.finfo(student.dtype).eps), atol=1e-6
     )
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_extreme_logits(kind, dtype, reuse):
-    rows = torch.tensor([[1e4, -1e4, 0.0, 1e4], [-1e4, -1e4, -1e4, -1e4], [1e4, 9984.0, -1e4, 0.0], [0.0, 1, 2, 3]])
-    student, teacher = (x.reshape(-1, 4).to(dtype) for x in torch.broadcast_tensors(rows[:, None], rows[None]))
-    run, grad = overwritten if reuse else value_and_gradient, torch.ones(16)
-    ours = run(local(kind, teacher, reuse_logits=reuse), student, grad)
-    expected = value_and_gradient(reference(kind, dense.log_softmax(teacher)), student.double(), grad)
-    for value, other, rounding in zip(ours, expected, (1e-5, max(1e-5, torch.finfo(dtype).eps)), strict=True):
-        assert value.isfinite().all()
-        torch.testing.assert_close(value.double(), other, rtol=rounding, atol=1e-6)
-
-
-@every_kind
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padded_columns_contribute_exactly_nothing(kind, temperature, dtype):
-    *models, grad = draw(9, 50, dtype)
-    wide = [torch.cat((x[:, :20], torch.full((9, 14), -torch.inf, dtype=dtype), x[:, 20:]), -1) for x in models]
-    options = {"temperature": temperature, "teacher_temperature": temperature}
-    value, gradient = value_and_gradient(local(kind, wide[1], **options), wide[0], grad)
-    plain = value_and_gradient(local(kind, models[1], **options), models[0], grad)
-    assert gradient.isfinite().all() and torch.equal(gradient[:, 20:34], torch.zeros(9, 14, dtype=dtype))
-    kept = torch.cat((gradient[:, :20], gradient[:, 34:]), -1)
-    torch.testing.assert_close(value, plain[0], rtol=1e-6, atol=1e-6)
-    # Of the difference of two terms of up to 20.
-    torch.testing.assert_close(kept, plain[1], rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-5)
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_tokens_are_exactly_zero_whatever_they_hold(kind, dtype, reuse):
-    student, teacher, grad = draw(9, 50, dtype)
-    run = overwritten if reuse else value_and_gradient
-    plain = run(local(kind, teacher, reuse_logits=reuse), student, grad)
-    mask = torch.tensor([True, False, True, False, False, False, True, True, False])
-    student[1], student[3, 5], student[4] = torch.nan, torch.inf, -torch.inf
-    teacher[5], teacher[8, 0] = torch.nan, torch.inf
-    grad[1] = torch.nan
-    ours = run(local(kind, teacher, mask_T=mask, reuse_logits=reuse, block_tokens=4), student, grad)
-    for value, expected in zip(ours, plain, strict=True):
-        assert torch.equal(value[~mask], torch.zeros_like(value[~mask]))
-        assert torch.equal(value[mask], expected[mask]) and expected[mask].any()
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-def test_no_tokens(kind, reuse):
-    logits = torch.randn(0, 10, requires_grad=True)
-    value = local(kind, torch.randn(0, 10), reuse_logits=reuse)(logits)
-    assert value.shape == (0,)
-    value.sum().backward()
-    assert logits.grad.shape == (0, 10)
-
-
-@every_kind
-def test_gradcheck_in_float64(kind):
-    student, teacher, _ = draw(4, 9, torch.float64)
-    options = {"temperature": 0.7, "teacher_temperature": 1.5, "mask_T": torch.tensor([True, False, True, True])}
-    assert torch.autograd.gradcheck(local(kind, teacher, block_tokens=3, **options), student.requires_grad_())
-
-
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_distributions_have_no_divergence(kind, dtype):
-    student, _, grad = draw(33, 1000, dtype)
-    value, gradient = value_and_gradient(local(kind, student.clone()), student, grad)
-    assert (value >= 0).all() and (value < 1e-6).all()
-    assert (gradient.abs() < 1e-6).all()
-    nearly = student + 1e-4 * torch.randn(33, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert (local(kind, nearly)(student) >= 0).all()
 
 
 @every_kind
@@ -191,30 +56,6 @@ def test_logits_and_statistics_are_all_that_is_saved(kind, mixture):
     assert sum(tensor.numel() for tensor in saved) == student.numel()
 
 
-@every_kind
-def test_only_a_block_exists_in_full_precision(kind):
-    student, teacher, grad = draw(40, 130, torch.bfloat16)
-    function, leaf = local(kind, teacher, block_tokens=4), student.requires_grad_()
-    with dense.Allocations() as forward:
-        value = function(leaf)
-    with dense.Allocations() as backward:
-        torch.autograd.grad(value, leaf, grad.float())
-    assert max(forward.sizes) == 4 * 130
-    assert sorted(backward.sizes)[-2:] == [4 * 130, 40 * 130]  # the gradient itself
-
-
-@every_kind
-@pytest.mark.parametrize("block", [None, 1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reused_logits_hold_the_same_gradient(kind, block, dtype):
-    student, teacher, grad = draw(33, 130, dtype)
-    before, mask = teacher.clone(), torch.arange(33) % 3 > 0
-    options = {"mask_T": mask, "temperature": 0.7, "block_tokens": block}
-    plain = value_and_gradient(local(kind, teacher, **options), student, grad)
-    same(overwritten(local(kind, teacher, reuse_logits=True, **options), student, grad), plain, dtype)
-    assert torch.equal(teacher, before)
-
-
 def test_logits_are_reused_only_for_a_gradient_and_only_once():
     student, teacher, _ = draw(5, 64)
     before, function = student.clone(), local("reverse_kl", teacher, reuse_logits=True)
@@ -226,25 +67,6 @@ def test_logits_are_reused_only_for_a_gradient_and_only_once():
     value.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.sum().backward()
-
-
-def test_changing_the_logits_before_backward_is_caught():
-    student, teacher, _ = draw(5, 64)
-    inner = student.requires_grad_() * 1.0
-    value = local("forward_kl", teacher)(inner)
-    inner.detach().add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.sum().backward()
-
-
-@every_kind
-def test_non_contiguous_logits_and_expanded_gradients(kind):
-    student, teacher, _ = draw(33, 130)
-    strided, grad = [x.t().contiguous().t() for x in (student, teacher)], torch.ones(()).expand(33)
-    assert not strided[0].is_contiguous()
-    expected = value_and_gradient(local(kind, teacher), student, grad)
-    same(value_and_gradient(local(kind, strided[1]), strided[0], grad), expected)
-    same(overwritten(local(kind, strided[1], reuse_logits=True), strided[0], grad), expected)
 
 
 @every_kind

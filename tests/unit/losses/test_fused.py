@@ -1,5 +1,7 @@
 """The output layer fused with a loss over chunks against the unfused expression in dense float64."""
 
+from dataclasses import replace
+
 import dense
 import pytest
 import torch
@@ -7,16 +9,19 @@ from dense import KINDS
 from gpu_products import TORCHES, pretend_gpu
 from hypothesis import given
 from hypothesis import strategies as st
+from token_losses import Loss
 
 from fire_megatron.losses import fused, products
-from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss, chunks, map_chunks
-from fire_megatron.losses.topk import TopK, top_k, topk_divergence
-from fire_megatron.losses.vocab_divergence import divergence
-from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
+from fire_megatron.losses.topk import TopK, top_k
 
 TOKENS, COLUMNS, ROWS, HIDDEN = 23, 30, 37, 12
-LOSSES = ["divergence", "divergence over the logits", "topk_divergence", "log_prob_and_entropy"]
+LOSSES = {
+    "divergence": Loss("reverse_kl"),
+    "divergence over the logits": Loss("reverse_kl"),
+    "topk_divergence": Loss("reverse_kl", 5),
+    "log_prob_and_entropy": Loss("log_prob"),
+}
 CPU = torch.device("cpu")
 
 
@@ -31,48 +36,35 @@ class Case:
 
         self.hidden, self.weight = draw(tokens, HIDDEN).to(dtype), draw(ROWS, HIDDEN).to(dtype)
         self.weight[COLUMNS:] = torch.nan  # must not be read
-        self.teacher, self.scale, self.entropy_scale = draw(tokens, COLUMNS).to(dtype), draw(tokens), draw(tokens)
-        self.target = torch.randint(COLUMNS, (tokens,), generator=generator)
+        self.teacher, self.scale = draw(tokens, COLUMNS).to(dtype), draw(tokens)
         ids = top_k(self.teacher.float(), 5, group=None, vocab_start=0).ids_TK
         exact = dense.buckets(dense.log_softmax(self.teacher), ids)
         self.top_k = TopK(ids, exact[:, :-1], exact[:, -1])
         self.parts, self.shapes, self.with_grad = [], [], []
 
-    def token_loss(self, loss, kind="reverse_kl"):
+    def token_loss(self, name, kind=None):
         """Of a chunk; reports the value and the number of each token."""
-        one_rank, built = {"group": None, "vocab_start": 0}, build_divergence(kind, **KINDS[kind])
+        loss, reuse = self.loss(name, kind), {"reuse_logits": True} if "over" in name else {}
 
         def function(logits, part):
             self.parts.append(part)
             self.shapes.append(tuple(logits.shape))
             self.with_grad.append(logits.requires_grad)
             scale = self.scale[part].to(torch.promote_types(logits.dtype, torch.float32))
-            if loss == "topk_divergence":
-                value = topk_divergence(logits, self.top_k[part], kind=built, **one_rank)
-            elif loss == "log_prob_and_entropy":
-                value, entropy = log_prob_and_entropy(logits, self.target[part], **one_rank)
-                value = value + entropy * self.entropy_scale[part].to(value.dtype)
-            else:
-                reuse = loss == "divergence over the logits"
-                value = divergence(logits, self.teacher[part], kind=built, group=None, reuse_logits=reuse)
+            value = loss.ours(self.teacher[part], found=self.top_k[part] if loss.listed else None, **reuse)(logits)
             return (value * scale).sum(), torch.stack((value, torch.arange(len(self.scale))[part].to(value.dtype)))
 
         return function
 
-    def dense_values(self, logits, loss, kind="reverse_kl"):
-        log_s = dense.log_softmax(logits)
-        if loss == "log_prob_and_entropy":
-            log_prob = log_s.gather(-1, self.target[:, None]).squeeze(-1)
-            return log_prob - (log_s.exp() * log_s).sum(-1) * self.entropy_scale
-        log_t = dense.log_softmax(self.teacher)
-        if loss == "topk_divergence":
-            log_s, log_t = dense.buckets(log_s, self.top_k.ids_TK), dense.buckets(log_t, self.top_k.ids_TK)
-        return dense.divergence(kind, log_s, log_t, **KINDS[kind])
+    @staticmethod
+    def loss(name, kind=None):
+        return replace(LOSSES[name], kind=kind) if kind else LOSSES[name]
 
-    def dense_run(self, loss, kind="reverse_kl"):
+    def dense_run(self, name, kind=None):
         """Loss, values, and gradients of hidden states and weight, on full logits."""
         hidden, weight = self.hidden.double().requires_grad_(), self.weight.double().requires_grad_()
-        values = self.dense_values(hidden @ weight[:COLUMNS].t(), loss, kind)
+        loss = self.loss(name, kind)
+        values = loss.dense(self.teacher, found=self.top_k if loss.listed else None)(hidden @ weight[:COLUMNS].t())
         total = (values * self.scale).sum()
         return total.detach(), values.detach(), *torch.autograd.grad(total, (hidden, weight))
 
@@ -122,7 +114,7 @@ def test_equals_the_unfused_loss(loss, chunk, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("loss", LOSSES[:3])
+@pytest.mark.parametrize("loss", list(LOSSES)[:3])
 def test_every_divergence_equals_the_unfused_one(kind, loss):
     case = Case(torch.float64)
     total, values, of_hidden, of_weight = case.run(case.token_loss(loss, kind), chunk_tokens=5)

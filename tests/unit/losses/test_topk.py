@@ -1,41 +1,20 @@
-"""The teacher's top-k and the divergence on it, on one process, against dense float64."""
+"""The teacher's top-k, and what the divergence on it has of its own, on one process. What all losses of a token have in
+common is in test_token_losses.py."""
 
 import itertools
 
 import dense
 import pytest
 import torch
-from dense import KINDS, overwritten, value_and_gradient
+from dense import KINDS
+from token_losses import Loss, draw, run, same
 
 from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.topk import TopK, top_k, topk_divergence
-from fire_megatron.losses.vocab_divergence import divergence
 
 SHAPES = [(1, 1), (1, 7), (5, 64), (33, 130)]
 NOTHING = -1e30
-EXACT = {torch.float32: dict(rtol=1e-5, atol=1e-6), torch.float64: dict(rtol=1e-12, atol=1e-13)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def local(kind, teacher, **options):
-    built = build_divergence(kind, **KINDS[kind])
-    return lambda logits: topk_divergence(logits, teacher, kind=built, group=None, vocab_start=0, **options)
-
-
-def full(kind, teacher_logits, **options):
-    built = build_divergence(kind, **KINDS[kind])
-    return lambda logits: divergence(logits, teacher_logits, kind=built, group=None, **options)
-
-
-def reference(kind, teacher, temperature=1.0):
-    """Of the same buckets, summed densely; with the teacher's log-probabilities as given."""
-    log_t = torch.cat((teacher.log_prob_TK, teacher.tail_log_prob_T[:, None]), -1).double()
-
-    def function(logits):
-        log_s = dense.buckets(dense.log_softmax(logits, temperature), teacher.ids_TK)
-        return dense.divergence(kind, log_s, log_t, **KINDS[kind])
-
-    return function
 
 
 def likeliest(logits, k, **options):
@@ -47,20 +26,8 @@ def in_order(logits, k):
     return logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def draw(tokens, vocabulary, dtype=torch.float32, scale=3.0):
-    """Logits of the student and the teacher, and output gradients."""
-    generator = torch.Generator().manual_seed(tokens * 1000 + vocabulary)
-    logits = torch.randn(2, tokens, vocabulary, generator=generator) * scale
-    return (*logits.to(dtype).unbind(), torch.randn(tokens, generator=generator))
-
-
 def sizes(vocabulary):
     return sorted({1, min(7, vocabulary), vocabulary // 2 or 1, vocabulary})
-
-
-def same(ours, expected, dtype=torch.float32):
-    for value, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(value.double(), other.double(), **EXACT[dtype])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -129,38 +96,12 @@ def test_a_slice_of_top_k_is_that_of_the_tokens():
 
 
 @every_kind
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_dense_float64(kind, shape, dtype):
-    student, teacher, grad = draw(*shape)
-    student = student.to(dtype)
-    for k in sizes(shape[1]):
-        found = likeliest(teacher, k)
-        expected = value_and_gradient(reference(kind, found), student.double(), grad)
-        for block in (None, 1, 4):
-            ours = value_and_gradient(local(kind, found, block_tokens=block), student, grad)
-            assert [result.dtype for result in ours] == [dtype] * 2
-            same(ours, expected, dtype)
-
-
-@every_kind
-@pytest.mark.parametrize("temperatures", [(0.5, 1.0), (1.0, 2.5), (3.0, 0.7)])
-def test_each_side_has_its_temperature(kind, temperatures):
-    student, teacher, grad = draw(9, 64)
-    found = likeliest(teacher, 7, temperature=temperatures[1])
-    log_t = dense.buckets(dense.log_softmax(teacher, temperatures[1]), found.ids_TK)
-    exact = TopK(found.ids_TK, log_t[:, :-1], log_t[:, -1])
-    expected = value_and_gradient(reference(kind, exact, temperatures[0]), student.double(), grad)
-    same(value_and_gradient(local(kind, found, temperature=temperatures[0]), student, grad), expected)
-
-
-@every_kind
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_whole_vocabulary_listed_is_the_full_divergence(kind, temperature):
     student, teacher, grad = draw(33, 130)
-    options = {"temperature": temperature}
-    expected = value_and_gradient(full(kind, teacher, **options), student, grad)
-    ours = value_and_gradient(local(kind, likeliest(teacher, 130), **options), student, grad)
+    options = {"temperatures": (temperature, temperature)}
+    expected = run(Loss(kind).ours(teacher, **options), student, grad)
+    ours = run(Loss(kind, 130).ours(teacher, **options), student, grad)
     for value, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
@@ -169,51 +110,11 @@ def test_the_whole_vocabulary_listed_is_the_full_divergence(kind, temperature):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_never_above_the_full_divergence_and_growing_with_k(kind, dtype):
     student, teacher, _ = draw(33, 130, dtype)
-    values = [local(kind, likeliest(teacher, k))(student) for k in (1, 2, 5, 20, 60, 129, 130)]
-    values.append(full(kind, teacher)(student))
+    values = [Loss(kind, k).ours(teacher)(student) for k in (1, 2, 5, 20, 60, 129, 130)]
+    values.append(Loss(kind).ours(teacher)(student))
     assert (values[0] > 0).any()
     for coarse, fine in itertools.pairwise(values):
-        assert (coarse <= fine + 2e-6).all()
-
-
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_distributions_have_no_divergence(kind, dtype):
-    student, _, grad = draw(33, 1000, dtype)
-    for k in (1, 7, 1000):
-        value, gradient = value_and_gradient(local(kind, likeliest(student, k)), student, grad)
-        assert (value >= 0).all() and (value < 1e-6).all()
-        assert (gradient.abs() < 2e-6).all()
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(kind, dtype, reuse):
-    student, teacher, grad = draw(9, 1000, dtype)
-    found, run = likeliest(teacher, 20), overwritten if reuse else value_and_gradient
-    value, gradient = run(local(kind, found, reuse_logits=reuse), student, grad)
-    expected = value_and_gradient(reference(kind, found), student.double(), grad)
-    assert value.dtype == torch.float32 and gradient.dtype == dtype
-    torch.testing.assert_close(value.double(), expected[0], **EXACT[torch.float32])
-    # Rounded once, as the gradient is written in backward either way.
-    tolerance = dict(rtol=torch.finfo(dtype).eps * 0.51, atol=2e-8 + (2.0**-24 if dtype is torch.float16 else 0))
-    torch.testing.assert_close(gradient.double(), expected[1], **tolerance)
-
-
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_extreme_logits(kind, dtype):
-    rows = torch.tensor([[1e4, -1e4, 0.0, 1e4], [-1e4, -1e4, -1e4, -1e4], [1e4, 9984.0, -1e4, 0.0], [0.0, 1, 2, 3]])
-    student, teacher = (x.reshape(-1, 4) for x in torch.broadcast_tensors(rows[:, None], rows[None]))
-    student, grad, rounding = student.to(dtype), torch.ones(16), max(1e-5, torch.finfo(dtype).eps)
-    for k in (1, 2, 3, 4):
-        found = likeliest(teacher, k)
-        value, gradient = value_and_gradient(local(kind, found), student, grad)
-        expected = value_and_gradient(reference(kind, found), student.double(), grad)
-        assert value.isfinite().all() and gradient.isfinite().all()
-        torch.testing.assert_close(value.double(), expected[0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gradient.double(), expected[1], rtol=rounding, atol=1e-6)
+        assert (coarse <= fine * (1 + 1e-6) + 2e-6).all()
 
 
 # The tail's probability is a subnormal number or 0, and what the teacher gives it is not.
@@ -225,105 +126,9 @@ def test_the_gradient_is_right_where_the_students_tail_underflows(kind, gap):
     ids = torch.full((5, 1), 3)
     log_t = dense.buckets(dense.log_softmax(teacher), ids).float()
     found = TopK(ids, log_t[:, :1], log_t[:, 1])
-    ours = value_and_gradient(local(kind, found), student, grad)
-    same(ours, value_and_gradient(reference(kind, found), student.double(), grad))
-
-
-@every_kind
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_padded_columns_contribute_exactly_nothing(kind, temperature):
-    student, teacher, grad = draw(9, 64)
-    student[:, 50:] = teacher[:, 50:] = -torch.inf
-    for k in (1, 7, 50, 60):
-        found = likeliest(teacher, k)
-        value, gradient = value_and_gradient(local(kind, found, temperature=temperature), student, grad)
-        real = likeliest(teacher[:, :50], min(k, 50))
-        expected = value_and_gradient(reference(kind, real, temperature), student[:, :50].double(), grad)
-        torch.testing.assert_close(value.double(), expected[0], **EXACT[torch.float32])
-        torch.testing.assert_close(gradient[:, :50].double(), expected[1], rtol=1e-5, atol=1e-5)
-        assert torch.equal(gradient[:, 50:], torch.zeros(9, 14))
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_tokens_are_exactly_zero_whatever_they_hold(kind, dtype, reuse):
-    student, teacher, grad = draw(9, 50, dtype)
-    run = overwritten if reuse else value_and_gradient
-    plain = run(local(kind, likeliest(teacher, 7), reuse_logits=reuse), student, grad)
-    mask = torch.tensor([True, False, True, False, False, False, True, True, False])
-    student[1], student[3, 5], student[4] = torch.nan, torch.inf, -torch.inf
-    teacher[5], teacher[8, 0] = torch.nan, torch.inf
-    grad[1] = torch.nan
-    found = likeliest(teacher, 7)
-    assert ((found.ids_TK >= 0) & (found.ids_TK < 50)).all()
-    ours = run(local(kind, found, mask_T=mask, reuse_logits=reuse, block_tokens=4), student, grad)
-    for value, expected in zip(ours, plain, strict=True):
-        assert torch.equal(value[~mask], torch.zeros_like(value[~mask]))
-        assert torch.equal(value[mask], expected[mask]) and expected[mask].any()
-
-
-@every_kind
-@pytest.mark.parametrize("reuse", [False, True])
-def test_no_tokens(kind, reuse):
-    logits = torch.randn(0, 10, requires_grad=True)
-    value = local(kind, likeliest(torch.randn(0, 10), 3), reuse_logits=reuse)(logits)
-    assert value.shape == (0,)
-    value.sum().backward()
-    assert logits.grad.shape == (0, 10)
-
-
-@every_kind
-@pytest.mark.parametrize("k", [1, 4, 9])
-def test_gradcheck_in_float64(kind, k):
-    student, teacher, _ = draw(4, 9)
-    options = {"temperature": 0.7, "mask_T": torch.tensor([True, False, True, True]), "block_tokens": 3}
-    found = likeliest(teacher, k)
-    assert torch.autograd.gradcheck(local(kind, found, **options), student.double().requires_grad_())
-
-
-@every_kind
-@pytest.mark.parametrize("block", [None, 1, 4])
-def test_reused_logits_hold_the_same_gradient(kind, block):
-    student, teacher, grad = draw(33, 130)
-    options = {"mask_T": torch.arange(33) % 3 > 0, "temperature": 0.7, "block_tokens": block}
-    plain = value_and_gradient(local(kind, likeliest(teacher, 7), **options), student, grad)
-    ours = overwritten(local(kind, likeliest(teacher, 7), reuse_logits=True, **options), student, grad)
-    for value, expected in zip(ours, plain, strict=True):
-        assert torch.equal(value, expected)
-
-
-@every_kind
-def test_logits_and_buckets_are_all_that_is_saved(kind):
-    student, teacher, grad = draw(33, 130)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        value_and_gradient(local(kind, likeliest(teacher, 7)), student, grad)
-    # Seven ids and eight buckets, peak and log-sum.
-    assert sum(tensor.numel() for tensor in saved) <= student.numel() + (7 + 8 + 2) * 33
-
-
-@every_kind
-def test_only_a_block_exists_in_full_precision(kind):
-    student, teacher, grad = draw(40, 130, torch.bfloat16)
-    with dense.Allocations() as search:
-        found = likeliest(teacher, 7, block_tokens=4)
-    function, leaf = local(kind, found, block_tokens=4), student.requires_grad_()
-    with dense.Allocations() as forward:
-        value = function(leaf)
-    with dense.Allocations() as backward:
-        torch.autograd.grad(value, leaf, grad.float())
-    assert max(search.sizes) == max(forward.sizes) == 4 * 130
-    assert sorted(backward.sizes)[-2:] == [4 * 130, 40 * 130]  # the gradient itself
-
-
-@every_kind
-def test_non_contiguous_logits_and_expanded_gradients(kind):
-    student, teacher, _ = draw(33, 130)
-    strided, grad = [x.t().contiguous().t() for x in (student, teacher)], torch.ones(()).expand(33)
-    assert torch.equal(likeliest(strided[1], 7).ids_TK, likeliest(teacher, 7).ids_TK)
-    expected = value_and_gradient(local(kind, likeliest(teacher, 7)), student, grad)
-    same(value_and_gradient(local(kind, likeliest(strided[1], 7)), strided[0], grad), expected)
+    loss = Loss(kind, 1)
+    ours = run(loss.ours(teacher, found=found), student, grad)
+    same(ours, run(loss.dense(teacher, found=found), student.double(), grad))
 
 
 def test_an_id_that_is_nowhere_is_visible():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from nvml import BUS_ID, UUID, FakeNvml, NVMLError
+from processes import call
 
-from fire_megatron.metrics import gpu as module
-from fire_megatron.metrics.gpu import FAILURES, GpuSampler, _Gauges, find_gpu
+from fire_megatron.metrics import gpu_sampler as module
+from fire_megatron.metrics.gpu_sampler import FAILURES, GpuSampler, _Gauges, find_gpu
 from fire_megatron.metrics.values import Max, Mean, Sum, merge
 from fire_megatron.platform.device import GpuIdentity
 
-ROOT = Path(__file__).resolve().parents[3]
 GPU = GpuIdentity((UUID,), BUS_ID)
 KEYS = {
     "gpu/utilization",
@@ -219,7 +218,7 @@ def test_without_driver_library_or_gpu_there_is_silence(nvml, monkeypatch, capfd
 
 
 def test_a_call_that_hangs_holds_nothing_up(nvml, monkeypatch):
-    monkeypatch.setattr("fire_megatron.metrics.gpu._PATIENCE", 0.2)
+    monkeypatch.setattr("fire_megatron.metrics.gpu_sampler._PATIENCE", 0.2)
     hanging, go_on = threading.Event(), threading.Event()
 
     def hang(handle):
@@ -264,7 +263,7 @@ import sys
 sys.modules["pynvml"] = None
 import torch
 del sys.modules["pynvml"]
-from fire_megatron.metrics.gpu import GpuSampler
+from fire_megatron.metrics.gpu_sampler import GpuSampler
 from fire_megatron.platform.capabilities import capability_report
 from fire_megatron.platform.device import Device, gpu_identity
 with GpuSampler(gpu_identity(Device("cpu")), interval=0.01) as sampler:
@@ -272,8 +271,7 @@ with GpuSampler(gpu_identity(Device("cpu")), interval=0.01) as sampler:
 capability_report(Device("cpu"))
 assert "pynvml" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    call("-c", code)
 
 
 def test_the_real_bindings_have_what_is_asked_of_them():

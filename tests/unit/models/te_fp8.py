@@ -12,12 +12,12 @@ from steps import save_state
 from te_world import BLACKWELL, HOPPER, enter, forget_gpu, grid_of, pretend_gpu
 
 from fire_megatron.checkpoint.amax import _linear_layers, _tensors, read_amax
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice
+from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
-from fire_megatron.checkpoint.training import load_training_state
 from fire_megatron.config.checkpoints import WEIGHTS
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig

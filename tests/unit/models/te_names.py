@@ -1,11 +1,11 @@
 """Run by test_te_spec.py: the names and shapes of a Transformer Engine model, built where there is no GPU.
 
-Prints, as JSON, the names and whole shapes that the model has and that a checkpoint has, and how its attention is
-called.
+Reads cases as JSON: arguments of :func:`report`. Prints, for each, the names and whole shapes that the model has and
+that a checkpoint has, and how its attention is called.
 """
 
-import argparse
 import json
+import sys
 
 import torch
 import torch.distributed as dist
@@ -79,33 +79,23 @@ def attention_report(model: build.FireGPT, context: int) -> dict:
     }
 
 
-def main() -> None:
-    """See ``--help``; the model is this one rank's part of it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", help="with a config.json")
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--context", type=int, default=1)
-    parser.add_argument("--expert", type=int, default=1)
-    parser.add_argument("--sequential", action="store_true", help="experts one after the other")
-    args = parser.parse_args()
-    shape, ranks = read_hf_config(args.folder), args.tensor * max(args.context, args.expert)
-    pretend_gpu()
-    grid = grid_of(0, ranks, tensor=args.tensor, context=args.context, expert=args.expert)
-    megatron = {"moe_grouped_gemm": False} if args.sequential else {}
-    role = RoleConfig(checkpoint=args.folder, layer_spec="te", megatron=megatron)
+def report(folder: str, tensor: int, context: int, expert: int, sequential: bool) -> dict:
+    """Of this one rank's part of a model whose config.json is in a folder; ``sequential``: experts one by one."""
+    shape, ranks = read_hf_config(folder), tensor * max(context, expert)
+    grid = grid_of(0, ranks, tensor=tensor, context=context, expert=expert)
+    megatron = {"moe_grouped_gemm": False} if sequential else {}
+    role = RoleConfig(checkpoint=folder, layer_spec="te", megatron=megatron)
     model = build.build_model(shape, role, grid, device=Device("cuda"))
     shards = model_shards(model, grid=grid)
-    found = {shard.key: list(shard.global_shape) for shard in shards}
-    check_coverage(shards, args.expert)
-    wanted = {t.key: list(t.shape) for t in tensor_map(shape)}
-    report = {
-        "found": found,
-        "wanted": wanted,
+    check_coverage(shards, expert)
+    return {
+        "found": {shard.key: list(shard.global_shape) for shard in shards},
+        "wanted": {t.key: list(t.shape) for t in tensor_map(shape)},
         "layers": sorted({type(m).__name__ for m in model.modules()}),
-        "attention": attention_report(model, args.context),
+        "attention": attention_report(model, context),
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    pretend_gpu()
+    print(json.dumps([report(*case) for case in json.load(sys.stdin)]))

@@ -23,8 +23,7 @@ from fire_megatron.models.build import (
     rotary_frequencies,
     transformer_config,
 )
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
+from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.capabilities import Capability
 from fire_megatron.platform.device import Device
 
@@ -191,21 +190,13 @@ def test_layer_spec_on_a_cpu():
     assert resolve_layer_spec("auto", CPU) == "local" and build.this_machine(CPU).no_engine
 
 
-@pytest.fixture(scope="module")
-def grids():
-    """Process groups of one rank."""
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60)
-    launch.stop()
-
-
 def student(**changes):
     """A role without a checkpoint."""
     return StudentConfig(checkpoint="absent", **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral-window"])
-def test_transformer_config(family, save_config, grids, tmp_path):
+def test_transformer_config(family, save_config, grid, tmp_path):
     save_config(family)
     shape = read_hf_config(tmp_path)
     role = student(precision=PrecisionConfig(dtype="bfloat16"), megatron={"recompute_granularity": "selective"})
@@ -263,10 +254,10 @@ def test_a_combination_that_megatron_rejects(save_config, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_build_model(tied, save_config, grids, tmp_path):
+def test_build_model(tied, save_config, grid, tmp_path):
     save_config("qwen2", tie_word_embeddings=tied)
     shape = read_hf_config(tmp_path)
-    model = build_model(shape, student(vocab_multiple=128), grids.grid(Layout()), device=CPU)
+    model = build_model(shape, student(vocab_multiple=128), grid, device=CPU)
     parameters = dict(model.named_parameters())
     assert parameters["embedding.word_embeddings.weight"].shape == (384, 64)
     assert ("output_layer.weight" in parameters) == (not tied)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from models import VOCABULARY, save_megatron
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, StudentConfig
 from fire_megatron.data.packing import pack_rows
@@ -18,24 +16,16 @@ from fire_megatron.models.fp8.linear import EmulatedLinear
 from fire_megatron.models.fp8.quantize import E4M3, E5M2, quantize, quantize_blocks
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("grid")
 TENSORWISE = FP8Config(recipe="tensorwise", emulate=True)
 RECIPES = [
-    replace(TENSORWISE, recipe=recipe, format=fmt)
+    TENSORWISE.replace(recipe=recipe, format=fmt)
     for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
     for fmt in ("hybrid", "e4m3")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def grid():
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60).grid(Layout())
-    launch.stop()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +62,7 @@ def tiny_product(config):
     return emulated, EmulatedLinear(emulated._rounding("a", config))
 
 
-@pytest.mark.parametrize("config", [*RECIPES, replace(RECIPES[2], margin=2)], ids=lambda c: f"{c.recipe}-{c.format}")
+@pytest.mark.parametrize("config", [*RECIPES, RECIPES[2].replace(margin=2)], ids=lambda c: f"{c.recipe}-{c.format}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_of_rounded_operands(config, dtype, grid):
     generator = torch.Generator().manual_seed(5)
@@ -107,7 +97,7 @@ def test_products_are_of_rounded_operands(config, dtype, grid):
 def test_a_delayed_scale_follows_its_history(grid):
     config = FP8Config(recipe="delayed", amax_history=3, emulate=True)
     for algorithm in ("max", "most_recent"):
-        scales = Scales(["a", "b"], replace(config, amax_algorithm=algorithm))
+        scales = Scales(["a", "b"], config.replace(amax_algorithm=algorithm))
         seen = [4.0, 2.0, 0.0, 1.0, float("inf"), 8.0]
         used = []
         for peak in seen:
@@ -131,7 +121,7 @@ def test_scales_continue_from_their_state(grid):
         first.update(group=grid.pg.tp_dp_cp)
     second = Scales(["b", "a", "new"], config)
     second.load(first.state() | {"elsewhere": first.state()["a"]})
-    shorter = Scales(["a"], replace(config, amax_history=2))
+    shorter = Scales(["a"], config.replace(amax_history=2))
     shorter.load(first.state())
     for scales in (first, second, shorter):
         scales.update(group=grid.pg.tp_dp_cp)
@@ -152,7 +142,7 @@ def test_layers_in_fp8(checkpoint, grid):
     assert {id(m) for m in model.modules() if "_forward_impl" in vars(m)} == {
         id(m) for m in model.emulated_fp8.layers.values()
     }
-    kept = make(checkpoint, grid, replace(TENSORWISE, first_last_bf16=1))
+    kept = make(checkpoint, grid, TENSORWISE.replace(first_last_bf16=1))
     assert set(kept.emulated_fp8.layers) == {name for name in expected if name.startswith("1.")}
     assert make(checkpoint, grid, None).emulated_fp8 is None
     assert model.config.fp8 is None
@@ -180,7 +170,7 @@ def run(model, *, backward=True):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise", "mxfp8"])
 def test_recomputed_activations_change_nothing(checkpoint, grid, recipe):
-    fp8 = replace(TENSORWISE, recipe=recipe)
+    fp8 = TENSORWISE.replace(recipe=recipe)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     plain, again = make(checkpoint, grid, fp8), make(checkpoint, grid, fp8, megatron=recompute)
     for _ in range(2):  # the second with scales of the first
@@ -197,7 +187,7 @@ def test_recomputed_activations_change_nothing(checkpoint, grid, recipe):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise", "mxfp8"])
 def test_a_model_in_fp8_is_near_itself_without(checkpoint, grid, recipe, dtype):
-    exact, model = make(checkpoint, grid, None), make(checkpoint, grid, replace(TENSORWISE, recipe=recipe), dtype=dtype)
+    exact, model = make(checkpoint, grid, None), make(checkpoint, grid, TENSORWISE.replace(recipe=recipe), dtype=dtype)
     expected, expected_gradients = run(exact)
     run(model)
     model.emulated_fp8.end_update(group=grid.pg.tp_dp_cp)
@@ -211,7 +201,7 @@ def test_a_model_in_fp8_is_near_itself_without(checkpoint, grid, recipe, dtype):
 
 
 def test_passes_without_gradients_leave_no_trace(checkpoint, grid):
-    model = make(checkpoint, grid, replace(TENSORWISE, recipe="delayed"))
+    model = make(checkpoint, grid, TENSORWISE.replace(recipe="delayed"))
     before = run(model, backward=False)
     scales = model.emulated_fp8.scales
     assert not scales.pending_M3.any()

@@ -15,17 +15,8 @@ from fire_megatron.models import layers
 from fire_megatron.models.kv_cache import KVCache, length_bucket
 from fire_megatron.models.layers import CoreAttention, rotate
 from fire_megatron.models.packed import packed_seq_params
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
 
 HEADS, GROUPS, DIM = 4, 2, 8
-
-
-@pytest.fixture(scope="module")
-def grid():
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60).grid(Layout())
-    launch.stop()
 
 
 def attention(grid, window):

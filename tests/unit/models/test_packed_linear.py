@@ -6,22 +6,13 @@ import pytest
 import torch
 from models import save_megatron
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed_linear import packed_linears
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
-
-
-@pytest.fixture(scope="module")
-def grid():
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60).grid(Layout())
-    launch.stop()
 
 
 @pytest.fixture(params=["llama3-tied", "qwen2", "qwen3"])

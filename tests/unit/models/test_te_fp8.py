@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from models import save_megatron
+from processes import call
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mistral")
 RECIPES = {
     "delayed": "TEDelayedScaling",
@@ -37,15 +33,7 @@ def report(tmp_path_factory):
     for family in FAMILIES:
         sizes = {"moe_intermediate_size": 64} if family == "qwen3-moe" else {}
         save_megatron(family, folder / family, head_dim=32, intermediate_size=128, **sizes)
-    done = subprocess.run(
-        [sys.executable, str(HERE / "te_fp8.py"), str(folder), *FAMILIES],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(call(Path(__file__).with_name("te_fp8.py"), folder, *FAMILIES, timeout=600).splitlines()[-1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

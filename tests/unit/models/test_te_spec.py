@@ -4,47 +4,45 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
-
+import transformers
+from models import FAMILIES, SIZES
+from processes import call
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
 )
 
 CASES = [
-    ("llama3-tied", 2, 1, [], None),
-    ("qwen2", 1, 2, [], None),
-    ("mistral-window", 1, 2, [], None),
-    ("qwen3", 2, 2, [], None),
-    ("qwen3-moe", 1, 1, [], "TEGroupedMLP"),
-    ("qwen3-moe", 2, 1, ["--expert=2"], "TEGroupedMLP"),
-    ("qwen3-moe", 1, 2, ["--expert=2"], "TEGroupedMLP"),
-    ("qwen3-moe", 1, 1, ["--expert=2", "--sequential"], "SequentialMLP"),
-    ("qwen3-moe-mixed", 2, 1, [], "TEGroupedMLP"),
+    # family, tensor, context, expert, one expert after the other; class of the experts
+    ("llama3-tied", 2, 1, 1, False, None),
+    ("qwen2", 1, 2, 1, False, None),
+    ("mistral-window", 1, 2, 1, False, None),
+    ("qwen3", 2, 2, 1, False, None),
+    ("qwen3-moe", 1, 1, 1, False, "TEGroupedMLP"),
+    ("qwen3-moe", 2, 1, 2, False, "TEGroupedMLP"),
+    ("qwen3-moe", 1, 2, 2, False, "TEGroupedMLP"),
+    ("qwen3-moe", 1, 1, 2, True, "SequentialMLP"),
+    ("qwen3-moe-mixed", 2, 1, 1, False, "TEGroupedMLP"),
 ]
 
 
-@pytest.mark.parametrize(("family", "tensor", "context", "options", "experts"), CASES)
-def test_same_tensors_as_the_checkpoint(family, tensor, context, options, experts, save_config, tmp_path):
-    save_config(family)
-    layout = [f"--tensor={tensor}", f"--context={context}"]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "te_names.py"), str(tmp_path), *layout, *options],
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of all cases, by one process."""
+    folder = tmp_path_factory.mktemp("te-names")
+    for family in {case[0] for case in CASES}:
+        prefix, settings = FAMILIES[family]
+        getattr(transformers, f"{prefix}Config")(**{**SIZES, **settings}).save_pretrained(folder / family)
+    cases = json.dumps([(str(folder / family), *layout) for family, *layout, _ in CASES])
+    return json.loads(call(Path(__file__).with_name("te_names.py"), read=cases).splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=str)
+def test_same_tensors_as_the_checkpoint(reports, number):
+    (family, tensor, context, *_, experts), report = CASES[number], reports[number]
     assert "TELayerNormColumnParallelLinear" in report["layers"], "these are not Transformer Engine's layers"
     assert experts is None or {experts, "Router"} <= {*report["layers"]}
     assert report["found"] == report["wanted"]
@@ -79,5 +77,4 @@ theirs = get_batch_on_this_cp_rank(torch.tensor(starts), tokens[None], labels[No
 ours = zigzag(starts, 3, 1)
 assert len(ours) == 16 and torch.equal(theirs[0].flatten(), tokens[ours]), (theirs, ours)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call("-c", code)

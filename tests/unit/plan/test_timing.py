@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from fire_megatron.config.schema import Recipe
-from fire_megatron.config.walk import build
-from fire_megatron.plan.gpus import (
+from fire_megatron.config.section import build
+from fire_megatron.plan.hardware import (
     BANDWIDTH,
     GPUS,
     GRAPH_LAUNCH_S,
@@ -19,7 +17,7 @@ from fire_megatron.plan.gpus import (
     LOOK_S,
     PRODUCTS,
 )
-from fire_megatron.plan.records import Decode, Phase, RankPlan, RoleMemory
+from fire_megatron.plan.rank_plan import Decode, Phase, RankPlan, RoleMemory
 from fire_megatron.plan.timing import seconds, step_time
 from fire_megatron.plan.trace import Collective, Trace
 from fire_megatron.plan.workload import Workload
@@ -103,7 +101,7 @@ def test_teachers_elsewhere_score_while_the_student_samples():
 
 def test_a_pipeline_waits():
     config = recipe(a={})
-    config = replace(config, student=replace(config.student, parallel=replace(config.student.parallel, pipeline=4)))
+    config = config.replace(student=config.student.replace(parallel=config.student.parallel.replace(pipeline=4)))
     time = timed(config, rank(0, sampling=prompts(1), scoring_a=phase(0), update=phase(8, pieces=8)))
     assert time.bubble == pytest.approx(3 / 11)
     assert time.update == pytest.approx(11)
@@ -112,7 +110,7 @@ def test_a_pipeline_waits():
 
 def test_weights_on_the_host_come_and_go():
     config = recipe(a={})
-    config = replace(config, student=replace(config.student, offload=True))
+    config = config.replace(student=config.student.replace(offload=True))
     plan = rank(0, sampling=prompts(0), scoring_a=phase(0), update=phase(1))
     plan.roles["student"] = RoleMemory(1, weights=int(HOST_GB_S * GB), optimizer=0, key="student")
     extra = HOST_GB_S / H100.memory_gb_s / BANDWIDTH
@@ -129,8 +127,8 @@ def test_a_decode_step_takes_the_longest_of_three():
         decode = Decode(operators=operators, flops=flops, graphs=graphs)
         plan = rank(0, sampling=Phase(Trace(), pieces=100, decode=decode), update=phase(0))
         plan.roles["student"] = RoleMemory(1, weights=7 * GB, key="student")
-        rollout = replace(config.rollout, sync_every=sync_every)
-        return timed(replace(config, rollout=rollout), plan).sampling
+        rollout = config.rollout.replace(sync_every=sync_every)
+        return timed(config.replace(rollout=rollout), plan).sampling
 
     reading, looks = 100 * 7 / (H100.memory_gb_s * BANDWIDTH), 100 / 16 * LOOK_S
     assert sampling() == pytest.approx(reading + looks)

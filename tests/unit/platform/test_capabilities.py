@@ -6,9 +6,9 @@ import importlib
 import importlib.metadata
 import itertools
 import re
-import runpy
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -222,11 +222,8 @@ def test_the_version_is_that_of_the_package_that_would_be_imported(site, monkeyp
 
 def test_setup_never_asks_for_apex():
     """What pip would install is the other one."""
-    wanted = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **arguments: wanted.update(arguments))
-        runpy.run_path(str(Path(__file__).resolve().parents[3] / "setup.py"))
-    everything = [*wanted["install_requires"], *itertools.chain(*wanted["extras_require"].values())]
+    wanted = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
+    everything = [*wanted["dependencies"], *itertools.chain(*wanted["optional-dependencies"].values())]
     names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in everything}
     assert "nvidia-ml-py" in names and not {name for name in names if name.split("-")[-1] == "apex"}
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import mmap
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import call
 
 from fire_megatron.config.errors import LayoutError
 from fire_megatron.platform.device import (
@@ -165,7 +164,7 @@ def test_the_cpu_on_a_machine_with_gpus():
         "assert device.compute_device() == torch.device('cpu') == world.device.torch_device\n"
         "launch.stop()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).resolve().parents[3])
+    call("-c", code)
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import call, free_ports
 
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
 
-ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -101,7 +98,7 @@ def test_srun_without_a_meeting_point(launcher, leave):
 
 
 def test_a_rank_that_does_not_come(launcher, leave):
-    launcher(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    launcher(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
     with pytest.raises(LayoutError, match="rank 0"):
         launch.raise_on_any_rank("a problem", timeout=1)
 
@@ -210,8 +207,7 @@ def test_a_process_started_by_a_run_tells_its_defaults_from_the_users_settings(e
         f"print(*(os.environ[name] for name in {(*RECORDS, 'TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC')}))\n"
         "assert os.environ['TORCH_GLOO_LAZY_INIT'] == '0'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    present, older, patience = done.stdout.split()
+    present, older, patience = call("-c", code).split()
     assert present == older and present.startswith("/other/") and patience == "1125"
 
 
@@ -224,79 +220,3 @@ def test_as_many_open_files_as_there_may_be(launcher, leave):
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-RANK = """
-import sys, torch
-from types import SimpleNamespace
-from unittest import mock
-from fire_megatron.platform import launch
-from fire_megatron.platform.device import Device
-from fire_megatron.config.errors import UserError
-from fire_megatron.platform import launch
-launch.raise_on_any_rank(None, timeout=60)
-rank = launch.launched_rank()
-
-def refused(said, *, setting="auto", gpus=1, driver=True):
-    pretended = {
-        "is_available": lambda: driver, "device_count": lambda: gpus, "set_device": lambda index: None,
-        "get_device_properties": lambda index: SimpleNamespace(uuid="5f1c"),
-    }
-    with mock.patch.multiple(torch.cuda, **pretended):
-        try:
-            launch.start(setting, timeout=60)
-        except UserError as error:
-            assert error.everywhere and said in str(error), error
-            print("refused")
-
-refused("ranks 0 and 1 are both on GPU-5f1c", setting="cuda")
-refused("rank 0 computes on a GPU, and rank 1 on", driver=rank == 0)
-refused("run.device is 'cuda' but torch sees no GPU", setting="cuda", driver=rank == 0)
-refused("local rank 1 has no GPU of its own", gpus=0 if rank else 2)
-world = launch.start("auto", timeout=60, threads=1)
-total = torch.tensor([float(world.rank + 1)])
-torch.distributed.all_reduce(total)
-print(world.rank, world.size, world.local_rank, world.local_size, world.device.kind, int(total))
-launch.stop()
-"""
-"""One rank: meet; be refused a GPU that both see, one beside a CPU, one that the other does not have; add up ranks on a
-CPU, leave."""
-
-
-def free_port():
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_two_tasks_of_srun():
-    """As srun starts them: Slurm's variables, and a meeting point that the sbatch script exports."""
-    inherited = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN, *SLURM, *MEETING)}
-    common = {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    common["MASTER_PORT"] = str(free_port())
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            cwd=ROOT,
-            env={**inherited, **common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank, task in enumerate(tasks):
-            output, errors = task.communicate(timeout=90)
-            assert task.returncode == 0, errors
-            assert output.split() == ["refused"] * 4 + [str(rank), "2", str(rank), "2", "cpu", "3"]
-    finally:
-        for task in tasks:
-            task.kill()
-            task.wait()

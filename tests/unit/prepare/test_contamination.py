@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.prepare.contamination import Benchmarks
+from fire_megatron.prepare.contamination import BenchmarkProblems
 from fire_megatron.prepare.same_text import plain
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -25,15 +25,15 @@ MIDDLE = "Find the sum of all integers from one to ninety."
 def benchmarks(tmp_path):
     """``benchmarks(problems, overlap=...)`` of one file, bench.jsonl."""
 
-    def make(*problems: str, **options) -> Benchmarks:
+    def make(*problems: str, **options) -> BenchmarkProblems:
         path = tmp_path / "bench.jsonl"
         path.write_text("".join(json.dumps({"problem": problem}) + "\n" for problem in problems))
-        return Benchmarks([path], **options)
+        return BenchmarkProblems([path], **options)
 
     return make
 
 
-def _find(held: Benchmarks, *texts: str) -> tuple[int, float] | None:
+def _find(held: BenchmarkProblems, *texts: str) -> tuple[int, float] | None:
     """Line and share."""
     match = held.find([plain(text) for text in texts])
     return match and (int(match.where.rsplit(":", 1)[1]), match.share)
@@ -115,18 +115,18 @@ def test_rows_that_cannot_be_read_are_not_passed_over(tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message):
-            Benchmarks([path])
+            BenchmarkProblems([path])
     path.write_text('{"task": {"text": "two"}}\n')
-    assert len(Benchmarks([path], key="task.text")) == 1
+    assert len(BenchmarkProblems([path], key="task.text")) == 1
     with pytest.raises(DataError, match=re.escape("--benchmark-key task.txt: none of the first 1 rows has it")):
-        Benchmarks([path], key="task.txt")
+        BenchmarkProblems([path], key="task.txt")
 
 
 def test_a_benchmark_of_chats(tmp_path):
     path = tmp_path / "chats.json"
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": LONG}]
     path.write_text(json.dumps([{"prompt": chat}]))
-    match = Benchmarks([path]).find([plain(LONG)])
+    match = BenchmarkProblems([path]).find([plain(LONG)])
     assert match and match.where == f"{path}: entry 1"
 
 
@@ -135,6 +135,6 @@ def test_files_are_told_apart(tmp_path):
     for name, problem in (("a", LONG), ("b", MIDDLE)):
         paths.append(Path(tmp_path / f"{name}.jsonl"))
         paths[-1].write_text(json.dumps({"question": problem}))
-    held = Benchmarks(paths)
+    held = BenchmarkProblems(paths)
     assert (len(held), held.count(0), held.count(1)) == (2, 1, 1)
     assert held.find([plain(MIDDLE)]).benchmark == 1

@@ -11,9 +11,9 @@ import pytest
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.prepare.parquet import read_parquet
-from fire_megatron.prepare.prepare import PrepareOptions, prepare
-from fire_megatron.prepare.report import Report
+from fire_megatron.prepare.prompt_file import PromptFileOptions, make_prompt_file
 from fire_megatron.prepare.row_keys import KeyChoice
+from fire_megatron.prepare.tally import PrepareReport
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -29,9 +29,9 @@ def _verl(index: int, text: str, teacher: Any = "math") -> dict[str, Any]:
     }
 
 
-def _prepare(path: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
+def _prepare(path: Path, **options: Any) -> tuple[list[dict[str, Any]], PrepareReport]:
     out = path.with_name("out.jsonl")
-    report = prepare(PrepareOptions(inputs=(str(path),), out=out, overwrite=True, **options))
+    report = make_prompt_file(PromptFileOptions(inputs=(str(path),), out=out, overwrite=True, **options))
     return [json.loads(line) for line in out.read_text().splitlines()], report
 
 

@@ -31,11 +31,13 @@ def read(folder, max_samples=100, max_tokens=1000):
 
 
 def test_a_run_in_progress(folder):
-    write_lines(folder / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2}], end='{"step": 3, "lo')
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "eval/math/reverse_kl": 0.5}, {"step": 2}]
+    write_lines(folder / "metrics.jsonl", lines, end='{"step": 3, "lo')
     write_lines(folder / "samples.jsonl", [{"step": 1, "row": 0}], end='{"step": 2, "row"')
     run = read(folder)
     assert (run.name, run.steps_done, run.total_steps, run.teachers) == ("first", 2, 9, ("math", "code"))
-    assert run.metrics[0]["loss"] == 2.0 and run.num_samples == 1 and run.notes == ()
+    assert run.metrics[0] == lines[0] | lines[1], "a step and its evaluation"
+    assert run.num_samples == 1 and run.notes == ()
 
 
 def test_a_run_without_a_step(folder):

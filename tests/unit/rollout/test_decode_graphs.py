@@ -9,15 +9,13 @@ import torch
 from models import VOCABULARY, save_megatron
 from recorded_graph import pretend_graphs
 
-from fire_megatron.checkpoint.load import load_weights
+from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import TrainingError
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.models import kv_cache, packed_linear
 from fire_megatron.models.build import build_model
-from fire_megatron.parallel.grid import GridFactory, Layout
-from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout import engine as engines
@@ -26,13 +24,6 @@ from fire_megatron.rollout.engine import MegatronEngine, row_bucket, uses_graphs
 from fire_megatron.rollout.sampling import Sampling
 
 LENGTHS = (3, 9, 1, 6, 4, 2, 8)
-
-
-@pytest.fixture(scope="module")
-def grid():
-    launch.start("cpu", threads=1)
-    yield GridFactory(timeout=60).grid(Layout())
-    launch.stop()
 
 
 @pytest.fixture

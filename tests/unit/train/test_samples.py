@@ -70,7 +70,7 @@ def decode(ids):
 
 def test_a_line_has_what_trained(scored):
     rollouts, scores = scored
-    selection = select(rollouts, scores, HookConfig("filter", {"percentile": 40}), HookConfig("reweight"))
+    selection = select(rollouts, scores, HookConfig("filter", percentile=40), HookConfig("reweight"))
     lines = {line["row"]: line for line in sample_lines(rollouts, scores, selection, decode, most=10)}
     assert list(lines) == list(rollouts.row_ids)
     reasons = {row: line["reason"] for row, line in lines.items()}

@@ -21,21 +21,20 @@ from tqdm import tqdm
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
-from fire_megatron.data.files import shown
-from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages
+from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages, shown
 from fire_megatron.data.tokenizer import load_tokenizer
 from fire_megatron.platform.files import NewFiles
-from fire_megatron.prepare.contamination import OVERLAP, Benchmarks
-from fire_megatron.prepare.report import Report, SourceReport, Tally
+from fire_megatron.prepare.contamination import OVERLAP, BenchmarkProblems
 from fire_megatron.prepare.row_keys import KeyChoice, RowKeys, open_rows
 from fire_megatron.prepare.same_text import plain
+from fire_megatron.prepare.tally import PrepareReport, SourceReport, Tally
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
+class PromptFileOptions:
     """What to prepare, and how."""
 
-    inputs: tuple[str, ...]
+    inputs: Sequence[str]
     """Files of rows or glob patterns: ``.jsonl``, ``.json``, either with ``.gz``, or ``.parquet``."""
     out: Path
     """JSON Lines to write."""
@@ -51,7 +50,7 @@ class PrepareOptions:
     """Folder of the student's tokenizer, to count lengths in tokens; None counts characters."""
     max_prompt_tokens: int | None = None
     """Longest prompt kept, in tokens with the chat template."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: Sequence[str] = ()
     """Files or patterns of problems that must not be trained on."""
     benchmark_key: str | None = None
     """Key of a benchmark's problem; None finds it."""
@@ -80,7 +79,7 @@ class PrepareOptions:
 class NoRowsLeft(DataError):
     """Every row was rejected."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: PrepareReport) -> None:
         """Args: report: why."""
         files = report.sources[0].path if len(report.sources) == 1 else f"{len(report.sources)} files"
         why = f"all {report.rows} are rejected, see the report" if report.rows else "there is none"
@@ -88,7 +87,7 @@ class NoRowsLeft(DataError):
         self.report = report
 
 
-def prepare(options: PrepareOptions, *, progress: bool = False) -> Report:
+def make_prompt_file(options: PromptFileOptions, *, progress: bool = False) -> PrepareReport:
     """Write the prompts.
 
     Args:
@@ -104,7 +103,7 @@ def prepare(options: PrepareOptions, *, progress: bool = False) -> Report:
         _check_outputs(options, files, [*inputs, *benchmark_files])
         choice = replace(options.keys, wants_label=options.label is None)
         keys = [choice.of(path) for path in inputs]
-        benchmarks = Benchmarks(benchmark_files, key=options.benchmark_key, overlap=options.overlap)
+        benchmarks = BenchmarkProblems(benchmark_files, key=options.benchmark_key, overlap=options.overlap)
         preparation = _Preparation(options, benchmarks)
         out = files.open(options.out)
         rejects, report_file = (files.open(path) if path else None for path in (options.rejects, options.report))
@@ -139,7 +138,7 @@ def _files(patterns: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def _check_outputs(options: PrepareOptions, files: NewFiles, read: Sequence[Path]) -> None:
+def _check_outputs(options: PromptFileOptions, files: NewFiles, read: Sequence[Path]) -> None:
     written: list[Path] = []
     for path in (options.out, options.rejects, options.report):
         if path is not None:
@@ -152,7 +151,7 @@ def _check_outputs(options: PrepareOptions, files: NewFiles, read: Sequence[Path
 class _Preparation:
     """What rows are looked at with, and what has been seen of them."""
 
-    def __init__(self, options: PrepareOptions, benchmarks: Benchmarks) -> None:
+    def __init__(self, options: PromptFileOptions, benchmarks: BenchmarkProblems) -> None:
         self.options = options
         self.benchmarks = benchmarks
         self.tally = Tally()

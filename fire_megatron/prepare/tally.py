@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from fire_megatron.data.rows import Reason
 from fire_megatron.metrics.table import aligned
-from fire_megatron.prepare.contamination import Benchmarks, Match
+from fire_megatron.prepare.contamination import BenchmarkProblems, Contamination
 
 PERCENTILES = (50, 90, 99, 100)
 _LABELS = 20
@@ -62,7 +61,7 @@ class BenchmarkReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class PrepareReport:
     """See the module."""
 
     out: str
@@ -86,47 +85,30 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield f"{self.rows} rows read, {self.kept} kept, {self.rows - self.kept} rejected"
-        yield ""
-        files = [
-            (s.path, s.rows, s.kept, "  ".join(f"{name}={key}" for name, key in s.keys.items())) for s in self.sources
+        files = [(s.path, s.rows, s.kept, "  ".join(f"{k}={key}" for k, key in s.keys.items())) for s in self.sources]
+        found = [(b.path, b.problems, b.problems_found, b.rows_refused, b.rows_in_full) for b in self.benchmarks]
+        tables = [
+            (("file", "rows", "kept", "keys"), files, (0, 3)),
+            (*self._label_table(), (0,)),
+            (("rejected", "rows", "the first"), [(why, r.rows, r.first) for why, r in self.rejects.items()], (0, 2)),
+            (("duplicates: label kept / rejected", "rows"), list(self.other_labels.items())[:_LABELS], (0,)),
+            (("benchmark", "problems", "found", "rows refused", "in full"), found, (0,)),
         ]
-        yield from _table(("file", "rows", "kept", "keys"), files, left=(0, 3))
-        if self.all_labels:
-            yield ""
-            yield from self._label_lines(self.all_labels)
-        if self.rejects:
-            yield ""
-            listed = [(reason, r.rows, r.first) for reason, r in self.rejects.items()]
-            yield from _table(("rejected", "rows", "the first"), listed, left=(0, 2))
-        if self.other_labels:
-            yield ""
-            pairs = list(self.other_labels.items())[:_LABELS]
-            yield from _table(("duplicates: label kept / rejected", "rows"), pairs)
-        if self.benchmarks:
-            yield ""
-            yield from _table(
-                ("benchmark", "problems", "found", "rows refused", "in full"),
-                [(b.path, b.problems, b.problems_found, b.rows_refused, b.rows_in_full) for b in self.benchmarks],
-            )
+        told = ["\n".join(aligned([head, *rows], left=left)) for head, rows, left in tables if rows]
+        counts = f"{self.rows} rows read, {self.kept} kept, {self.rows - self.kept} rejected"
+        return "\n\n".join([counts, *told])
 
-    def _label_lines(self, total: LabelReport) -> Iterator[str]:
-        named = list(self.labels.items())
+    def _label_table(self) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+        """Head and rows; no rows where none is kept."""
+        total, named = self.all_labels, list(self.labels.items())
+        if total is None:
+            return (), []
         rows = [(label, r.rows, *r.lengths.values()) for label, r in named[:_LABELS]]
         if len(named) > _LABELS:
             rest = sum(r.rows for _, r in named[_LABELS:])
             rows.append((f"... {len(named) - _LABELS} more", rest, *[""] * len(PERCENTILES)))
-        percentiles = [f"{self.length_unit}: {name}" if name == "p50" else name for name in total.lengths]
-        yield from _table(("label", "rows", *percentiles), [*rows, ("all", total.rows, *total.lengths.values())])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> Iterator[str]:
-    """Lines of a table; numbers to the right, columns ``left`` to the left."""
-    cells = [list(map(str, row)) for row in (head, *rows)]
-    yield from (line.rstrip() for line in aligned(cells, left=left))
+        percentiles = (f"{self.length_unit}: {name}" if name == "p50" else name for name in total.lengths)
+        return ("label", "rows", *percentiles), [*rows, ("all", total.rows, *total.lengths.values())]
 
 
 class Tally:
@@ -156,7 +138,7 @@ class Tally:
         """Count a duplicate with another label."""
         self._other_labels[f"{kept} / {rejected}"] += 1
 
-    def contaminated(self, match: Match) -> None:
+    def contaminated(self, match: Contamination) -> None:
         """Count a row that holds a benchmark's problem."""
         self._matches[match.benchmark][match.where] += 1
         self._in_full[match.benchmark] += match.share == 1
@@ -166,9 +148,9 @@ class Tally:
         """Rows kept so far."""
         return sum(map(len, self._lengths.values()))
 
-    def report(self, out: str, length_unit: str, benchmarks: Benchmarks) -> Report:
+    def report(self, out: str, length_unit: str, benchmarks: BenchmarkProblems) -> PrepareReport:
         """What was counted."""
-        return Report(
+        return PrepareReport(
             out=out,
             rows=sum(source.rows for source in self.sources),
             kept=self.kept,

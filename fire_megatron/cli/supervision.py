@@ -19,14 +19,14 @@ Checked = TypeVar("Checked")
 
 
 class Note(Protocol):
-    """Is told why a run fails; ``hopeless`` when to try again would be in vain."""
+    """Is told why a run fails; ``hopeless`` when another attempt would fail too."""
 
     def __call__(self, reason: str, *, hopeless: bool = False) -> None:
         """Note it."""
         ...
 
 
-def guarded(
+def supervised(
     world: World, action: Callable[[Watch], object], *, held: str, timeout: float, note: Note | None = None
 ) -> None:
     """Do something with an eye on the other ranks: when one of them fails, all of them leave and say which.
@@ -108,7 +108,7 @@ def run_command(check: Callable[[], Checked], work: Callable[[Checked], object])
         work: is given what ``check`` returned, on every rank or on none.
 
     Returns:
-        0 done, 2 a mistake in the input, 130 interrupted. :func:`guarded` ends the process with codes of its own.
+        0 done, 2 a mistake in the input, 130 interrupted. :func:`supervised` ends the process with codes of its own.
     """
     from fire_megatron.platform import launch
     from fire_megatron.platform.apex import refuse_other_apex

@@ -1,27 +1,24 @@
-"""Divergences, top-k and the fused output layer with the vocabulary sharded over ranks equal the unsharded ones."""
+"""Losses of a token, top-k and the fused output layer, the vocabulary sharded over ranks, equal the unsharded ones."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from dense import KINDS, overwritten, value_and_gradient
+from token_losses import DIVERGENCES, LOSSES, Loss, draw_weights
 
 from fire_megatron.losses import softmax
 from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
 from fire_megatron.losses.token_losses import DivergenceSettings, Segment, VocabShard, full_loss
-from fire_megatron.losses.topk import top_k, topk_divergence
+from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_divergence import divergence
-from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
+from fire_megatron.losses.vocab_parallel import log_prob_and_entropy, score_log_prob_and_entropy
 
 VOCABULARY, REAL = 96, 6
 LAYOUTS = ["even", "padded", "cut", "uneven"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture
-def group(subgroup, world_size):
-    return subgroup(world_size)
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 
 
 def borders(layout, size):
@@ -49,21 +46,16 @@ def draw(tokens, layout="even", dtype=torch.float32, models=2, scale=3.0):
     return (*logits.unbind(), torch.randn(tokens, generator=generator))
 
 
-def draw_weights(tokens, teachers):
-    weights = torch.rand(tokens, teachers, generator=torch.Generator().manual_seed(tokens)).add_(0.05)
-    weights[:teachers] = torch.eye(teachers)[:tokens]
-    return weights / weights.sum(-1, keepdim=True)
-
-
 def of(kind, teachers, group=None, **options):
+    """A divergence over the vocabulary from one or several teachers."""
     built = build_divergence(kind, **KINDS[kind])
     return lambda logits: divergence(logits, teachers, kind=built, group=group, **options)
 
 
-def of_topk(kind, teacher, group=None, vocab_start=0, **options):
-    built = build_divergence(kind, **KINDS[kind])
-    shard_options = {"group": group, "vocab_start": vocab_start}
-    return lambda logits: topk_divergence(logits, teacher, kind=built, **shard_options, **options)
+def sharded(loss, teacher, layout, group, **options):
+    """The loss over this rank's shard, of the whole teacher."""
+    mine, start = shard(teacher, layout, group)
+    return loss.ours(mine if loss.of_shards else teacher, group=group, vocab_start=start, **options)
 
 
 def same_on_all_ranks(values, group):
@@ -72,42 +64,50 @@ def same_on_all_ranks(values, group):
     return all(torch.equal(value, values) for value in gathered)
 
 
-def same(ours, whole, layout, group):
+def same(ours, whole, layout, group, roundings=1):
     """Values on all ranks and this shard of the gradient, against those of the whole vocabulary in float64."""
     assert same_on_all_ranks(ours[0], group)
     exact, rounding = 1e-12, 1e-12
     if ours[1].dtype is not torch.float64:
-        exact, rounding = 1e-5, max(1e-5, torch.finfo(ours[1].dtype).eps)
+        exact, rounding = 1e-5, max(1e-5, torch.finfo(ours[1].dtype).eps) * roundings
     # A gradient is the difference of two terms of the size of the value.
     close = 0.2 * exact * max(1, whole[0].max().item() / 10)
     torch.testing.assert_close(ours[0].double(), whole[0], rtol=exact, atol=0.2 * exact)
     torch.testing.assert_close(ours[1].double(), shard(whole[1], layout, group)[0], rtol=rounding, atol=close)
 
 
-@every_kind
+@every_loss
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_equals_unsharded(group, kind, layout, dtype):
+def test_equals_unsharded(group, loss, layout, dtype):
     student, teacher, grad = draw(9, layout, dtype)
-    mine, theirs = (shard(x, layout, group)[0] for x in (student, teacher))
-    whole = value_and_gradient(of(kind, teacher.double()), student.double(), grad)
-    ours = value_and_gradient(of(kind, theirs, group, block_tokens=4), mine, grad)
-    assert ours[1].dtype == dtype and ours[1].isfinite().all()
-    same(ours, whole, layout, group)
+    mine, _ = shard(student, layout, group)
+    for each in loss.of_sizes(REAL if layout in ("cut", "padded") else VOCABULARY):
+        found = each.list(teacher.float()) if each.listed else None
+        of_whole = each.ours(teacher.double(), found=found)
+        whole = value_and_gradient(of_whole, student.double(), grad)
+        for reuse, run in ((False, value_and_gradient), (True, overwritten)):
+            options = {"block_tokens": 4, "reuse_logits": reuse, "found": found}
+            ours = run(sharded(each, teacher, layout, group, **options), mine, grad)
+            assert ours[1].dtype == dtype and ours[1].isfinite().all()
+            same(ours, whole, layout, group, roundings=1 + reuse)
 
 
 # Below 1 the distance of an empty shard's peak from the others' overflows.
-@every_kind
-@every_layout
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("layout", ["cut", "uneven"])
 @pytest.mark.parametrize("temperature", [0.4, 2.0])
-def test_equals_unsharded_at_a_temperature(group, kind, layout, temperature):
+def test_equals_unsharded_at_a_temperature(group, loss, layout, temperature):
     student, teacher, grad = draw(9, layout, scale=1.0)
-    mine, theirs = (shard(x, layout, group)[0] for x in (student, teacher))
-    options = {"temperature": temperature, "teacher_temperature": 0.8 * temperature}
-    whole = value_and_gradient(of(kind, teacher.double(), **options), student.double(), grad)
-    same(value_and_gradient(of(kind, theirs, group, **options), mine, grad), whole, layout, group)
-    options |= {"reuse_logits": True, "block_tokens": 4}
-    same(overwritten(of(kind, theirs, group, **options), mine, grad), whole, layout, group)
+    mine, _ = shard(student, layout, group)
+    temperatures = (temperature, 0.8 * temperature)
+    found = loss.list(teacher, temperatures[1]) if loss.listed else None
+    options = {"temperatures": temperatures, "found": found}
+    whole = value_and_gradient(loss.ours(teacher.double(), **options), student.double(), grad)
+    for reuse, run in ((False, value_and_gradient), (True, overwritten)):
+        blocks = {"reuse_logits": reuse, "block_tokens": 4}
+        ours = run(sharded(loss, teacher, layout, group, **options, **blocks), mine, grad)
+        same(ours, whole, layout, group)
 
 
 @every_kind
@@ -133,39 +133,37 @@ def test_a_float64_teacher_beside_a_float32_student(group, kind, layout):
     same(value_and_gradient(of(kind, theirs, group), mine, grad), whole, layout, group)
 
 
-@every_kind
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
 @pytest.mark.parametrize("reuse", [False, True])
-def test_masked_tokens_are_exactly_zero_whatever_they_hold(group, kind, reuse):
+def test_masked_tokens_are_exactly_zero_whatever_they_hold(group, loss, reuse):
     student, teacher, grad = draw(9)
     mask = torch.arange(9) % 3 > 0
-    whole = value_and_gradient(of(kind, teacher.double(), mask_T=mask), student.double(), grad)
+    found = loss.list(teacher) if loss.listed else None
+    whole = value_and_gradient(loss.ours(teacher.double(), mask_T=mask, found=found), student.double(), grad)
     student[0], teacher[3, 5], student[6, 90] = torch.nan, torch.inf, torch.nan
-    mine, theirs = (shard(x, "even", group)[0] for x in (student, teacher))
+    mine, _ = shard(student, "even", group)
     run = overwritten if reuse else value_and_gradient
-    ours = run(of(kind, theirs, group, mask_T=mask, reuse_logits=reuse, block_tokens=4), mine, grad)
+    options = {"mask_T": mask, "reuse_logits": reuse, "block_tokens": 4, "found": found}
+    ours = run(sharded(loss, teacher, "even", group, **options), mine, grad)
     same(ours, whole, "even", group)
     assert all(torch.equal(x[~mask], torch.zeros_like(x[~mask])) for x in ours)
 
 
-@every_kind
+@every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits(group, kind, dtype):
-    # VocabShard peaks are 2e4 apart, so that most shards' sums rescale to nothing.
+def test_extreme_logits(group, loss, dtype):
+    # Shard peaks are 2e4 apart, so that most shards' sums rescale to nothing.
     student, teacher, _ = draw(12, "even", dtype)
     student[:4, :48], student[2:6, 0], teacher[4:8, 48:], teacher[6:10, 95] = -1e4, 1e4, -1e4, 1e4
     grad = torch.ones(12)
-    mine, theirs = (shard(x, "even", group)[0] for x in (student, teacher))
-    whole = value_and_gradient(of(kind, teacher.double()), student.double(), grad)
-    listed = top_k(teacher, 7, group=None, vocab_start=0)
-    on_topk = value_and_gradient(of_topk(kind, listed), student.double(), grad)
-    start = shard(student, "even", group)[1]
-    for ours, expected in (
-        (value_and_gradient(of(kind, theirs, group), mine, grad), whole),
-        (overwritten(of(kind, theirs, group, reuse_logits=True, block_tokens=5), mine, grad), whole),
-        (value_and_gradient(of_topk(kind, listed, group, start), mine, grad), on_topk),
-    ):
+    mine, _ = shard(student, "even", group)
+    found = loss.list(teacher) if loss.listed else None
+    whole = value_and_gradient(loss.ours(teacher.double(), found=found), student.double(), grad)
+    for reuse, run in ((False, value_and_gradient), (True, overwritten)):
+        options = {"reuse_logits": reuse, "block_tokens": 5, "found": found}
+        ours = run(sharded(loss, teacher, "even", group, **options), mine, grad)
         assert all(x.isfinite().all() for x in ours)
-        same(ours, expected, "even", group)
+        same(ours, whole, "even", group)
 
 
 @every_layout
@@ -192,23 +190,6 @@ def test_a_tail_far_below_float32_keeps_its_logarithm(group):
     found = top_k(mine, 1, group=group, vocab_start=start)
     assert found.ids_TK.tolist() == [[3], [95]] and torch.equal(found.log_prob_TK, torch.zeros(2, 1))
     torch.testing.assert_close(found.tail_log_prob_T, torch.full((2,), -2e4 + torch.tensor(95.0).log().item()))
-
-
-@every_kind
-@every_layout
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_topk_divergence_equals_unsharded(group, kind, layout, dtype):
-    student, teacher, grad = draw(9, layout, dtype)
-    mine, start = shard(student, layout, group)
-    options = {"temperature": 0.7, "mask_T": torch.arange(9) % 3 > 0}
-    for k in (1, 5, REAL if layout in ("cut", "padded") else VOCABULARY):
-        listed = top_k(teacher.float(), k, group=None, vocab_start=0)
-        whole = value_and_gradient(of_topk(kind, listed, **options), student.double(), grad)
-        ours = value_and_gradient(of_topk(kind, listed, group, start, block_tokens=4, **options), mine, grad)
-        assert ours[1].dtype == dtype
-        same(ours, whole, layout, group)
-    ours = overwritten(of_topk(kind, listed, group, start, reuse_logits=True, **options), mine, grad)
-    same(ours, whole, layout, group)
 
 
 @pytest.fixture
@@ -250,7 +231,8 @@ def test_two_collectives_forward_and_none_backward(group, collectives, tokens, m
     listed = top_k(theirs[0], 5, group=group, vocab_start=start, block_tokens=4)
     assert collectives == ["all_gather", "all_gather"]
     collectives.clear()
-    assert count(of_topk("forward_kl", listed, group, start, block_tokens=4)(mine)) == ["all_gather", "all_reduce"]
+    value = Loss("forward_kl", 5).ours(None, group=group, vocab_start=start, found=listed, block_tokens=4)(mine)
+    assert count(value) == ["all_gather", "all_reduce"]
 
 
 def test_logits_that_are_reused_take_two_collectives_a_block(group, collectives):
@@ -290,7 +272,7 @@ def test_the_fused_output_layer_equals_unsharded(group, loss):
                 log_prob, entropy = log_prob_and_entropy(logits, target[part], **here)
                 value = log_prob + 0.1 * entropy
             elif loss == "topk_divergence":
-                value = of_topk("jensen_shannon", listed[part], **here)(logits)
+                value = Loss("jensen_shannon", 5).ours(None, found=listed[part], **here)(logits)
             else:
                 options = {"reuse_logits": True, "block_tokens": 3} if "over" in loss else {}
                 value = of("jensen_shannon", theirs[part], group, **options)(logits)
@@ -353,3 +335,60 @@ def test_a_full_loss_over_uneven_shards_communicates_alike(group, monkeypatch):
     loss = full_loss([segment], torch.ones(33), settings, shard=VocabShard(group, start, VOCABULARY), tokens=1.0)
     loss(mine.clone().requires_grad_(), slice(0, 33))
     assert len(calls) == 9 and same_on_all_ranks(torch.tensor(len(calls)), group)
+
+
+def targets(tokens, padding=0):
+    """Logits of the whole vocabulary and targets among what is real of it."""
+    generator = torch.Generator().manual_seed(tokens)
+    logits = torch.randn(tokens, VOCABULARY, generator=generator) * 3
+    logits[:, VOCABULARY - padding :] = -torch.inf
+    return logits, torch.randint(VOCABULARY - padding, (tokens,), generator=generator)
+
+
+def test_gradcheck_of_the_shard_in_float64(group):
+    # Perturbs the whole vocabulary on all ranks alike: each rank's shard of the dense logits.
+    logits, target = targets(3, 90)
+    logits, weights = logits.double(), torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+
+    def value(logits):
+        part, start = shard(logits, "even", group)
+        return (weights * torch.stack(log_prob_and_entropy(part, target, group=group, vocab_start=start))).sum()
+
+    part, start = shard(logits, "even", group)
+    leaf = part.clone().requires_grad_()
+    outputs = log_prob_and_entropy(leaf, target, group=group, vocab_start=start)
+    (gradient,) = torch.autograd.grad((weights * torch.stack(outputs)).sum(), leaf)
+    for row in range(3):
+        for column in range(VOCABULARY - 90):
+            step = torch.zeros_like(logits)
+            step[row, column] = 1e-6
+            numeric = (value(logits + step) - value(logits - step)) / 2e-6
+            if start <= column < start + part.shape[1]:
+                torch.testing.assert_close(gradient[row, column - start], numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [0, 33])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_log_probs_take_two_all_reduces_forward_and_none_backward(group, collectives, tokens, with_entropy):
+    logits, target = targets(tokens)
+    part, start = shard(logits, "even", group)
+    part = part.clone().requires_grad_()
+    options = {"group": group, "vocab_start": start, "with_entropy": with_entropy, "block_tokens": 4}
+    log_prob, entropy = log_prob_and_entropy(part, target, **options)
+    assert collectives == ["all_reduce", "all_reduce"]
+    (log_prob.sum() + (entropy.sum() if with_entropy else 0)).backward()
+    assert len(collectives) == 2 and part.grad.shape == part.shape
+
+
+def test_scoring_equals_the_differentiable_entry(group):
+    logits, target = targets(33, 5)
+    part, start = shard(logits, "even", group)
+    scored = score_log_prob_and_entropy(part, target, group=group, vocab_start=start)
+    for value, expected in zip(scored, log_prob_and_entropy(part, target, group=group, vocab_start=start), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_a_target_that_no_shard_holds_is_visible_on_every_rank(group):
+    part, start = shard(targets(2)[0], "even", group)
+    log_prob, _ = log_prob_and_entropy(part, torch.tensor([VOCABULARY, 3]), group=group, vocab_start=start)
+    assert log_prob.isnan().tolist() == [True, False]

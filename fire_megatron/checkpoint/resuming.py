@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from fire_megatron.checkpoint.amax import read_amax
-from fire_megatron.checkpoint.load import global_shapes, open_checkpoint, read_parameter
+from fire_megatron.checkpoint.loading import global_shapes, open_checkpoint, read_parameter
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice, set_steps_taken, state_names
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.steps import OPTIMIZER

@@ -1,4 +1,4 @@
-"""What a rank's GPU was at during a step, by NVML: utilisation, memory, power, temperature, memory errors, throttling.
+"""What a rank's GPU did during a step, by NVML: utilisation, memory, power, temperature, memory errors, throttling.
 
 A thread samples, since a call of NVML may take milliseconds and may hang with the driver; nothing in the run waits for
 it. Where there is no GPU there is no thread either, and where something cannot be read its metric is missing.
@@ -31,7 +31,7 @@ _POWER = 0x4 | 0x80
 _THERMAL = 0x20 | 0x40
 """Software and hardware thermal slowdown."""
 _SLOWDOWN = 0x8
-"""Any slowdown by the hardware. Idle clocks and clocks set by somebody are no throttling and have other bits."""
+"""Any slowdown by the hardware. Idle clocks and clocks set by a user are no throttling and have other bits."""
 
 
 class GpuSampler:
@@ -91,7 +91,7 @@ def find_gpu(nvml: Any, gpu: GpuIdentity) -> Any:
     """NVML's handle of a GPU or MIG instance; None when it knows neither its names nor its place on the bus.
 
     NVML counts all GPUs of the node, CUDA only those that CUDA_VISIBLE_DEVICES leaves, in an order of its own: an index
-    would be that of somebody else's.
+    would be another GPU's.
     """
     lookups = [(nvml.nvmlDeviceGetHandleByUUID, name) for name in gpu.names]
     if gpu.bus_id is not None:

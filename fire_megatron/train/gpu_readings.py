@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Self
 
 from fire_megatron.config.schema import MetricsConfig
-from fire_megatron.metrics.gpu import GpuSampler
+from fire_megatron.metrics.gpu_sampler import GpuSampler
 from fire_megatron.metrics.values import Value, from_plain, merge, to_plain
 from fire_megatron.parallel.control import Control
 from fire_megatron.platform.device import Device, gpu_identity
 
 
-class RunGpus:
+class GpuReadings:
     """This rank's part. Samples between ``with`` and its end."""
 
     def __init__(self, device: Device, config: MetricsConfig, control: Control | None) -> None:

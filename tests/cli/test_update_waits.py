@@ -4,15 +4,11 @@ is sent within a group of one rank, whatever the layout."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import update_on_paper
+from processes import call
 
-ROOT = Path(__file__).resolve().parents[3]
 FULL, TOPK = {"estimator": "full"}, {"estimator": "topk", "top_k": 4}
 CASES = {
     "one rank, full": [0, 1, {}, FULL],
@@ -28,16 +24,8 @@ EXPERTS = {"experts": [1, 2, {"expert": 2}, {}]}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    done = subprocess.run(
-        [sys.executable, update_on_paper.__file__, str(tmp_path_factory.mktemp("paper"))],
-        input=json.dumps(CASES | EXPERTS),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    cases = json.dumps(CASES | EXPERTS)
+    return json.loads(call(update_on_paper.__file__, tmp_path_factory.mktemp("paper"), read=cases))
 
 
 @pytest.mark.parametrize("case", CASES)

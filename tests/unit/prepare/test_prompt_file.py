@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from fire_megatron.config.errors import DataError
 from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.rows import Reason
-from fire_megatron.prepare.prepare import NoRowsLeft, PrepareOptions, prepare
-from fire_megatron.prepare.report import Report
+from fire_megatron.prepare.prompt_file import NoRowsLeft, PromptFileOptions, make_prompt_file
 from fire_megatron.prepare.row_keys import KeyChoice
+from fire_megatron.prepare.tally import PrepareReport
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 ROW = {"problem": "What is two?", "label": "math", "answer": "2"}
@@ -33,7 +31,7 @@ VERL = {
     "reward_model": {"style": "rule", "ground_truth": "34"},
     "extra_info": {"index": 0, "split": "train", "opd_teacher": "math"},
 }
-Prepared = tuple[list[dict[str, Any]], Report]
+Prepared = tuple[list[dict[str, Any]], PrepareReport]
 Run = Callable[..., Prepared]
 
 
@@ -47,13 +45,13 @@ def run(tmp_path: Path) -> Run:
             content = "".join(json.dumps(row) + "\n" for row in content).encode()
         path.write_bytes(content)
         out = tmp_path / "out.jsonl"
-        report = prepare(PrepareOptions(inputs=(str(path),), out=out, overwrite=True, **options))
+        report = make_prompt_file(PromptFileOptions(inputs=(str(path),), out=out, overwrite=True, **options))
         return [json.loads(line) for line in out.read_text("utf-8").splitlines()], report
 
     return prepared
 
 
-def _rejected(report: Report) -> dict[str, int]:
+def _rejected(report: PrepareReport) -> dict[str, int]:
     return {reason: found.rows for reason, found in report.rejects.items()}
 
 
@@ -102,14 +100,14 @@ def test_keys_are_chosen_for_each_file_and_may_be_named(run, tmp_path):
     other.write_text(json.dumps({"q": {"text": "Why?"}, "problem": "no", "kind": "code", "key": 7}) + "\n")
     keys = KeyChoice(prompt="q.text", label="kind", answer="key")
     out = tmp_path / "o.jsonl"
-    prepare(PrepareOptions(inputs=(str(other),), out=out, keys=keys))
+    make_prompt_file(PromptFileOptions(inputs=(str(other),), out=out, keys=keys))
     assert json.loads(out.read_text()) == {"problem": "Why?", "label": "code", "answer": 7, "id": f"{other}:1"}
 
     plain = tmp_path / "a.jsonl"
     plain.write_text(json.dumps(ROW) + "\n" + json.dumps({"messages": CHAT, "label": "math"}) + "\n")
     verl = tmp_path / "c.jsonl"
     verl.write_text(json.dumps(VERL | {"prompt": CHAT}))
-    report = prepare(PrepareOptions(inputs=(str(plain), str(verl)), out=out, overwrite=True))
+    report = make_prompt_file(PromptFileOptions(inputs=(str(plain), str(verl)), out=out, overwrite=True))
     assert [s.keys["prompt"] for s in report.sources] == ["problem or messages", "prompt"]
     assert report.kept == 2 and _rejected(report) == {"duplicate": 1}
 
@@ -318,15 +316,6 @@ def test_every_row_is_kept_or_rejected_whatever_it_holds(run, tmp_path, chat_tok
     assert len(prompts) == report.kept
 
 
-def test_the_tool_starts_without_torch():
-    code = (
-        "import sys, fire_megatron.prepare.prepare\n"
-        "heavy = {'torch', 'transformers', 'pyarrow'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -334,14 +323,14 @@ def test_nothing_is_replaced_unless_told_to_and_nothing_left_behind(tmp_path):
     source, out, report = (tmp_path / name for name in ("in.jsonl", "sub/out.jsonl", "report.json"))
     source.write_text(json.dumps(ROW))
     options = {"inputs": (str(source),), "out": out, "report": report}
-    prepare(PrepareOptions(**options))
+    make_prompt_file(PromptFileOptions(**options))
     assert json.loads(report.read_text())["kept"] == 1
     before = out.read_bytes()
     source.write_text(json.dumps(ROW | {"problem": "three"}))
     with pytest.raises(DataError, match=r"out\.jsonl: is there already; .*--overwrite"):
-        prepare(PrepareOptions(**options))
+        make_prompt_file(PromptFileOptions(**options))
     assert out.read_bytes() == before
-    prepare(PrepareOptions(**options, overwrite=True))
+    make_prompt_file(PromptFileOptions(**options, overwrite=True))
     assert out.read_bytes() != before
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in.jsonl", "out.jsonl", "report.json", "sub"]
 
@@ -355,7 +344,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     )
     out.write_text("mine")
     with pytest.raises(DataError, match="in.jsonl.gz: cannot be read"):
-        prepare(PrepareOptions(inputs=(str(source),), out=out, overwrite=True))
+        make_prompt_file(PromptFileOptions(inputs=(str(source),), out=out, overwrite=True))
     assert out.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -369,7 +358,7 @@ def test_a_full_disk_is_told(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
         with pytest.raises(DataError, match=r"cannot write \(File too large\)"):
-            prepare(PrepareOptions(inputs=(str(source),), out=out))
+            make_prompt_file(PromptFileOptions(inputs=(str(source),), out=out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
@@ -381,12 +370,12 @@ def test_no_row_left_writes_only_what_tells_why(tmp_path):
     with pytest.raises(
         NoRowsLeft, match="no row left of .*: all 1 are rejected, see the report; .* is not written"
     ) as error:
-        prepare(PrepareOptions(inputs=(str(source),), out=tmp_path / "out.jsonl", rejects=rejects))
+        make_prompt_file(PromptFileOptions(inputs=(str(source),), out=tmp_path / "out.jsonl", rejects=rejects))
     assert error.value.report.rejects["empty"].rows == 1
     assert rejects.exists() and not (tmp_path / "out.jsonl").exists()
     source.write_text("")
     with pytest.raises(NoRowsLeft, match="there is none"):
-        prepare(PrepareOptions(inputs=(str(source),), out=tmp_path / "out.jsonl"))
+        make_prompt_file(PromptFileOptions(inputs=(str(source),), out=tmp_path / "out.jsonl"))
 
 
 def test_patterns(tmp_path):
@@ -394,7 +383,7 @@ def test_patterns(tmp_path):
         (tmp_path / f"{name}[1].jsonl").write_text(json.dumps(ROW | {"problem": name}))
     out = tmp_path / "out.txt.jsonl"
     inputs = (f"{tmp_path}/b[[]1].jsonl", f"{tmp_path}/*].jsonl", f"{tmp_path}/a[1].jsonl")
-    report = prepare(PrepareOptions(inputs=inputs, out=out))
+    report = make_prompt_file(PromptFileOptions(inputs=inputs, out=out))
     assert [Path(s.path).name for s in report.sources] == ["b[1].jsonl", "a[1].jsonl"], "each once"
 
 
@@ -443,5 +432,5 @@ def test_mistakes(tmp_path, options, message):
     before = sorted(tmp_path.rglob("*"))
     values = {"inputs": ("{d}/in.jsonl",), "out": "{d}/out.jsonl"} | options
     with pytest.raises(DataError, match=message):
-        prepare(PrepareOptions(**{name: placed(value) for name, value in values.items()}))
+        make_prompt_file(PromptFileOptions(**{name: placed(value) for name, value in values.items()}))
     assert sorted(tmp_path.rglob("*")) == before

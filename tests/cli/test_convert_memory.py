@@ -8,18 +8,16 @@ when every file stayed mapped until the end, the way there took 200 MB.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import call
 from safetensors.torch import save_file
 
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.config.hf_config import read_hf_config
 
-ROOT = Path(__file__).resolve().parents[3]
 SHARD_GB = 0.02
 DENSE = {
     "model_type": "llama",
@@ -83,10 +81,7 @@ def test_peak_memory_is_a_part_of_the_model(config, tmp_path):
     assert size > 190e6
 
     def growth(*arguments):
-        command = [sys.executable, "-c", PROBE, str(ROOT / "tools/convert.py"), *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout.splitlines()[-1])
+        return int(call("-c", PROBE, "tools/convert.py", *arguments).splitlines()[-1])
 
     there = growth("hf-to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "megatron")
     back = growth(

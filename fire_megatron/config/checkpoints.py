@@ -18,11 +18,16 @@ _METADATA = Path(WEIGHTS, ".metadata")
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
     """The marker of a complete checkpoint of ours, or None where there is none."""
+    return read_json_object(folder / MARKER) if (folder / _METADATA).is_file() else None
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file or it holds anything else."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return marker if isinstance(marker, dict) and (folder / _METADATA).is_file() else None
+    return value if isinstance(value, dict) else None
 
 
 def checkpoint_problem(folder: Path) -> str | None:

@@ -393,7 +393,7 @@ def test_patterns(tmp_path):
         ({"inputs": ("{d}/absent.jsonl",)}, "absent.jsonl: no such file"),
         ({"inputs": ("{d}/x*.parquet",)}, r"x\*.parquet: no such file"),
         ({"inputs": ("{d}",)}, r"is a folder; name the files, such as '.*/\*.parquet'"),
-        ({"benchmarks": ("{d}/absent.jsonl",)}, "absent.jsonl: cannot be read"),
+        ({"benchmarks": ("{d}/absent.jsonl",)}, "absent.jsonl: no such file"),
         ({"out": "{d}/out.json"}, r"--out .*out.json: a recipe reads JSON Lines .*\.jsonl"),
         ({"out": "{d}/in.jsonl"}, r"in.jsonl: is also read from"),
         ({"out": "{d}/link.jsonl", "overwrite": True}, r"link.jsonl: is also read from"),

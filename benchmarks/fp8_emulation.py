@@ -116,9 +116,9 @@ def _pass(run: Any, recipe: Any, rows: Any, tokens: float, dtype: str, fp8: dict
     import torch
 
     from fire_megatron.checkpoint.loading import load_weights
+    from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.config.schema import FP8Config, PrecisionConfig
     from fire_megatron.models.build import build_model
-    from fire_megatron.models.hf_config import read_hf_config
     from fire_megatron.platform.device import Device
     from fire_megatron.train.student import Student
 

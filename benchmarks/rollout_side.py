@@ -22,10 +22,10 @@ def megatron(job: dict[str, Any]) -> Answers:
     from pathlib import Path
 
     from fire_megatron.checkpoint.loading import load_weights
+    from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.config.schema import PrecisionConfig, StudentConfig
     from fire_megatron.data.records import Prompt
     from fire_megatron.models.build import build_model
-    from fire_megatron.models.hf_config import read_hf_config
     from fire_megatron.parallel.grid import GridFactory, Layout
     from fire_megatron.platform import launch
     from fire_megatron.rollout.engine import MegatronEngine

@@ -8,13 +8,13 @@ from models import VOCABULARY
 from roles import load_role, parallel_config, whole_gradients
 from steps import ROUTE, ROWS, TEACHERS, rollouts_of, rows
 
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, StudentConfig, TeacherConfig
 from fire_megatron.data.packing import fill_by_tokens
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.metrics.values import reduce_metrics
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.reducer import Reducer
 from fire_megatron.platform import launch

@@ -4,9 +4,9 @@ simulated world of its own, so a process with a real one cannot make it."""
 import json
 import sys
 
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.roles import roles
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.plan.rank import plan_rank
 from fire_megatron.plan.trace import Trace
 from fire_megatron.plan.workload import Workload

@@ -16,10 +16,10 @@ from models import make_hf, save_megatron
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.checkpoint.optimizer_state import own_slice, state_names, steps_taken
 from fire_megatron.checkpoint.shards import model_shards
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import FP8Config, ParallelConfig, PrecisionConfig, RoleConfig, StudentConfig
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform import launch
 from fire_megatron.train.student import Student

@@ -13,9 +13,9 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.roles import roles
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.plan.rank import _Rank
 from fire_megatron.plan.trace import Tracing
 from fire_megatron.plan.workload import Workload

@@ -19,8 +19,8 @@ _EXAMPLES = 4
 def _load(checkpoint: Path) -> tuple[Any, Any]:
     """The model and its grid, on one rank on the CPU."""
     from fire_megatron.checkpoint.loading import load_weights
+    from fire_megatron.config.hf_config import read_hf_config
     from fire_megatron.models.build import build_model
-    from fire_megatron.models.hf_config import read_hf_config
     from fire_megatron.parallel.grid import GridFactory, Layout
     from fire_megatron.platform import launch
 

@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from fire_megatron.checkpoint.folder import MARKER, WEIGHTS, carry_files, check_target, read_marker, require_checkpoint
+from fire_megatron.checkpoint.folder import carry_files, check_target
 from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, is_ignored, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
+from fire_megatron.config.checkpoints import MARKER, WEIGHTS, read_marker, require_checkpoint
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.platform.files import new_folder, write_json
 from fire_megatron.platform.watch import tick
 
@@ -173,8 +174,6 @@ def hf_to_megatron(
         CheckpointError: the source is not a supported, complete model, or the target may not be written.
     """
     hf, out = Path(hf), Path(out)
-    if not hf.is_dir():
-        raise CheckpointError(f"--hf {hf}: no such folder")
     shape, target_dtype = read_hf_config(hf), _require_dtype(dtype)
     check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
     reader = HFReader(hf)
@@ -273,7 +272,8 @@ def megatron_to_hf(
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or the target may not be written.
     """
-    source, out = require_checkpoint(checkpoint), Path(out)
+    source, out = Path(checkpoint), Path(out)
+    require_checkpoint(source)
     shape, target_dtype = read_hf_config(source), _require_dtype(dtype)
     if shard_gb <= 0:
         raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")

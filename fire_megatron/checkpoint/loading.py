@@ -7,39 +7,21 @@ from pathlib import Path
 
 import torch
 
-from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.maps import output_key
 from fire_megatron.checkpoint.quantized import is_quantized, quantize_into
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
-from fire_megatron.checkpoint.whole import open_whole
-from fire_megatron.config.errors import CheckpointError
+from fire_megatron.checkpoint.whole import open_tensors, open_whole
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform.watch import tick
 
 
-def check_tensors(reader: ShardReader, shards: Sequence[Shard], prefix: str = "") -> None:
-    """Check that a checkpoint holds these tensors in these shapes.
-
-    Raises:
-        CheckpointError: some are missing or have another shape; names them.
-    """
-    missing = sorted({prefix + s.key for s in shards} - set(reader.tensors))
-    if missing:
-        raise CheckpointError(
-            f"{reader.folder}: {len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}; "
-            "does config.json belong to these weights?"
-        )
-    for shard in shards:
-        stored = reader.tensors[prefix + shard.key].shape
-        if stored != shard.global_shape:
-            raise CheckpointError(
-                f"{reader.folder}: {prefix + shard.key} has shape {stored} and the model needs {shard.global_shape}; "
-                "does config.json belong to these weights?"
-            )
+def global_shapes(shards: Sequence[Shard], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that shards are parts of, by their keys in a checkpoint."""
+    return {prefix + shard.key: shard.global_shape for shard in shards}
 
 
 def open_checkpoint(folder: str | Path, shards: Sequence[Shard], *, grid: ModelGrid) -> ShardReader:
@@ -48,14 +30,7 @@ def open_checkpoint(folder: str | Path, shards: Sequence[Shard], *, grid: ModelG
     Raises:
         CheckpointError: on every rank, if any rank finds it incomplete, cut short or unfit for the model.
     """
-
-    def look() -> ShardReader:
-        reader = ShardReader(require_checkpoint(folder) / WEIGHTS)
-        reader.check_files()
-        check_tensors(reader, shards)
-        return reader
-
-    return on_all_ranks(look, group=grid.span)
+    return on_all_ranks(open_tensors, folder, global_shapes(shards), group=grid.span)
 
 
 def read_parameter(

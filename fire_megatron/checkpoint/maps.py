@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.config.hf_config import ModelShape
 
 PLAIN, STACK, GROUPED = "plain", "stack", "grouped"
 """One tensor as it is; tensors under one another; q, k and v interleaved by key/value group."""

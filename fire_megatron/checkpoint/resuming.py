@@ -10,12 +10,13 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from fire_megatron.checkpoint.amax import read_amax
-from fire_megatron.checkpoint.folder import WEIGHTS
-from fire_megatron.checkpoint.loading import check_tensors, open_checkpoint, read_parameter
+from fire_megatron.checkpoint.loading import global_shapes, open_checkpoint, read_parameter
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice, set_steps_taken, state_names
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.steps import OPTIMIZER
 from fire_megatron.checkpoint.torch_dist import ShardReader, read_common
+from fire_megatron.checkpoint.whole import require_tensors
+from fire_megatron.config.checkpoints import WEIGHTS
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import on_all_ranks
@@ -51,7 +52,7 @@ def load_training_state(
     def look() -> dict[str, Any]:
         try:
             for name in ("exp_avg", "exp_avg_sq"):
-                check_tensors(reader, shards, f"{OPTIMIZER}{name}.")
+                require_tensors(reader, global_shapes(shards, f"{OPTIMIZER}{name}."))
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} (to start anew from its weights, name it as student.checkpoint of another run.dir)"

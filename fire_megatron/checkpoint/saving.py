@@ -20,12 +20,13 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from fire_megatron.checkpoint.amax import amax_tensors
-from fire_megatron.checkpoint.folder import MARKER, WEIGHTS, carry_files, read_marker
+from fire_megatron.checkpoint.folder import carry_files
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, steps_taken, whole_state
 from fire_megatron.checkpoint.quantized import is_quantized
 from fire_megatron.checkpoint.shards import Shard, by_parameter, model_shards
 from fire_megatron.checkpoint.steps import OPTIMIZER, delete_old_steps, step_folder, tidy
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
+from fire_megatron.config.checkpoints import MARKER, WEIGHTS, read_marker
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks

@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from fire_megatron.checkpoint.folder import read_marker
+from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.platform.files import aside, remove_folder
 
 OPTIMIZER = "optimizer."

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
-from fire_megatron.config.errors import DataError, RecipeError, RecipeProblems
+from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems
+from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem
 from fire_megatron.config.section import build
 
 if TYPE_CHECKING:
@@ -55,8 +55,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OPTIONS = {"path": "benchmark", "collective_timeout": "timeout"}
+_OPTIONS = {
+    "path": "--benchmark",
+    "collective_timeout": "--timeout",
+    "checkpoint": "--checkpoint or --hf",
+    "parallel": "--tensor and --pipeline",
+}
 """Keys of a recipe that options have other names for."""
+
+
+def _option(key: str) -> str:
+    """The option that stands for a recipe's key."""
+    name = key.rpartition(".")[2]
+    return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    """Raises RecipeError: all of them, by option, if there are any."""
+    text = "\n".join(dict.fromkeys(f"{problem.key}: {problem.text}" for problem in problems))
+    if text:
+        raise RecipeError(text)
 
 
 def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema.ParallelConfig]:
@@ -66,11 +84,13 @@ def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema
     try:
         build(schema.RunConfig, {"name": "-", "dir": "-", "steps": 1, "collective_timeout": args.timeout})
         evaluation = build(schema.EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
-        return evaluation, build(schema.ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
+        parallel = build(schema.ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
     except RecipeProblems as error:
-        told = dict.fromkeys((problem.key.rpartition(".")[2], problem.text) for problem in error.problems)
-        options = {name: f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name, _ in told}
-        raise RecipeError("\n".join(f"{options[name]}: {text}" for name, text in told)) from error
+        _refuse(Problem(_option(problem.key), problem.text) for problem in error.problems)
+        raise
+    _refuse(Problem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
+    _refuse(benchmark_names((f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark))
+    return evaluation, parallel
 
 
 def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
@@ -79,24 +99,24 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     Raises:
         UserError: what is wrong.
     """
+    from fire_megatron.config.checks import role_problems
+    from fire_megatron.config.rules.data import template
+    from fire_megatron.config.rules.facts import Role
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
-    from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmarks
+    from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmark
     from fire_megatron.evaluation.judge import require_math_verify
     from fire_megatron.evaluation.source import open_source
     from fire_megatron.evaluation.standalone import EvaluationJob
+    from fire_megatron.models.build import this_machine
+    from fire_megatron.platform import launch
     from fire_megatron.rollout.sampling import Sampling
 
     require_math_verify()
     config, parallel = _sections(args)
-    benchmarks = read_benchmarks([(entry.path, None, entry.limit) for entry in config.benchmarks])
+    benchmarks = [read_benchmark(entry.path, limit=entry.limit) for entry in config.benchmarks]
     source = open_source(args.hf or args.checkpoint, is_hf=args.hf is not None)
     tokenizer = load_tokenizer(source.folder)
-    if tokenizer.vocab_size > source.shape.vocab_size:
-        raise DataError(
-            f"{source.folder}: the model's vocabulary of {source.shape.vocab_size} does not hold the tokenizer's "
-            f"{tokenizer.vocab_size} tokens; give the tokenizer that belongs to the model"
-        )
     data = schema.DataConfig(
         train=tuple(schema.SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
@@ -104,23 +124,23 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
         max_prompt_tokens=sys.maxsize,
         too_long="error",
     )
-    try:
-        encode = Encoder(data, tokenizer)
-    except DataError as error:
-        options = {f"data.{name}": f"--{name.replace('_', '-')}" for name in ("chat_template", "system_prompt")}
-        raise DataError(re.sub("|".join(options), lambda key: options[key[0]], str(error))) from error
+    precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(device.kind)
+    role = schema.RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision)
+    known = {"ranks": launch.launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
+    model = Role(_option, role, trains=False, shape=source.shape, tokenizer=tokenizer, **known)
+    _refuse([*role_problems(model), *template(data, tokenizer, _option)])
+    encode = Encoder(data, tokenizer)
     ends, room = stop_ids(tokenizer, args.stop_token, "--stop-token"), source.shape.max_positions - args.max_new_tokens
     tasks = []
     for entry, benchmark in zip(config.benchmarks, benchmarks, strict=True):
         sampling = Sampling.of(entry, seed=config.seed, stop_ids=ends)
         prompts = encode_problems(benchmark, encode, room=room)
         tasks.append(BenchmarkTask(benchmark, prompts, entry.samples, sampling))
-    precision = schema.PrecisionConfig(None if args.dtype == "auto" else args.dtype).on(device.kind)
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     folder = source.folder.absolute()
     return EvaluationJob(
         source=source,
-        role=schema.RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision),
+        role=role,
         tokenizer=tokenizer,
         tasks=tasks,
         settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},

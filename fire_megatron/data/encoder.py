@@ -12,15 +12,12 @@ class Encoder:
     """Turns a chat into token ids, with the template where the recipe wants it."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
-        if config.chat_template == "on" and not tokenizer.has_chat_template:
-            raise DataError("data.chat_template is 'on' but the student's tokenizer has no chat template; use 'off'")
         self.system = config.system_prompt
         self.use_template = config.chat_template != "off" and tokenizer.has_chat_template
         self.tokenizer = tokenizer
         self.max_tokens = config.max_prompt_tokens
         self.drop = config.too_long == "drop"
-        if self.system and not self.use_template:
-            raise DataError(f"data.system_prompt needs a chat template; remove it, or {self._otherwise()}")
+        assert self.use_template or not (self.system or config.chat_template == "on")
 
     def _otherwise(self) -> str:
         if self.tokenizer.has_chat_template:

@@ -31,7 +31,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     Files are read as UTF-8, with or without a byte order mark; blank lines are passed over.
 
     Raises:
-        DataError: no such file, one that cannot be opened, or a JSON list that cannot be read as a whole.
+        DataError: a file that cannot be opened, or a JSON list that cannot be read as a whole.
     """
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     opener = gzip.open if path.suffix == ".gz" else open
@@ -41,8 +41,6 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
                 yield from _list_entries(path, file.read())
             else:
                 yield from _lines(path, file)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of prompts; correct the path in the recipe") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); make the file again or correct the path") from error
 

@@ -162,8 +162,8 @@ class SentencePieceTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Raises DataError: there is no template."""
-        raise DataError("a SentencePiece model has no chat template; set data.chat_template to 'off'")
+        """There is no template."""
+        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""

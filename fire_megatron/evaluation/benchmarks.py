@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.config.rules.data import benchmark_name
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rows import read_rows, shown
 from fire_megatron.rollout.sampling import Sampling
@@ -89,8 +90,6 @@ def read_benchmark(path: str | Path, *, name: str | None = None, limit: int = 0)
         DataError: a file that cannot be read, or rows that are wrong, by file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such benchmark file; give JSON Lines with problem and answer")
     problems: list[Problem] = []
     wrong: list[str] = []
     for place, row in read_rows(path):
@@ -104,8 +103,7 @@ def read_benchmark(path: str | Path, *, name: str | None = None, limit: int = 0)
     if not problems:
         raise DataError(f"{path}: holds no problem; give JSON Lines with problem and answer")
     digest = hashlib.sha256("".join(json.dumps([p.text, p.answer]) + "\n" for p in problems).encode()).hexdigest()
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
-    return Benchmark(name or stem, tuple(problems[: limit or None]), digest)
+    return Benchmark(name or benchmark_name(path), tuple(problems[: limit or None]), digest)
 
 
 def _problem(place: str, row: dict[str, Any] | DataError) -> Problem:
@@ -119,24 +117,6 @@ def _problem(place: str, row: dict[str, Any] | DataError) -> Problem:
     if not isinstance(answer, str) or not answer.strip():
         raise DataError(f"'answer' is {shown(answer)}; write the right answer there, as text or a number")
     return Problem(place, text, answer)
-
-
-def read_benchmarks(files: Sequence[tuple[str | Path, str | None, int]]) -> list[Benchmark]:
-    """Several files, each with the name and limit of :func:`read_benchmark`.
-
-    Raises:
-        DataError: see there; also two of one name.
-    """
-    benchmarks = [read_benchmark(path, name=name, limit=limit) for path, name, limit in files]
-    codes: dict[int, str] = {}
-    for benchmark, (path, _, _) in zip(benchmarks, files, strict=True):
-        if benchmark.code in codes:
-            raise DataError(
-                f"{path}: its name {benchmark.name!r} is taken by {codes[benchmark.code]}; results and samples go by "
-                "name, so rename one of the files"
-            )
-        codes[benchmark.code] = str(path)
-    return benchmarks
 
 
 def encode_problems(benchmark: Benchmark, encode: Encode, *, room: int) -> list[Prompt]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fire_megatron.checkpoint.convert import HFReader, hf_to_megatron
-from fire_megatron.checkpoint.folder import WEIGHTS, require_checkpoint
 from fire_megatron.checkpoint.whole import open_whole
-from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.checkpoints import WEIGHTS, require_checkpoint
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 
 _PIECE = 64 * 1024
 _ANSWERS_DEPEND_ON = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -48,13 +47,11 @@ def open_source(folder: str | Path, *, is_hf: bool) -> Source:
     path = Path(folder)
     if not is_hf:
         require_checkpoint(path)
-        shape = read_hf_config(path)
-        open_whole(path, shape)
-    elif not path.is_dir():
-        raise CheckpointError(f"--hf {path}: no such folder")
-    else:
-        shape = read_hf_config(path)
+    shape = read_hf_config(path)
+    if is_hf:
         HFReader(path)
+    else:
+        open_whole(path, shape)
     return Source(path, is_hf, shape, _fingerprint(path))
 
 

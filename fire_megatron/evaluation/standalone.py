@@ -25,7 +25,7 @@ from fire_megatron.evaluation.generations import PartFiles, only_writer, read_ge
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.runner import Batch, BenchmarkRunner
 from fire_megatron.evaluation.source import Source
-from fire_megatron.models.build import build_model, transformer_config
+from fire_megatron.models.build import build_model
 from fire_megatron.parallel.collectives import all_gather_objects, everywhere
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import launch
@@ -62,7 +62,7 @@ class Evaluation:
         self.job, self.world, self.watch, self.stopped = job, world, watch, stopped
         self.store, self._prefix = launch.store(), f"evaluation/{next(_NUMBERS)}"
         factory, parallel = GridFactory(timeout=job.timeout), job.role.parallel
-        layout = everywhere(Layout, tensor=parallel.tensor, pipeline=parallel.pipeline, num_ranks=world.size)
+        layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, num_ranks=world.size)
         waiting = factory.cpu_group(range(world.size))
         assert waiting is not None
         patiently = partial(watch.patiently, "waiting for the others")
@@ -188,7 +188,6 @@ class Evaluation:
     def _engine(self) -> MegatronEngine:
         """The model, loaded. A Hugging Face model is converted into a folder that goes as soon as it is loaded."""
         role, source, grid, device = self.job.role, self.job.source, self.runner.grid, self.world.device
-        everywhere(transformer_config, source.shape, role, grid.layout, device=device)
         folder = self.job.out / ".converted"
         try:
             self.runner.on_first(lambda: source.converted(folder))

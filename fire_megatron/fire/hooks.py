@@ -13,7 +13,6 @@ and in the recipe ``loss.hooks: [{name: drop_short, min_tokens: 16}, {name: filt
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -71,24 +70,22 @@ def _reweight(**options: Any) -> Hook:
     return Reweight(ReweightOptions(**options))
 
 
+def registered_hooks() -> tuple[str, ...]:
+    """Names of all hooks that are registered."""
+    return tuple(_REGISTRY)
+
+
 def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
-    """Make the hooks of ``loss.hooks``, in order.
+    """Make the hooks of ``loss.hooks``, in order; all of them are registered.
 
     Raises:
-        RecipeError: an unregistered name, or options that the hook does not take.
+        RecipeError: options that a hook does not take.
     """
     return [_build(index, config) for index, config in enumerate(configs)]
 
 
 def _build(index: int, config: HookConfig) -> Hook:
-    factory = _REGISTRY.get(config.name)
-    if factory is None:
-        near = difflib.get_close_matches(config.name, _REGISTRY, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(
-            f"loss.hooks.{index}.name: no hook named {config.name!r} is registered (known: "
-            f"{', '.join(sorted(_REGISTRY))}){hint}; a hook of your own needs its module in run.plugins"
-        )
+    factory = _REGISTRY[config.name]
     try:
         return factory(**config.options)
     except (TypeError, ValueError) as error:

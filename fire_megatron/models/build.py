@@ -21,70 +21,23 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import ModelShape
+from fire_megatron.config.rules.facts import Machine
 from fire_megatron.config.schema import PrecisionConfig, RoleConfig
-from fire_megatron.models.experts import FROM_CHECKPOINT, check_expert_overrides, expert_settings, use_router
+from fire_megatron.models.experts import expert_settings, use_router
 from fire_megatron.models.fp8.settings import (
-    SET_BY_PRECISION,
-    check_device,
-    check_fp8,
-    engine_fp8,
     fp8_settings,
     own_amax_group,
+    unsupported,
 )
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.layers import CoreAttention, RMSNorm
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.capabilities import detect_capabilities
 from fire_megatron.platform.device import Device, compute_device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-_SET_ELSEWHERE = {
-    "tensor_model_parallel_size": "parallel.tensor",
-    "pipeline_model_parallel_size": "parallel.pipeline",
-    "context_parallel_size": "parallel.context",
-    "expert_model_parallel_size": "parallel.expert",
-    "expert_tensor_parallel_size": "parallel.tensor",
-    **dict.fromkeys(
-        ("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
-        "parallel.context",
-    ),
-    "sequence_parallel": "parallel.sequence",
-    "params_dtype": "precision.dtype",
-    "pipeline_dtype": "precision.dtype",
-    "bf16": "precision.dtype",
-    "fp16": "precision.dtype",
-    **dict.fromkeys(SET_BY_PRECISION, "precision.fp8"),
-    **dict.fromkeys(
-        (
-            "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-            "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func", "add_bias_linear",
-            "add_qkv_bias", "qk_layernorm", "window_size", "multi_latent_attention", *FROM_CHECKPOINT,
-        ),
-        "checkpoint (the model's own config.json)",
-    ),
-}  # fmt: skip
-_COMMUNICATIONS = ("p2p", "all_gather", "a2a")
-"""How Transformer Engine may share keys and values; its fourth way reads groups from the global parallel_state."""
-_RELIED_ON = (
-    "variable_seq_lengths", "calculate_per_token_loss", "perform_initialization", "batch_p2p_comm", "batch_p2p_sync",
-    "overlap_p2p_comm", "use_ring_exchange_p2p",
-)  # fmt: skip
-"""Fields without which the trainer computes something else."""
-_NOT_READ = {
-    "apply_rope_fusion": "its kernel takes positions from the start of each pack, and rows have positions of their own",
-    **dict.fromkeys(
-        ("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "softmax_type", "attention_backend"),
-        "the core attention is scaled_dot_product_attention and does not read it",
-    ),
-    "fp8_output_proj": "the loss projects to the vocabulary itself",
-    **dict.fromkeys(
-        ("hidden_dropout", "attention_dropout"), "log-probabilities are compared between passes, so there is no dropout"
-    ),
-}
-"""Fields that would have no effect, or a wrong one, and why."""
 
 
 def model_dtype(precision: PrecisionConfig, kind: str) -> torch.dtype:
@@ -98,7 +51,7 @@ def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
     return -(-vocab_size // unit) * unit
 
 
-def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
+def check_megatron_fields(role: str, overrides: Mapping[str, Any]) -> None:
     """Check a role's ``megatron:`` mapping against the installed TransformerConfig.
 
     Args:
@@ -106,24 +59,15 @@ def check_megatron_overrides(role: str, overrides: Mapping[str, Any]) -> None:
         overrides: the mapping.
 
     Raises:
-        RecipeError: a key that TransformerConfig does not have or that may not be changed, or a value of a wrong type.
+        RecipeError: a key that TransformerConfig does not have, or a value of a wrong type.
     """
-    check_expert_overrides(role, overrides)
     hints = typing.get_type_hints(TransformerConfig)
     known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
     for key, value in overrides.items():
-        if key in _RELIED_ON:
-            raise RecipeError(f"{role}.megatron.{key}: the trainer relies on its own value; remove it here")
-        if key in _NOT_READ:
-            raise RecipeError(f"{role}.megatron.{key}: {_NOT_READ[key]}; remove it here")
-        if key in _SET_ELSEWHERE:
-            raise RecipeError(f"{role}.megatron.{key}: this is set by {role}.{_SET_ELSEWHERE[key]}; remove it here")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"{role}.megatron.{key}: megatron-core's TransformerConfig has no such field{hint}")
-        if key == "cp_comm_type" and value not in (None, *_COMMUNICATIONS):
-            raise RecipeError(f"{role}.megatron.{key}: {value!r} is not one of {', '.join(_COMMUNICATIONS)}; take one")
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key])) if isinstance(hints[key], type) else hints[key]
             raise RecipeError(f"{role}.megatron.{key}: {value!r} does not fit megatron-core's type of it, {wanted}")
@@ -145,18 +89,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint in (bool, int, str, list, dict, type(None)) and type(value) is hint
 
 
-def resolve_layer_spec(setting: str, device: Device, *, role: str) -> str:
-    """``local`` or ``te`` from a role's ``layer_spec``.
-
-    Raises:
-        RecipeError: ``te`` is asked for and Transformer Engine is not usable here.
-    """
-    if setting == "local":
-        return setting
+def this_machine(device: Device) -> Machine:
+    """What the rules on a recipe ask of the machine that it runs on."""
     engine = detect_capabilities(device)[0]
-    if setting == "te" and engine.version is None:
-        raise RecipeError(f"{role}.layer_spec is 'te' but Transformer Engine is {engine.detail}; use 'local' or 'auto'")
-    return "te" if engine.version else "local"
+    return Machine(device.kind, None if engine.version else engine.detail.partition(";")[0], unsupported)
+
+
+def resolve_layer_spec(setting: str, device: Device) -> str:
+    """``local`` or ``te`` from a role's ``layer_spec``."""
+    return "te" if setting != "local" and detect_capabilities(device)[0].version else "local"
 
 
 def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
@@ -179,13 +120,8 @@ def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
 
 def pipeline_stages(num_layers: int, pipeline: int) -> list[int]:
     """Layers of each stage: even where they divide; otherwise the first and last stage, which also embed and
-    project, take what the even middle stages leave.
-
-    Raises:
-        LayoutError: there are fewer layers than stages.
-    """
-    if pipeline > num_layers:
-        raise LayoutError(f"parallel.pipeline={pipeline} exceeds the model's {num_layers} layers")
+    project, take what the even middle stages leave."""
+    assert pipeline <= num_layers
     if pipeline == 1:
         return [num_layers]
     middle = -(-num_layers // pipeline)
@@ -204,46 +140,14 @@ def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
 
 
-def _check_tensor_split(shape: ModelShape, tensor: int) -> None:
-    """Raises LayoutError: tensor parallelism does not divide what it splits."""
-    layers = range(shape.num_layers)
-    divided = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
-    divided += [("FFN", shape.experts.ffn if experts else shape.ffn) for experts in {*map(shape.has_experts, layers)}]
-    for name, count in divided:
-        if count % tensor:
-            raise LayoutError(f"parallel.tensor={tensor} does not divide the model's {count} {name}")
-
-
-def _check_engine_settings(shape: ModelShape, role: RoleConfig, layout: Layout, spec: str) -> None:
-    """What a role asks of Transformer Engine that it, or this model, does not have."""
-    if role.megatron.get("fp4") and spec != "te":
-        raise RecipeError(
-            "megatron.fp4: low-precision layers are Transformer Engine's, which is not used here (the layer spec is "
-            "'local'); remove it, or run on a GPU with Transformer Engine installed"
-        )
-    low = "precision.fp8" if engine_fp8(role) else "megatron.fp4" if role.megatron.get("fp4") else None
-    if low and "moe" in (role.megatron.get("recompute_modules") or ()):
-        raise RecipeError(
-            f"megatron.recompute_modules: 'moe' with {low} reads process groups that only megatron-core's own set-up "
-            "makes; leave 'moe' out, or take recompute_granularity: full"
-        )
-    if layout.context > 1 and shape.sliding_window is not None and role.megatron.get("cp_comm_type") == "p2p":
-        raise RecipeError(
-            f"megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is {shape.sliding_window} tokens; "
-            "leave it out, or use 'all_gather' or 'a2a'"
-        )
-
-
 def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, device: Device) -> TransformerConfig:
     """megatron-core's config for this model, layout and precision.
 
     Raises:
-        LayoutError: the layout does not divide heads, key/value heads or layers.
         RecipeError: TransformerConfig rejects the combination.
     """
-    _check_tensor_split(shape, layout.tensor)
     dtype = model_dtype(role.precision, device.kind)
-    spec = resolve_layer_spec(role.layer_spec, device, role="the role")
+    spec = resolve_layer_spec(role.layer_spec, device)
     sequence = layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence
     settings: dict[str, Any] = {
         "num_layers": shape.num_layers,
@@ -285,10 +189,8 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "gradient_accumulation_fusion": False,
     }
     settings |= _pipeline_settings(shape.num_layers, layout.pipeline)
-    settings |= expert_settings(shape, role.megatron, expert=layout.expert, spec=spec)
+    settings |= expert_settings(shape, spec=spec)
     settings |= fp8_settings(role)
-    _check_engine_settings(shape, role, layout, spec)
-    check_fp8(shape, role, tensor=layout.tensor, spec=spec)
     try:
         return TransformerConfig(**{**settings, **role.megatron})
     except (ValueError, TypeError, AssertionError) as error:
@@ -335,12 +237,11 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
         device: this process's device.
 
     Raises:
-        LayoutError, RecipeError: see :func:`transformer_config`.
+        RecipeError: see :func:`transformer_config`.
     """
-    check_device(role.precision.fp8, device)
     config = transformer_config(shape, role, grid.layout, device=device)
     own_amax_group(config, grid.pg)
-    spec = resolve_layer_spec(role.layer_spec, device, role="the role")
+    spec = resolve_layer_spec(role.layer_spec, device)
     first = get_transformer_layer_offset(config, vp_stage=None, pp_rank=grid.pp_rank)
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=grid.pp_rank)
     layers, norms = zip(

@@ -5,7 +5,7 @@ Shapes: N tokens of a micro-batch on this rank, E experts, L layers of this stag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,114 +16,24 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from fire_megatron.config.errors import LayoutError, RecipeError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.data.packing import Pack
 from fire_megatron.metrics.values import Mean, Value
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.platform.device import compute_device
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16.1 asks for it by name, also where Transformer Engine is not installed
 
-REFUSED = {
-    **dict.fromkeys(
-        (
-            "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy",
-            "moe_token_dropping", "moe_expert_rank_capacity_factor", "moe_input_jitter_eps",
-        ),
-        "a token's log-probability would depend on the tokens beside it, or on chance",
-    ),
-    **dict.fromkeys(
-        ("moe_router_force_load_balancing", "moe_router_force_biased", "moe_enable_routing_replay"),
-        "teachers and student are compared on the routing that the checkpoint learned",
-    ),
-    **dict.fromkeys(
-        ("moe_mlp_glu_interleave_size", "moe_single_grouped_weight", "moe_single_grouped_bias", "moe_extended_tp"),
-        "checkpoints hold the experts' weights in another arrangement",
-    ),
-    **dict.fromkeys(
-        ("expert_gtp_weight_remat_size", "expert_tensor_parallel_num_weight_shards"),
-        "parallel.tensor and parallel.expert say how experts are spread",
-    ),
-    **dict.fromkeys(
-        (
-            "moe_per_layer_logging", "moe_router_bias_update_rate", "moe_router_quantile_balancing_ema",
-            "moe_shared_expert_glu_interleave_size", "use_grouped_gemm_for_shared_expert",
-        ),
-        "nothing here reads it",
-    ),
-    "moe_use_legacy_grouped_gemm": "grouped experts are Transformer Engine's",
-    "overlap_moe_expert_parallel_comm": "its schedule runs a forward pass of its own, without packed rows",
-}  # fmt: skip
-"""Fields of TransformerConfig about experts that may not be set, and why."""
-FROM_CHECKPOINT = (
-    "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq",
-    "moe_router_score_function", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices",
-    "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate", "moe_shared_expert_overlap", "moe_latent_size", "moe_apply_probs_on_input",
-)  # fmt: skip
-"""Fields of TransformerConfig about experts that the model's own config.json decides."""
-TRAINING_ONLY = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
-"""Fields that change gradients alone, so that they mean nothing to a teacher."""
-ENGINE_ONLY = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion")
-"""Fields that turn on Transformer Engine's kernels."""
-_CHOICES: Mapping[str, tuple[Any, str]] = {
-    "moe_router_load_balancing_type": (
-        ("aux_loss",),
-        "packs hold rows of many lengths and replicas differ in their number of micro-batches, so the balance is taken "
-        "within a micro-batch",
-    ),
-    "moe_token_dispatcher_type": (("alltoall", "flex"), "micro-batches differ in length, which allgather refuses"),
-}
-"""Field -> values that may be set, and why no others."""
 
-
-def check_expert_overrides(role: str, overrides: Mapping[str, Any]) -> None:
-    """Check what a role's ``megatron:`` mapping says of experts, whatever the model.
-
-    Raises:
-        RecipeError: a field that would compute something else or nothing; names key, value and fix.
-    """
-    for key, value in overrides.items():
-        if key in REFUSED:
-            raise RecipeError(f"{role}.megatron.{key}: {REFUSED[key]}; remove it here")
-        if key in TRAINING_ONLY and role != "student":
-            raise RecipeError(f"{role}.megatron.{key}: {role} is not trained, so it has no effect; remove it here")
-        if key in _CHOICES and value not in _CHOICES[key][0]:
-            choices, reason = _CHOICES[key]
-            raise RecipeError(f"{role}.megatron.{key} is {value!r}: {reason}; use {' or '.join(choices)}")
-        if key in ("moe_aux_loss_coeff", "moe_z_loss_coeff") and (not isinstance(value, int | float) or value < 0):
-            raise RecipeError(f"{role}.megatron.{key} is {value!r}: give one number of at least 0")
-
-
-def expert_settings(shape: ModelShape, overrides: Mapping[str, Any], *, expert: int, spec: str) -> dict:
+def expert_settings(shape: ModelShape, *, spec: str) -> dict[str, Any]:
     """TransformerConfig's fields for a model's experts; none for a dense model.
 
     Args:
         shape: the architecture.
-        overrides: the role's ``megatron:`` mapping.
-        expert: expert-parallel ranks, which share the experts out.
         spec: ``local`` or ``te``.
-
-    Raises:
-        LayoutError: the layout does not divide the experts.
-        RecipeError: a field that this model or these layers cannot honour.
     """
-    asked = [key for key in overrides if key.startswith("moe_")]
     if shape.experts is None:
-        if expert > 1:
-            raise LayoutError(f"parallel.expert={expert}, but the model has no experts; leave it 1")
-        if asked:
-            raise RecipeError(f"megatron.{asked[0]}: the model has no experts; remove it")
         return {}
-    if shape.experts.count % expert:
-        raise LayoutError(f"parallel.expert={expert} does not divide the model's {shape.experts.count} experts")
-    for key in ENGINE_ONLY if spec != "te" else ():
-        if overrides.get(key):
-            raise RecipeError(
-                f"megatron.{key} is {overrides[key]!r}: its kernels are Transformer Engine's, which is not used here "
-                "(the layer spec is 'local'); remove it, or run on a GPU with Transformer Engine installed"
-            )
     return {
         "num_moe_experts": shape.experts.count,
         "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from fire_megatron.config.errors import UserError
+from fire_megatron.config.errors import RecipeError, RecipeProblems, UserError
 from fire_megatron.platform.device import compute_device
 from fire_megatron.platform.watch import tick
 
@@ -169,6 +169,7 @@ def on_all_ranks(action: Callable[..., T], *args: object, group: dist.ProcessGro
     except UserError as error:
         problem = error
     text, kind = (str(problem), type(problem)) if problem else (None, UserError)
+    kind = RecipeError if kind is RecipeProblems else kind  # which is made from more than its message
     raise_on_any(text, kind, group=group, passing=problem is not None and problem.passing)
     return result  # type: ignore[return-value]
 

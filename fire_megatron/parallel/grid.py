@@ -21,7 +21,6 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
-from fire_megatron.config.errors import LayoutError
 from fire_megatron.platform import launch
 
 IDLE = datetime.timedelta(days=30)
@@ -40,11 +39,7 @@ class Layout:
     num_ranks: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_ranks % self.model_ranks:
-            raise LayoutError(
-                f"tensor={self.tensor} x pipeline={self.pipeline} x context={self.context} = {self.model_ranks} ranks "
-                f"a replica does not divide the {self.num_ranks} ranks of the role; change the layout or the world size"
-            )
+        assert self.num_ranks % self.model_ranks == 0, self
 
     @property
     def model_ranks(self) -> int:
@@ -227,10 +222,7 @@ class GridFactory:
         tensor, context, data, pipeline = layout.tensor, layout.context, layout.data, layout.pipeline
         dense = HyperCommGrid([tensor, context, data, pipeline], ["tp", "cp", "dp", "pp"], layout.first_rank)
         per_stage = tensor * context * data
-        if per_stage % (tensor * layout.expert):
-            raise LayoutError(
-                f"expert={layout.expert} x tensor={tensor} does not divide the {per_stage} ranks of a pipeline stage"
-            )
+        assert per_stage % (tensor * layout.expert) == 0, layout
         expert_data = per_stage // (tensor * layout.expert)
         expert = HyperCommGrid(
             [tensor, layout.expert, expert_data, pipeline], ["tp", "ep", "dp", "pp"], layout.first_rank

@@ -11,9 +11,16 @@ from fire_megatron.config.load import recipe_from_dict, recipe_to_dict
 from fire_megatron.config.overrides import apply_overrides
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe
-from fire_megatron.plan.plan import Job, Plan, RankKind, check_sizes, like_ranks, local_recipe, plan_rank_kind
+from fire_megatron.plan.plan import (
+    Job,
+    Plan,
+    RankKind,
+    like_ranks,
+    local_recipe,
+    plan_rank_kind,
+)
 from fire_megatron.platform.device import Device
-from fire_megatron.train.inputs import check_roles
+from fire_megatron.train.inputs import check_models
 
 _ROUNDS = 4
 """Changes made one after the other."""
@@ -72,9 +79,8 @@ def _changed(job: Job, change: str) -> Job | None:
     try:
         apply_overrides(values, change.split(" "), Recipe)
         recipe = recipe_from_dict(values)
-        check_recipe(recipe, world_size=job.world_size, elsewhere=job.folders)  # the files have been checked
-        check_roles(local_recipe(recipe), device=Device(job.kind), num_ranks=job.world_size, elsewhere=job.folders)
-        check_sizes(recipe, job.shapes)
+        facts = check_recipe(recipe, world_size=job.world_size, elsewhere=job.folders)  # the files have been checked
+        check_models(local_recipe(recipe), facts, device=Device(job.kind))
     except UserError:
         return None
     return replace(job, recipe=recipe)

@@ -9,14 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.checkpoints import is_converted
-from fire_megatron.config.checks import check_recipe
+from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import resolved, roles
-from fire_megatron.config.schema import Recipe, RoleConfig
-from fire_megatron.models.build import check_megatron_overrides
-from fire_megatron.models.fp8.settings import check_fp8_sizes
-from fire_megatron.models.hf_config import ModelShape
+from fire_megatron.config.rules.facts import Machine
+from fire_megatron.config.schema import Recipe
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.plan.hardware import COMMUNICATOR_GIB, CONTEXT_GIB, FRAGMENTATION, Gpu
 from fire_megatron.plan.rank import plan_rank, planned_role
@@ -24,7 +22,7 @@ from fire_megatron.plan.rank_plan import RankPlan
 from fire_megatron.plan.timing import StepTime, step_time
 from fire_megatron.plan.workload import Workload
 from fire_megatron.platform.device import Device
-from fire_megatron.train.inputs import check, check_roles, load_plugins, role_layout
+from fire_megatron.train.inputs import check_models, check_settings, read_inputs, role_layout
 
 Say = Callable[[str], None]
 GIB = 2**30
@@ -116,46 +114,28 @@ def make_job(
         UserError: what the run would end with.
     """
     elsewhere = _elsewhere(recipe, models)
-    check_recipe(recipe, world_size=world_size, elsewhere=elsewhere)
-    for path, role in roles(recipe).items():
-        check_megatron_overrides(path, role.megatron)
-        _check_gpu(path, role, gpu)
+    kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
+    machine = Machine(kind, None, lambda fp8: None if gpu is None else _no_fp8(gpu, fp8))
+    _, facts = check_settings(recipe, machine=machine, num_ranks=world_size, elsewhere=elsewhere)
     limits = {"prompt": ("data.max_prompt_tokens", prompt_tokens, recipe.data.max_prompt_tokens)}
     limits["response"] = ("rollout.max_new_tokens", response_tokens, recipe.rollout.max_new_tokens)
     for name, (key, value, most) in limits.items():
         if value is not None and not 1 <= value <= most:
             raise RecipeError(f"--{name}-tokens: {value} is not from 1 to {most}, which is {key}; change one of them")
-    kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
     recipe = resolved(recipe, kind)
-    local = local_recipe(recipe)
+    check_models(local_recipe(recipe), facts, device=Device(kind))
     counts: dict[str, int] | None = None
     if elsewhere:
-        load_plugins(recipe)
-        shapes = check_roles(local, device=Device(kind), num_ranks=world_size, elsewhere=elsewhere)
         notes = [f"{path}.checkpoint: not on this machine; architecture of {at}" for path, at in elsewhere.items()]
         notes.append("not checked: weights, tokenizers, prompt files, whether run.dir can be written")
     else:
-        _, shapes, inputs = check(local, device=Device(kind), num_ranks=world_size)
+        inputs = read_inputs(facts)
         notes, counts = list(inputs.notes), {}
         for prompt in inputs.prompts:
             counts[prompt.label] = counts.get(prompt.label, 0) + 1
-    check_sizes(recipe, shapes)
     load = Workload.of(recipe, prompt_tokens=prompt_tokens, response_tokens=response_tokens, counts=counts)
     folders = {path: elsewhere.get(path, Path(role.checkpoint)) for path, role in roles(recipe).items()}
-    return Job(recipe, shapes, folders, load, world_size, kind, gpu, gpus_per_node, tuple(notes))
-
-
-def check_sizes(recipe: Recipe, shapes: Mapping[str, ModelShape]) -> None:
-    """What FP8 asks of the models' sizes, which :func:`local_recipe` hides.
-
-    Raises:
-        RecipeError: a size that it cannot divide.
-    """
-    for path, role in roles(recipe).items():
-        try:
-            check_fp8_sizes(shapes[path], role, tensor=role.parallel.tensor)
-        except RecipeError as error:
-            raise RecipeError(f"{path}.{error}") from error
+    return Job(recipe, facts.shapes, folders, load, world_size, kind, gpu, gpus_per_node, tuple(notes))
 
 
 def local_recipe(recipe: Recipe) -> Recipe:
@@ -169,7 +149,7 @@ def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
     found = {}
     for path, role in roles(recipe).items():
         folder = Path(role.checkpoint)
-        if is_converted(folder):
+        if read_marker(folder) is not None:
             continue
         candidates = [folder, *([models / folder.name] if models is not None else [])]
         for candidate in candidates:
@@ -179,16 +159,11 @@ def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
     return found
 
 
-def _check_gpu(path: str, role: RoleConfig, gpu: Gpu | None) -> None:
-    fp8 = role.precision.fp8
-    if gpu is None or fp8 is None:
-        return
-    if fp8.emulate:
-        raise RecipeError(f"{path}.precision.fp8.emulate: true, but emulation is for CPUs; remove it to plan for a GPU")
+def _no_fp8(gpu: Gpu, recipe: str) -> str | None:
+    """Why a GPU has no such FP8 recipe; None when it has."""
     if gpu.fp8_tflops is None:
-        raise RecipeError(f"{path}.precision.fp8: {gpu.name} has no FP8; remove it, or plan for another GPU")
-    if fp8.recipe == "mxfp8" and not gpu.mxfp8:
-        raise RecipeError(f"{path}.precision.fp8.recipe: mxfp8 needs Blackwell, and {gpu.name} is not; use tensorwise")
+        return f"{gpu.name} has no FP8"
+    return f"mxfp8 needs Blackwell, and {gpu.name} is not" if recipe == "mxfp8" and not gpu.mxfp8 else None
 
 
 def make_plan(job: Job, say: Say = lambda text: None) -> Plan:

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import keeps_cache, roles
+from fire_megatron.config.rules.megatron import ENGINE_ONLY
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.data.rollouts import Target
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import build_model, model_dtype
-from fire_megatron.models.experts import ENGINE_ONLY
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.models.kv_cache import length_bucket
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.plan import pieces as scale

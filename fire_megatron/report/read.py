@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.checkpoints import is_converted, read_json_object
+from fire_megatron.config.checkpoints import read_json_object, read_marker
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
 from fire_megatron.metrics.jsonl import by_step, parsed
@@ -184,7 +184,7 @@ def _checkpoints(folder: Path, recipe: Mapping[str, Any]) -> tuple[int, ...]:
     found = (
         int(match[1])
         for path in _folders(parent)
-        if (match := _STEP_FOLDER.fullmatch(path.name)) and is_converted(path)
+        if (match := _STEP_FOLDER.fullmatch(path.name)) and read_marker(path) is not None
     )
     return tuple(sorted(found))
 

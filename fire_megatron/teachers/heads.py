@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import torch
 
 from fire_megatron.checkpoint.loading import load_output_rows
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.schema import TeacherConfig
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import model_dtype
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.platform.device import compute_device, device_kind
 
 

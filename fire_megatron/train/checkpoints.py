@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.checkpoint.folder import read_marker
 from fire_megatron.checkpoint.resuming import TrainingState, load_training_state
 from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
+from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint

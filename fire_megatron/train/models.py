@@ -11,12 +11,12 @@ import torch
 
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError, UserError
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.models.build import build_model, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.parallel.collectives import everywhere, raise_on_any
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.device import Device
@@ -55,7 +55,7 @@ class RoleModels:
             layout,
             layout.tensor > 1 if role.parallel.sequence is None else role.parallel.sequence,
             role.precision,
-            resolve_layer_spec(role.layer_spec, self._device, role=path),
+            resolve_layer_spec(role.layer_spec, self._device),
             role.vocab_multiple,
             json.dumps(role.megatron, sort_keys=True),
         )

@@ -40,7 +40,7 @@ def file_limit(size):
 
 SPOILT = {
     "prompts": lambda: mock.patch.object(inputs, "read_prompts", _raises(DataError("rank-local: prompts"))),
-    "plugin": lambda: mock.patch.object(inputs, "build_hooks", _raises(RecipeError("rank-local: plugin"))),
+    "plugin": lambda: mock.patch.object(inputs, "registered_hooks", lambda: ["mine"]),
     "files": lambda: mock.patch.object(ShardReader, "check_files", _raises(CheckpointError("rank-local: files"))),
     "chunk": lambda: mock.patch.object(ShardReader, "_chunk", _raises(CheckpointError("rank-local: chunk"))),
     "run folder": lambda: mock.patch.object(

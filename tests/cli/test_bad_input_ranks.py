@@ -14,7 +14,7 @@ from fire_megatron.checkpoint.steps import saved_steps
 CASES = (
     ("recipe", 1, "absent.yaml: no such recipe file"),
     ("recipe", 0, "absent.yaml: no such recipe file"),
-    ("plugin", 1, "rank-local: plugin"),
+    ("plugin", 1, "2 problems in the recipe:\n  - loss.hooks.0.name: no hook is named 'filter'"),
     ("prompts", 1, "rank-local: prompts"),
     ("files", 1, "rank-local: files"),
     ("chunk", 1, "rank-local: chunk"),

@@ -16,7 +16,7 @@ from processes import call
 from safetensors.torch import save_file
 
 from fire_megatron.checkpoint.maps import tensor_map
-from fire_megatron.models.hf_config import read_hf_config
+from fire_megatron.config.hf_config import read_hf_config
 
 SHARD_GB = 0.02
 DENSE = {

@@ -152,11 +152,11 @@ def test_a_hugging_face_folder(evaluate, whole, tmp_path, inputs):
         (["--tensor", 0], "--tensor: 0 is not allowed; it must be at least 1"),
         (["--timeout", 0], "--timeout: 0.0 is not allowed; it must be above 0"),
         (["--max-new-tokens", 510], "sums.jsonl:1: 3 tokens, and the model's positions leave 2"),
-        (["--tensor", 2], "does not divide the 1 ranks"),
-        (["--pipeline", 3], "does not divide the 1 ranks"),
-        (["--chat-template", "on"], "--chat-template is 'on' but"),
-        (["--system-prompt", "be right"], "--system-prompt needs a chat template"),
-        (["--benchmark", "none.jsonl"], "none.jsonl: no such benchmark file"),
+        (["--tensor", 2], "--tensor and --pipeline: tensor 2 x pipeline 1 x context 1 = 2 ranks a copy of the model"),
+        (["--tensor", 4], "--tensor: 4 does not divide the model's 2 key/value heads"),
+        (["--chat-template", "on"], "--chat-template: on, but the student's tokenizer has no chat template"),
+        (["--system-prompt", "be right"], "--system-prompt: needs a chat template"),
+        (["--benchmark", "none.jsonl"], "--benchmark none.jsonl: none.jsonl does not exist"),
         (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
     ],
 )
@@ -172,9 +172,9 @@ def test_mistakes_in_the_model_and_in_what_is_there(evaluate, whole, inputs, tmp
         shown = capsys.readouterr().err
         assert message in shown and "Traceback" not in shown, shown
 
-    refused("no such checkpoint folder", "--checkpoint", tmp_path / "none")
-    refused("--hf", "--hf", tmp_path / "none")
-    refused("is a Hugging Face checkpoint; convert it first", "--checkpoint", f"{inputs}/model-hf")
+    refused("none does not exist", "--checkpoint", tmp_path / "none")
+    refused("none does not exist", "--hf", tmp_path / "none")
+    refused("is a Hugging Face folder and must be converted first", "--checkpoint", f"{inputs}/model-hf")
     fixed = ["--max-new-tokens", 12]
     refused("--seed: ", "--checkpoint", f"{inputs}/model", "--out", whole, *fixed, "--seed", 8)
     refused("has other weights or another tokenizer", "--hf", f"{inputs}/model-hf", "--out", whole, *fixed)

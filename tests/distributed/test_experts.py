@@ -16,7 +16,7 @@ from roles import (
 )
 
 from fire_megatron.checkpoint.maps import pack, tensor_map
-from fire_megatron.models.hf_config import read_hf_config
+from fire_megatron.config.hf_config import read_hf_config
 
 
 def micro_batches(layout, size, count=ROWS):

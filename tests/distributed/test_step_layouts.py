@@ -17,11 +17,11 @@ from roles import (
 )
 from steps import ROWS, rows
 
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import StudentConfig, TeacherConfig
 from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.heads import teacher_heads

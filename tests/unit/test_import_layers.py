@@ -239,7 +239,7 @@ def test_a_file_within_the_rules_passes(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
-LIGHT = ("models.hf_config", "data.prompts", "data.order", "prepare.prompt_file", "report.page", "cli.main")
+LIGHT = ("config.checks", "data.prompts", "data.order", "prepare.prompt_file", "report.page", "cli.main")
 """What recipes are checked with, and what commands start with that need no model."""
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, StudentConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.models.build import build_model
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.hf_config import ModelShape, read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout, ModelGrid
 from fire_megatron.platform.launch import World, start, stop
 from gpu_checks.check import Context

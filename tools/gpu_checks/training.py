@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig
 from fire_megatron.data.rollouts import Rollouts
-from fire_megatron.models.hf_config import ModelShape
 from fire_megatron.platform.device import peak_memory_mb, release_cached_memory, reset_peak_memory
 from fire_megatron.train.student import Student
 from gpu_checks import measure

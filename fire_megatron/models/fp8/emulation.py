@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import FP8Config
 from fire_megatron.models.fp8.linear import (
     MX,
@@ -131,16 +130,9 @@ class EmulatedFP8:
             config: the role's; ``first_last_bf16`` layers at each end of the model stay as they are.
             num_layers: of the whole model.
             ep_rank: place among the ranks that share the experts out.
-
-        Raises:
-            RecipeError: no layer is left to emulate.
         """
         kept = config.first_last_bf16
-        if 2 * kept >= num_layers:
-            raise RecipeError(
-                f"precision.fp8.first_last_bf16: {kept} at each end of a model of {num_layers} layers leaves none in "
-                "FP8; lower it"
-            )
+        assert 2 * kept < num_layers
         self.layers: dict[str, Linear] = {}
         """Every layer in FP8 of this rank by its layer's global number from 0 on and its name there."""
         keys: set[str] = set()

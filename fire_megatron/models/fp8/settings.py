@@ -1,5 +1,5 @@
-"""FP8 by Transformer Engine: a role's ``precision.fp8`` as megatron-core's settings, what it asks of a model and of a
-machine, and the context in which a model's layers run.
+"""FP8 by Transformer Engine: a role's ``precision.fp8`` as megatron-core's settings, what it asks of a machine,
+and the context in which a model's layers run.
 
 megatron-core takes the ranks that share largest magnitudes (amax) from its global ``parallel_state``, which is never
 set up here; Transformer Engine would then reduce over the whole world, other roles' ranks included. So megatron-core's
@@ -19,16 +19,7 @@ from megatron.core import fp8_utils
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from fire_megatron.config.errors import RecipeError
-from fire_megatron.config.schema import FP8Config, RoleConfig
-from fire_megatron.models.hf_config import ModelShape
-from fire_megatron.platform.device import Device
-
-SET_BY_PRECISION = (
-    "fp8", "fp8_recipe", "fp8_param", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",
-    "fp8_quantizer_factory", "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
-)  # fmt: skip
-"""Fields of TransformerConfig that ``precision.fp8`` decides."""
+from fire_megatron.config.schema import RoleConfig
 
 _SCOPE = "fire_fp8"
 _SUPPORT = {
@@ -40,25 +31,10 @@ _SUPPORT = {
 """Transformer Engine's own questions about this GPU, CUDA and cuBLAS, by recipe."""
 
 
-def engine_fp8(role: RoleConfig) -> FP8Config | None:
-    """A role's FP8 settings where Transformer Engine computes in FP8; None without FP8 and where it is emulated."""
-    fp8 = role.precision.fp8
-    return None if fp8 is None or fp8.emulate else fp8
-
-
-def check_device(config: FP8Config | None, device: Device) -> None:
-    """Raises RecipeError: a GPU is asked to emulate."""
-    if config is not None and config.emulate and device.is_cuda:
-        raise RecipeError(
-            "precision.fp8.emulate: true is FP8 on a CPU, and this run is on a GPU; remove it, and Transformer Engine "
-            "computes in FP8, or set run.device: cpu"
-        )
-
-
 def fp8_settings(role: RoleConfig) -> dict[str, Any]:
     """TransformerConfig's fields for a role's FP8; the same in megatron-core 0.16 and 0.19."""
-    fp8 = engine_fp8(role)
-    if fp8 is None:
+    fp8 = role.precision.fp8
+    if fp8 is None or fp8.emulate:
         return {}
     return {
         "fp8": fp8.format,
@@ -73,50 +49,6 @@ def fp8_settings(role: RoleConfig) -> dict[str, Any]:
     }
 
 
-def check_fp8(shape: ModelShape, role: RoleConfig, *, tensor: int, spec: str) -> None:
-    """What FP8 asks of the layers, this machine and the model's sizes; nothing where it is off or emulated.
-
-    Args:
-        shape: the architecture.
-        role: the role's recipe section.
-        tensor: tensor-parallel ranks.
-        spec: ``local`` or ``te``, as it is used.
-
-    Raises:
-        RecipeError: something is missing; the key is relative to the role.
-    """
-    fp8 = engine_fp8(role)
-    if fp8 is None:
-        return
-    if spec != "te":
-        raise RecipeError(
-            "precision.fp8: FP8 layers are Transformer Engine's, which is not used here (the layer spec is 'local'); "
-            "remove it, run on a GPU with Transformer Engine installed, or set precision.fp8.emulate=true on a CPU"
-        )
-    reason = unsupported(fp8.recipe)
-    if reason:
-        raise RecipeError(
-            f"precision.fp8.recipe: {fp8.recipe!r} does not work on this machine ({reason}); take another recipe "
-            "(tensorwise works on every GPU with FP8), or remove precision.fp8"
-        )
-    check_fp8_sizes(shape, role, tensor=tensor)
-
-
-def check_fp8_sizes(shape: ModelShape, role: RoleConfig, *, tensor: int) -> None:
-    """What FP8 asks of the model's sizes, on any machine; see :func:`check_fp8`."""
-    fp8 = engine_fp8(role)
-    if fp8 is None:
-        return
-    unit = fp8_utils.get_fp8_align_size(fp8.recipe)
-    for name, size in _inner_sizes(shape, tensor):
-        if size % unit:
-            raise RecipeError(
-                f"precision.fp8: {fp8.recipe!r} multiplies in blocks of {unit}, which does not divide the model's "
-                f"{name} of {size} on each of {tensor} tensor-parallel ranks; lower parallel.tensor, take "
-                f"{'recipe tensorwise' if unit > 16 else 'bf16'}, or another model"
-            )
-
-
 def unsupported(recipe: str) -> str | None:
     """Why this GPU, CUDA or Transformer Engine has no such recipe; None when it has. Imports Transformer Engine."""
     from transformer_engine import pytorch as engine
@@ -129,18 +61,6 @@ def unsupported(recipe: str) -> str | None:
         if not works:
             return reason
     return None
-
-
-def _inner_sizes(shape: ModelShape, tensor: int) -> Iterator[tuple[str, int]]:
-    """Sizes of a rank's matrices in linear layers, by what they are in words."""
-    yield "hidden size", shape.hidden
-    yield "query heads", shape.heads * shape.head_dim // tensor
-    yield "query, key and value heads", (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tensor
-    for experts in sorted({shape.has_experts(layer) for layer in range(shape.num_layers)}):
-        if experts and shape.experts:
-            yield "experts' FFN", shape.experts.ffn // tensor
-        else:
-            yield "FFN", shape.ffn // tensor
 
 
 def token_multiple(config: TransformerConfig) -> int:

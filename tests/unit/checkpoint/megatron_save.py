@@ -8,9 +8,9 @@ import sys
 from megatron.core import dist_checkpointing
 
 from fire_megatron.checkpoint.loading import load_weights
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import launch
 from fire_megatron.platform.device import Device

@@ -15,8 +15,8 @@ from models import FAMILIES, make_hf, save_hf, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from fire_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from fire_megatron.checkpoint.folder import read_marker
 from fire_megatron.checkpoint.torch_dist import ShardReader
+from fire_megatron.config.checkpoints import read_marker
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ from models import FAMILIES, make_hf
 from safetensors.torch import load_file
 
 from fire_megatron.checkpoint.maps import GROUPED, LAYER_RULES, is_ignored, pack, tensor_map, unpack
-from fire_megatron.models import hf_config
+from fire_megatron.config import hf_config
 
 
 def model_and_shape(family, tmp_path):

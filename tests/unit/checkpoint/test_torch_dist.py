@@ -16,13 +16,14 @@ from models import save_megatron
 from processes import call
 
 from fire_megatron.checkpoint.checksums import CHECKSUMS
-from fire_megatron.checkpoint.loading import check_tensors, load_weights
+from fire_megatron.checkpoint.loading import global_shapes, load_weights
 from fire_megatron.checkpoint.shards import model_shards
 from fire_megatron.checkpoint.torch_dist import METADATA, ShardReader, ShardWriter, read_common, write_metadata
+from fire_megatron.checkpoint.whole import require_tensors
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.platform.device import Device
 
 TENSORS = {
@@ -179,14 +180,14 @@ def test_megatron_reads_a_model_that_we_converted(model, grid):
 def test_a_checkpoint_that_does_not_fit_the_model(model, grid, tmp_path):
     model, folder = model
     shards, tensors = model_shards(model, grid=grid), ShardReader(folder / "weights")
-    check_tensors(tensors, shards)
+    require_tensors(tensors, global_shapes(shards))
     weights = {key: tensors.read(key) for key in tensors.tensors}
     norm = weights.pop("decoder.final_layernorm.weight")
-    with pytest.raises(CheckpointError, match="1 tensors of the model are not .* decoder.final_layernorm.weight"):
-        check_tensors(ShardReader(write(tmp_path / "a", weights)), shards)
+    with pytest.raises(CheckpointError, match="1 tensors are missing, such as decoder.final_layernorm.weight"):
+        require_tensors(ShardReader(write(tmp_path / "a", weights)), global_shapes(shards))
     wrong = {**weights, "decoder.final_layernorm.weight": norm[:-1]}
     with pytest.raises(CheckpointError, match=r"decoder.final_layernorm.weight has shape \(63,\) .* needs \(64,\)"):
-        check_tensors(ShardReader(write(tmp_path / "b", wrong)), shards)
+        require_tensors(ShardReader(write(tmp_path / "b", wrong)), global_shapes(shards))
 
 
 class Payload:

@@ -10,6 +10,7 @@ import pytest
 MODEL = {
     "model_type": "llama",
     "num_hidden_layers": 4,
+    "hidden_size": 64,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "intermediate_size": 64,

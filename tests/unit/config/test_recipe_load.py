@@ -130,6 +130,19 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ),
         ("optimizer.micro_batch_tokens", -1, "optimizer.micro_batch_tokens: -1 is not allowed"),
         ("optimizer.betas", [0.9, 1], "optimizer.betas.1: 1 is not allowed; it must be at least 0 and below 1"),
+        (
+            "loss",
+            {"student_temperature": 2.0},
+            "loss.student_temperature: has no effect with estimator sampled; leave it out, or use full or topk",
+        ),
+        (
+            "loss",
+            {"estimator": "full", "skew": 0.2},
+            "loss.skew: has no effect with divergence reverse_kl; leave it out, or use skewed_forward_kl or skewed_rev",
+        ),
+        ("loss", {"estimator": "full", "clip": 0.3}, "loss.clip: has no effect with estimator full; leave it out, or"),
+        ("loss.divergence", "kl", "loss.divergence: 'kl' is not"),
+        ("loss.beta", 1, "loss.beta: 1 is not allowed; it must be above 0 and below 1"),
         ("checkpoint.keep", 0, "checkpoint.keep: 0 is not allowed; it must be at least 1"),
     ],
 )

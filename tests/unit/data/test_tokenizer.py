@@ -77,8 +77,6 @@ def test_sentencepiece_alone(sentencepiece_tokenizer):
     assert tokenizer.encode_piece("</s>") == [2]
     assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id) == (40, (2,), 2)
     assert not tokenizer.has_chat_template and len(tokenizer.fingerprint()) == 64
-    with pytest.raises(DataError, match="chat_template"):
-        tokenizer.apply_chat_template(CHAT)
 
 
 def test_sentencepiece_with_a_padding_piece(make_sentencepiece, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark, read_benchmarks
+from fire_megatron.evaluation.benchmarks import encode_problems, read_benchmark
 
 TWO = '{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": 4}\n'
 
@@ -38,18 +38,6 @@ def test_wrong_rows_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         read_benchmark(path)
-
-
-def test_files_that_are_not_there_or_of_one_name(tmp_path):
-    with pytest.raises(DataError, match="no such benchmark file"):
-        read_benchmark(tmp_path / "none.jsonl")
-    (tmp_path / "other").mkdir()
-    paths = [tmp_path / "sums.jsonl", tmp_path / "other" / "sums.jsonl"]
-    for path in paths:
-        path.write_text(TWO)
-    with pytest.raises(DataError, match=r"'sums' is taken by .*sums\.jsonl"):
-        read_benchmarks([(path, None, 0) for path in paths])
-    assert [b.name for b in read_benchmarks([(paths[0], None, 0), (paths[1], "more", 0)])] == ["sums", "more"]
 
 
 def test_problems_that_are_too_long_are_named(tmp_path):

@@ -183,13 +183,6 @@ def test_a_hook_cannot_bring_back_dropped_rows(random_batch, unregister):
         run(random_batch(40), [HookConfig("filter"), HookConfig("revive")])
 
 
-def test_an_unknown_hook_names_the_nearest():
-    with pytest.raises(
-        RecipeError, match=r"loss\.hooks\.1\.name: no hook named 'filer'.*did you mean 'filter'.*plugins"
-    ):
-        build_hooks([HookConfig("reweight"), HookConfig("filer")])
-
-
 @pytest.mark.parametrize(("options", "message"), [({"min_token": 3}, "min_token"), ({"min_tokens": 0}, "at least 1")])
 def test_options_that_a_users_hook_does_not_take(unregister, options, message):
     @register_hook("drop_short")

@@ -12,20 +12,19 @@ from steps import save_state
 from te_world import BLACKWELL, HOPPER, enter, forget_gpu, grid_of, pretend_gpu
 
 from fire_megatron.checkpoint.amax import _linear_layers, _tensors, read_amax
-from fire_megatron.checkpoint.folder import WEIGHTS
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.optimizer_state import MASTER, initialise, own_slice
 from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.checkpoint.shards import Shard, model_shards
 from fire_megatron.checkpoint.torch_dist import ShardReader
-from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.checkpoints import WEIGHTS
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import FP8Config, OptimizerConfig, PrecisionConfig, RoleConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
 from fire_megatron.models.fp8.settings import token_multiple, unsupported
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.parallel.grid import Layout
@@ -282,23 +281,13 @@ def histories(folder: Path) -> dict:
     return report
 
 
-def refusals(folder: Path) -> dict:
-    """What building says on older GPUs, and of sizes that FP8 does not take."""
-    shape, grid, said = read_hf_config(folder), grid_of(0, 1), {}
+def refusals() -> dict[str, str | None]:
+    """What GPUs say of recipes."""
+    said = {}
     for capability, recipe in (((8, 0), "tensorwise"), (HOPPER, "mxfp8"), (HOPPER, "blockwise"), (BLACKWELL, "mxfp8")):
         pretend_gpu(capability)
         forget_gpu()
-        try:
-            build.transformer_config(shape, role_in(folder, recipe=recipe), grid.layout, device=GPU)
-            said[f"{capability[0]} {recipe}"] = ""
-        except RecipeError as error:
-            said[f"{capability[0]} {recipe}"] = str(error)
-    try:
-        layout = Layout(tensor=2, num_ranks=2)
-        odd = read_hf_config(folder.parent / "odd")
-        build.transformer_config(odd, role_in(folder, recipe="mxfp8"), layout, device=GPU)
-    except RecipeError as error:
-        said["odd"] = str(error)
+        said[f"{capability[0]} {recipe}"] = build.this_machine(GPU).no_fp8(recipe)
     return said
 
 
@@ -317,7 +306,7 @@ def main() -> None:
     quantize_on_cpu()
     report["weights"] = fp8_weights(root / families[0])
     report["weight shards"] = {family: fp8_shards(root / family) for family in families}
-    report["refusals"] = refusals(root / families[0])
+    report["refusals"] = refusals()
     print(json.dumps(report))
 
 

@@ -15,10 +15,10 @@ from te_world import grid_of, pretend_gpu
 
 from fire_megatron.checkpoint.maps import tensor_map
 from fire_megatron.checkpoint.shards import Shard, model_shards
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import RoleConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import build
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import packed_seq_params

@@ -10,16 +10,11 @@ import torch
 from megatron.core import fp8_utils
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.transformer_config import TransformerConfig
-from models import SIZES
 
-from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.rules import precision
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, RoleConfig
 from fire_megatron.models import pipeline
-from fire_megatron.models.build import check_megatron_overrides, transformer_config
 from fire_megatron.models.fp8 import settings as fp8
-from fire_megatron.models.hf_config import read_hf_config
-from fire_megatron.parallel.grid import Layout
-from fire_megatron.platform.device import Device
 
 
 def config_of(role=None, **settings):
@@ -84,26 +79,11 @@ def test_replicas_train_in_lockstep_with_delayed_scaling(recipe, forward_only, p
     assert all(pack.token_ids.shape == (1, 16) and len(pack.select) == 0 for pack in batches[2:])
 
 
-@pytest.mark.parametrize("key", fp8.SET_BY_PRECISION)
-def test_megatron_fields_that_precision_decides_are_refused(key):
-    with pytest.raises(RecipeError, match=rf"student\.megatron\.{key}.*student\.precision\.fp8"):
-        check_megatron_overrides("student", {key: 1})
-
-
-def test_local_layers_are_refused(write_config):
-    shape = read_hf_config(write_config(**SIZES))
-    with pytest.raises(RecipeError, match=r"precision\.fp8.*Transformer Engine.*emulate"):
-        transformer_config(shape, role_of(), Layout(), device=Device("cpu"))
-
-
-def test_recompute_of_experts_with_fp8_is_refused(write_config):
-    role = RoleConfig(
-        checkpoint="none",
-        precision=PrecisionConfig(dtype="bfloat16", fp8=FP8Config()),
-        megatron={"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    )
-    with pytest.raises(RecipeError, match=r"recompute_modules.*'moe' with precision\.fp8"):
-        transformer_config(read_hf_config(write_config(**SIZES)), role, Layout(), device=Device("cpu"))
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_blocks_are_megatron_cores(recipe):
+    """The rule on a model's sizes knows them without megatron-core."""
+    assert precision.BLOCK[recipe] == fp8_utils.get_fp8_align_size(recipe)
+    assert precision.BLOCK[recipe] == fp8.token_multiple(config_of(role_of(recipe=recipe)))
 
 
 def test_fp8_copies_of_weights_are_given_up_after_a_pass():

@@ -7,14 +7,13 @@ import torch
 from models import VOCABULARY, save_megatron
 
 from fire_megatron.checkpoint.loading import load_weights
-from fire_megatron.config.errors import RecipeError
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import FP8Config, PrecisionConfig, StudentConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models.build import build_model
 from fire_megatron.models.fp8.emulation import EmulatedFP8, Scales
 from fire_megatron.models.fp8.linear import EmulatedLinear
 from fire_megatron.models.fp8.quantize import E4M3, E5M2, quantize, quantize_blocks
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import packed_seq_params
 from fire_megatron.platform.device import Device
@@ -224,11 +223,3 @@ def test_sampling_is_not_rounded(checkpoint, grid, dtype):
         if fp8 is not None:
             assert all("_forward_impl" in vars(layer) for layer in model.emulated_fp8.layers.values())
     assert torch.equal(*logits)
-
-
-def test_refusals(checkpoint, grid):
-    with pytest.raises(RecipeError, match=r"first_last_bf16: 2 at each end of a model of 3 layers"):
-        make(checkpoint, grid, TENSORWISE.replace(first_last_bf16=2))
-    role = StudentConfig(checkpoint=str(checkpoint), precision=PrecisionConfig(fp8=TENSORWISE))
-    with pytest.raises(RecipeError, match=r"precision\.fp8\.emulate: true is FP8 on a CPU.*run\.device: cpu"):
-        build_model(read_hf_config(checkpoint), role, grid, device=Device("cuda"))

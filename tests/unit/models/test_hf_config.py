@@ -10,7 +10,7 @@ import torch
 from models import FAMILIES
 
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.models.hf_config import ExpertShape, ModelShape, read_config_json, read_hf_config
+from fire_megatron.config.hf_config import ExpertShape, ModelShape, read_hf_config
 
 SHAPE = ModelShape(
     family="llama",
@@ -181,8 +181,8 @@ def test_refused(changes, says, write_config):
     [(b"", "cannot be read as JSON"), (b"{", "cannot be read as JSON"), (b"\xff", "JSON"), (b"[]", "a JSON object")],
 )
 def test_not_a_config(content, says, tmp_path):
-    with pytest.raises(CheckpointError, match="has no config.json"):
-        read_config_json(tmp_path)
+    with pytest.raises(CheckpointError, match="config.json is missing; give the folder of a model"):
+        read_hf_config(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=says) as error:
         read_hf_config(tmp_path)
@@ -190,7 +190,7 @@ def test_not_a_config(content, says, tmp_path):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="absent: no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="absent does not exist; correct the path"):
         read_hf_config(tmp_path / "absent")
 
 

@@ -7,9 +7,9 @@ import torch
 from models import save_megatron
 
 from fire_megatron.checkpoint.loading import load_weights
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.models.build import build_model
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed_linear import packed_linears
 from fire_megatron.platform.device import Device

@@ -33,7 +33,6 @@ def report(tmp_path_factory):
     for family in FAMILIES:
         sizes = {"moe_intermediate_size": 64} if family == "qwen3-moe" else {}
         save_megatron(family, folder / family, head_dim=32, intermediate_size=128, **sizes)
-    save_megatron("qwen3", folder / "odd")
     return json.loads(call(Path(__file__).with_name("te_fp8.py"), folder, *FAMILIES, timeout=600).splitlines()[-1])
 
 
@@ -105,17 +104,7 @@ def test_scales_of_delayed_scaling_resume_in_any_layout(report):
     assert found["longer"], "a history of another length begins anew"
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("8 tensorwise", ("precision.fp8.recipe", "'tensorwise'", "8.9 or higher")),
-        ("9 mxfp8", ("precision.fp8.recipe", "'mxfp8'", "10.0 or higher", "take another recipe")),
-        ("odd", ("precision.fp8", "blocks of 32", "query heads of 48", "2 tensor-parallel ranks", "parallel.tensor")),
-    ],
-)
-def test_what_this_gpu_or_this_model_cannot_do_is_refused(report, case, words):
-    assert all(word in report["refusals"][case] for word in words), report["refusals"][case]
-
-
-def test_what_this_gpu_can_do_is_not_refused(report):
-    assert report["refusals"]["10 mxfp8"] == report["refusals"]["9 blockwise"] == ""
+def test_what_a_gpu_cannot_do(report):
+    said = report["refusals"]
+    assert "8.9 or higher" in said["8 tensorwise"] and "10.0 or higher" in said["9 mxfp8"]
+    assert said["10 mxfp8"] is said["9 blockwise"] is None

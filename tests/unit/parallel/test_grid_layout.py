@@ -8,7 +8,6 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fire_megatron.config.errors import LayoutError
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import cpu_seam
 
@@ -28,26 +27,6 @@ from fire_megatron.platform import cpu_seam
 def test_data_parallelism_fills_the_span(sizes, data):
     layout = Layout(**sizes)
     assert layout.data == data and layout.model_ranks * data == layout.num_ranks
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"tensor": 2},
-        {"tensor": 3, "num_ranks": 8},
-        {"tensor": 2, "pipeline": 3, "num_ranks": 8},
-        {"tensor": 2, "pipeline": 2, "context": 2, "num_ranks": 12},
-    ],
-)
-def test_a_layout_that_does_not_divide_the_ranks(sizes):
-    with pytest.raises(LayoutError) as error:
-        Layout(**sizes)
-    named = {"tensor": 1, "pipeline": 1, "context": 1, "num_ranks": 1, **sizes}
-    ranks = named["tensor"] * named["pipeline"] * named["context"]
-    says = (
-        "tensor={tensor} x pipeline={pipeline} x context={context} = {0} ranks a replica does not divide the {1} ranks"
-    )
-    assert says.format(ranks, named["num_ranks"], **named) in str(error.value)
 
 
 class World:
@@ -147,8 +126,3 @@ def test_groups_take_the_timeout_of_the_run(monkeypatch):
     with World(0, 2):
         GridFactory(timeout=80).grid(Layout(tensor=2, num_ranks=2))
     assert taken == {datetime.timedelta(seconds=100)}, "somewhat longer, so that the watch speaks first"
-
-
-def test_experts_that_do_not_divide_a_stage():
-    with World(0, 8), pytest.raises(LayoutError, match="expert=3 x tensor=2 does not divide the 8 ranks of a pipeline"):
-        GridFactory(timeout=60).grid(Layout(tensor=2, expert=3, num_ranks=8))

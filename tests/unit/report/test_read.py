@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fire_megatron.checkpoint.folder import MARKER, WEIGHTS
+from fire_megatron.config.checkpoints import MARKER, WEIGHTS
 from fire_megatron.config.errors import UserError
 from fire_megatron.report.read import read_run
 from fire_megatron.train.status import RunStatus, write_status

@@ -11,11 +11,11 @@ from recorded_graph import pretend_graphs
 
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import TrainingError
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.schema import StudentConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.models import kv_cache, packed_linear
 from fire_megatron.models.build import build_model
-from fire_megatron.models.hf_config import read_hf_config
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.graphs import Graphs
 from fire_megatron.rollout import engine as engines

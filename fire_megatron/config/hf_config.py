@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.config.checkpoints import looked_in
 from fire_megatron.config.errors import CheckpointError
-
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,13 @@ class ModelShape:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, from 0, is one of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def mlp_widths(self) -> dict[str, int]:
+        """Width of the gate in every kind of MLP that layers have, by its name in messages."""
+        dense = self.experts is None or bool(self.experts.dense_layers)
+        widths = {"the MLP": self.ffn} if dense else {}
+        return widths | ({"an expert's MLP": self.experts.ffn} if self.experts else {})
 
 
 @dataclass(frozen=True)
@@ -229,18 +235,11 @@ def _read_rope(config: _Reader) -> tuple[float, dict[str, Any] | None]:
     return theta, {"rope_type": kind, **scaling}
 
 
-def read_config_json(directory: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint folder's ``config.json``.
-
-    Raises:
-        CheckpointError: the folder or file is missing, or the file is not a JSON object.
-    """
-    folder = Path(directory)
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent} does not exist{looked_in(path)}; correct the path")
     if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {CONFIG_FILE}, so it is not a checkpoint folder")
+        raise CheckpointError(f"{path} is missing; give the folder of a model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -260,8 +259,8 @@ def read_hf_config(directory: str | Path) -> ModelShape:
         CheckpointError: the file is missing or incomplete, the family is not supported, or a setting asks for
             something that is not implemented; the message names the key.
     """
-    values = read_config_json(directory)
-    path = Path(directory) / CONFIG_FILE
+    path = Path(directory) / "config.json"
+    values = _read_json(path)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type is {kind!r}; supported: {', '.join(sorted(FAMILIES))}")

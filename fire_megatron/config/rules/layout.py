@@ -1,0 +1,133 @@
+"""Rules on how models are laid out over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fire_megatron.config.errors import Problem
+from fire_megatron.config.rules.facts import Facts, Role
+from fire_megatron.config.spans import parse_span, span_problems
+
+
+def tensor(role: Role) -> Iterator[Problem]:
+    size, shape = role.config.parallel.tensor, role.shape
+    if role.config.parallel.sequence and size == 1:
+        key = role.at("parallel.sequence")
+        yield Problem(key, f"true needs {role.at('parallel.tensor')} above 1; leave it out (null)")
+    if shape is None:
+        return
+    counts = {"heads": shape.heads, "key/value heads": shape.kv_heads}
+    counts |= {f"rows of {name}": width for name, width in shape.mlp_widths.items()}
+    wrong = [f"{count} {noun}" for noun, count in counts.items() if count % size]
+    if wrong:
+        yield Problem(
+            role.at("parallel.tensor"),
+            f"{size} does not divide the model's {' nor its '.join(wrong)}; choose a number that divides "
+            f"{' and '.join(map(str, counts.values()))}",
+        )
+
+
+def pipeline(role: Role) -> Iterator[Problem]:
+    stages = role.config.parallel.pipeline
+    if role.shape and stages > role.shape.num_layers:
+        yield Problem(
+            role.at("parallel.pipeline"), f"{stages} stages for a model of {role.shape.num_layers} layers; lower it"
+        )
+
+
+def copies(role: Role) -> Iterator[Problem]:
+    """Ranks hold whole copies of a model."""
+    layout = role.config.parallel
+    if role.ranks is None or role.ranks % role.copy_ranks == 0:
+        return
+    own = role.config.ranks
+    whole, verb = ("the run's", "start") if own is None else (f"the {own} of {role.at('ranks')}:", "give")
+    yield Problem(
+        role.at("parallel"),
+        f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} = {role.copy_ranks} ranks a "
+        f"copy of the model, which does not divide {whole} {role.ranks}; {verb} a multiple of {role.copy_ranks} ranks "
+        "or lower one of them",
+    )
+
+
+def experts(role: Role) -> Iterator[Problem]:
+    layout, key = role.config.parallel, role.at("parallel.expert")
+    if role.shape and role.shape.experts is None and layout.expert > 1:
+        yield Problem(key, f"{layout.expert}, but the model has no experts; leave it 1")
+    if role.shape and role.shape.experts:
+        if role.shape.experts.count % layout.expert:
+            count = role.shape.experts.count
+            yield Problem(
+                key, f"{layout.expert} does not divide the model's {count} experts; choose a number that does"
+            )
+        if role.trains and layout.tensor > 1 and layout.sequence is False:
+            yield Problem(
+                role.at("parallel.sequence"),
+                f"false, but experts train with parallel.tensor {layout.tensor} only with sequence parallelism; leave "
+                "it out (null)",
+            )
+    if role.ranks is None or role.ranks % role.copy_ranks:
+        return  # nothing to say, or said by copies()
+    stage = role.ranks // (layout.tensor * layout.pipeline)
+    if stage % layout.expert:
+        yield Problem(
+            key,
+            f"{layout.expert} does not divide the {stage} ranks that share the experts of a pipeline stage "
+            f"(context x data, of the role's {role.ranks} ranks); lower it or give it more ranks",
+        )
+
+
+_COMMUNICATIONS = ("p2p", "all_gather", "a2a")
+"""How Transformer Engine may share keys and values; its fourth way reads groups from the global parallel_state."""
+
+
+def context(role: Role) -> Iterator[Problem]:
+    """How context ranks share keys and values is Transformer Engine's to choose."""
+    chosen, layout, text = role.config.megatron.get("cp_comm_type"), role.config.parallel, None
+    ranks = layout.tensor * layout.context
+    if chosen is None:
+        return
+    if chosen not in _COMMUNICATIONS:
+        text = f"is not one of {', '.join(_COMMUNICATIONS)}; take one"
+    elif layout.context == 1:
+        text = f"has no effect, since {role.at('parallel.context')} is 1; leave it out"
+    elif role.config.layer_spec == "local":
+        text = f"is read by Transformer Engine's layers and {role.at('layer_spec')} is local; leave it out"
+    elif role.shape and chosen == "a2a" and role.shape.kv_heads % ranks:
+        text = (
+            f"shares out the model's {role.shape.kv_heads} key/value heads over tensor {layout.tensor} x context "
+            f"{layout.context} = {ranks} ranks, which does not divide them; use 'p2p' or 'all_gather'"
+        )
+    elif role.shape and chosen == "p2p" and role.shape.sliding_window is not None:
+        text = (
+            f"knows no sliding window, and the model's is {role.shape.sliding_window} tokens; leave it out, or use "
+            "'all_gather' or 'a2a'"
+        )
+    if text:
+        yield Problem(role.at("megatron.cp_comm_type"), f"{chosen!r} {text}")
+
+
+def spans(facts: Facts) -> Iterator[Problem]:
+    """Every role on ranks of the run, every rank with a role."""
+    if facts.world_size is not None:
+        yield from span_problems({key: role.config.ranks for key, role in facts.roles.items()}, facts.world_size)
+
+
+def sharing(facts: Facts) -> Iterator[Problem]:
+    """Settings that act only where roles share ranks, or only where they do not."""
+    named = {key: role.config.ranks for key, role in facts.roles.items()}
+    ends = [span.first + span.count for span in (parse_span(ranks, 1) for ranks in named.values())]
+    held = {key: parse_span(ranks, facts.world_size or max(1, *ends)) for key, ranks in named.items()}
+    for key, role in facts.roles.items():
+        if role.config.offload and not any(held[key].meets(span) for other, span in held.items() if other != key):
+            yield Problem(
+                role.at("offload"),
+                "true, but no other role is on its ranks, so nobody would use the memory; leave it out",
+            )
+    size = facts.recipe.rollout.group_size
+    if size and all(span.meets(held["student"]) for span in held.values()):
+        yield Problem(
+            "rollout.group_size",
+            f"{size}, but every teacher shares the student's ranks and scores when all answers are there; leave it "
+            "out, or give a teacher ranks of its own",
+        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
-from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems
+from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
 from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem
 from fire_megatron.config.section import build
 
@@ -70,7 +70,7 @@ def _option(key: str) -> str:
     return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
 
 
-def _refuse(problems: Iterable[Problem]) -> None:
+def _refuse(problems: Iterable[RecipeProblem]) -> None:
     """Raises RecipeError: all of them, by option, if there are any."""
     text = "\n".join(dict.fromkeys(f"{problem.key}: {problem.text}" for problem in problems))
     if text:
@@ -86,9 +86,9 @@ def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema
         evaluation = build(schema.EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
         parallel = build(schema.ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
     except RecipeProblems as error:
-        _refuse(Problem(_option(problem.key), problem.text) for problem in error.problems)
+        _refuse(RecipeProblem(_option(problem.key), problem.text) for problem in error.problems)
         raise
-    _refuse(Problem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
+    _refuse(RecipeProblem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
     _refuse(benchmark_names((f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark))
     return evaluation, parallel
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.errors import CheckpointError, Problem, RecipeProblems
+from fire_megatron.config.errors import CheckpointError, RecipeProblem, RecipeProblems
 from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.config.roles import roles
 from fire_megatron.config.rules import data, layout, megatron, model, precision, training
 from fire_megatron.config.rules.facts import Facts, Role
 from fire_megatron.config.schema import Recipe
 
-ROLE_RULES: tuple[Callable[[Role], Iterator[Problem]], ...] = (
+ROLE_RULES: tuple[Callable[[Role], Iterator[RecipeProblem]], ...] = (
     layout.tensor,
     layout.pipeline,
     layout.context,
@@ -30,7 +30,7 @@ ROLE_RULES: tuple[Callable[[Role], Iterator[Problem]], ...] = (
     megatron.overrides,
 )
 """On one model."""
-RECIPE_RULES: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
+RECIPE_RULES: tuple[Callable[[Facts], Iterator[RecipeProblem]], ...] = (
     data.labels,
     data.files,
     data.benchmarks,
@@ -64,7 +64,7 @@ def ask(facts: Facts) -> None:
         raise RecipeProblems(problems)
 
 
-def role_problems(role: Role) -> Iterator[Problem]:
+def role_problems(role: Role) -> Iterator[RecipeProblem]:
     """What the rules on one model find."""
     for rule in ROLE_RULES:
         yield from rule(role)

@@ -40,7 +40,7 @@ class LayoutError(UserError):
 
 
 @dataclass(frozen=True)
-class Problem:
+class RecipeProblem:
     """One thing wrong with a recipe."""
 
     key: str
@@ -50,7 +50,7 @@ class Problem:
     near: str | None = None
     """The key that was probably meant, as far from the root as ``key``."""
 
-    def under(self, prefix: str) -> Problem:
+    def under(self, prefix: str) -> RecipeProblem:
         """The same problem, seen from the section that holds this one at ``prefix``."""
         near = None if self.near is None else join_key(prefix, self.near)
         return replace(self, key=join_key(prefix, self.key), near=near)
@@ -63,7 +63,7 @@ class Problem:
 class RecipeProblems(RecipeError):
     """Everything found wrong with a recipe in one pass, so that it takes one edit to fix."""
 
-    def __init__(self, problems: Iterable[Problem], source: str = "") -> None:
+    def __init__(self, problems: Iterable[RecipeProblem], source: str = "") -> None:
         """Args: problems: at least one; source: the recipe file, named at the start of the message."""
         self.problems = tuple(problems)
         assert self.problems, "an error without a problem"

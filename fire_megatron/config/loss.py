@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from fire_megatron.config.errors import Problem
+from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import Count, NonNegative, Positive, Share, Size, Text
 from fire_megatron.config.section import List, Plain, Section, build, plain
 
@@ -74,9 +74,9 @@ class ImportanceConfig(Section):
     high: Positive = 2.0
     """Largest weight."""
 
-    def _problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[RecipeProblem]:
         if self.low >= self.high:
-            yield Problem("low", f"{self.low} is not below high, which is {self.high}; lower it or raise high")
+            yield RecipeProblem("low", f"{self.low} is not below high, which is {self.high}; lower it or raise high")
 
 
 class LossConfig(Section):
@@ -112,7 +112,7 @@ class LossConfig(Section):
     hooks: List[HookConfig] = (HookConfig("filter"), HookConfig("reweight"))
     """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
 
-    def _problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[RecipeProblem]:
         dense = ("full", "topk")
         read_by: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "divergence": (dense, ()),
@@ -129,12 +129,12 @@ class LossConfig(Section):
             if getattr(self, key) == type(self).model_fields[key].default:
                 continue
             if self.estimator not in estimators:
-                yield Problem(
+                yield RecipeProblem(
                     key,
                     f"has no effect with estimator {self.estimator}; leave it out, or use {' or '.join(estimators)}",
                 )
             elif divergences and self.divergence not in divergences:
-                yield Problem(
+                yield RecipeProblem(
                     key,
                     f"has no effect with divergence {self.divergence}; leave it out, or use {' or '.join(divergences)}",
                 )

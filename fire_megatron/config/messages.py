@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fire_megatron.config.errors import Problem, RecipeProblems, join_key
+from fire_megatron.config.errors import RecipeProblem, RecipeProblems, join_key
 
 _NOUNS = {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}
 _LIMITS = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most", "meaning": "", "documentation": ""}
@@ -106,24 +106,24 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return lowered[close[0]] if close else None
 
 
-def unknown_key(prefix: str, key: Any, section: type[BaseModel], root: type[BaseModel]) -> Problem:
+def unknown_key(prefix: str, key: Any, section: type[BaseModel], root: type[BaseModel]) -> RecipeProblem:
     """The problem of a key that a section does not have, with the key that was probably meant, here or elsewhere."""
     known, path = list(section.model_fields), join_key(prefix, str(key))
     close = nearest(key, known)
     if close is not None:
-        return Problem(path, "unknown key", join_key(prefix, close))
+        return RecipeProblem(path, "unknown key", join_key(prefix, close))
     elsewhere = [other for other in all_keys(root) if other.rsplit(".", 1)[-1] == key]
     if elsewhere:
-        return Problem(path, f"unknown key; did you mean {' or '.join(elsewhere[:3])}?")
-    return Problem(path, f"unknown key; the keys here are {', '.join(known)}")
+        return RecipeProblem(path, f"unknown key; did you mean {' or '.join(elsewhere[:3])}?")
+    return RecipeProblem(path, f"unknown key; the keys here are {', '.join(known)}")
 
 
-def unquoted_key(prefix: str, key: Any) -> Problem:
+def unquoted_key(prefix: str, key: Any) -> RecipeProblem:
     """The problem of a key of a mapping that YAML takes for something other than a string."""
-    return Problem(prefix, f"the key {key!r} is {kind_of(key)}; put it in quotes")
+    return RecipeProblem(prefix, f"the key {key!r} is {kind_of(key)}; put it in quotes")
 
 
-def problems(error: ValidationError, root: type[BaseModel]) -> Iterator[Problem]:
+def problems(error: ValidationError, root: type[BaseModel]) -> Iterator[RecipeProblem]:
     """What pydantic found wrong with the values of a section, in our words.
 
     Args:
@@ -143,7 +143,7 @@ def _join(location: Iterable[str | int]) -> str:
     return ".".join(map(str, location))
 
 
-def _problem(kind: str, location: tuple[str | int, ...], value: Any, root: type[BaseModel]) -> Problem:
+def _problem(kind: str, location: tuple[str | int, ...], value: Any, root: type[BaseModel]) -> RecipeProblem:
     """One error: its type as pydantic names it, where, and the value that it is about."""
     hint, is_key, unknown = parse_hint(root), location[-1:] == ("[key]",), kind in ("extra_forbidden", "invalid_key")
     path = location[: -2 if is_key else -1 if unknown else None]
@@ -167,7 +167,7 @@ def _problem(kind: str, location: tuple[str | int, ...], value: Any, root: type[
     else:
         given = "null" if value is None else f"{value!r} is {kind_of(value)}"
         text = f"{given}; it must be {describe(hint)}{_fix(hint, value)}"
-    return Problem(key, text)
+    return RecipeProblem(key, text)
 
 
 def _fix(hint: Hint, value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any, Literal
 
-from fire_megatron.config.errors import Problem, RecipeError, RecipeProblems, join_key
+from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems, join_key
 from fire_megatron.config.messages import Hint, describe, parse_hint, unknown_key
 from fire_megatron.config.section import plain
 from fire_megatron.config.yaml_text import parse_yaml
@@ -28,7 +28,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], root: type
         RecipeProblems: a key that the schema does not have, with the nearest one.
         RecipeError: an override that is not ``key=value`` or whose value is not YAML.
     """
-    problems: list[Problem] = []
+    problems: list[RecipeProblem] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or not all(key.split(".")):
@@ -80,7 +80,7 @@ class _Override:
             return parent.item(part)
         if parent.type is Any:
             return Any
-        problem = Problem(join_key(prefix, part), f"{prefix} is {describe(parent.type)} and holds no keys")
+        problem = RecipeProblem(join_key(prefix, part), f"{prefix} is {describe(parent.type)} and holds no keys")
         raise RecipeProblems([problem])
 
     def _index(self, here: list[Any], part: str, prefix: str) -> int:
@@ -90,7 +90,7 @@ class _Override:
             return names.index(part)
         if not part.isdecimal() or int(part) > count:
             known = f"0 to {count - 1} to change an entry, {count} to add one" if count else "0 to add the first"
-            raise RecipeProblems([Problem(join_key(prefix, part), f"not an entry of the list; use {known}")])
+            raise RecipeProblems([RecipeProblem(join_key(prefix, part), f"not an entry of the list; use {known}")])
         return int(part)
 
     def _enter(self, here: Any, key: Any, hint: Any, path: str) -> Any:
@@ -103,7 +103,7 @@ class _Override:
         expected: type = list if parsed.origin is tuple else dict
         if parsed.type is Any and isinstance(inner, (dict, list)) or isinstance(inner, expected):
             return inner
-        raise RecipeProblems([Problem(path, f"{inner!r} holds no keys; override {path} itself")])
+        raise RecipeProblems([RecipeProblem(path, f"{inner!r} holds no keys; override {path} itself")])
 
     def _value(self, hint: Any, key: str) -> Any:
         """The text as YAML, or as it stands where text is expected."""
@@ -114,7 +114,7 @@ class _Override:
         except RecipeError as error:
             if is_text:
                 return self.text
-            raise RecipeProblems([Problem(key, f"{self.text!r} is not YAML ({error})")]) from error
+            raise RecipeProblems([RecipeProblem(key, f"{self.text!r} is not YAML ({error})")]) from error
         if is_text and not isinstance(value, str) and not (value is None and parsed.optional):
             return self.text
         return value

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, Lt
 from pydantic import field_validator
 
-from fire_megatron.config.errors import Problem
+from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import Count, Fraction, Mass, Match, NonNegative, Positive, Seed, Size, Text
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.section import FilledDict, FilledList, List, Options, Pair, Section
@@ -93,15 +93,17 @@ class FP8Config(Section):
     """Round to FP8 on a CPU, to study and test its effect without a GPU: products are of rounded values and as slow as
     without. Refused on a GPU."""
 
-    def _problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[RecipeProblem]:
         if self.recipe == "delayed" and self.first_last_bf16:
-            yield Problem(
+            yield RecipeProblem(
                 "first_last_bf16",
                 f"{self.first_last_bf16}, but with recipe delayed all layers share one FP8 context; leave it 0, or "
                 "take recipe tensorwise",
             )
         if self.emulate and self.param_gather:
-            yield Problem("param_gather", "true, but emulation keeps weights in precision.dtype; leave out one of them")
+            yield RecipeProblem(
+                "param_gather", "true, but emulation keeps weights in precision.dtype; leave out one of them"
+            )
 
 
 class PrecisionConfig(Section):
@@ -279,11 +281,11 @@ class OptimizerConfig(Section):
     guard: GuardConfig = GuardConfig()
     """Updates that are skipped."""
 
-    def _problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[RecipeProblem]:
         if self.min_lr > self.lr:
-            yield Problem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
+            yield RecipeProblem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
         if self.micro_batch_tokens and self.micro_batch_size != 1:
-            yield Problem(
+            yield RecipeProblem(
                 "micro_batch_size",
                 f"{self.micro_batch_size} has no effect, since micro_batch_tokens is {self.micro_batch_tokens}; leave "
                 "out one of them",
@@ -327,9 +329,9 @@ class BenchmarkConfig(Section):
     """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, an
     answer that ends makes room for the next."""
 
-    def _problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[RecipeProblem]:
         if self.temperature == 0 and self.samples > 1:
-            yield Problem(
+            yield RecipeProblem(
                 "samples",
                 f"{self.samples}, but at temperature 0 they are all the same; leave it out, or raise temperature",
             )

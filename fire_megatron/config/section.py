@@ -13,7 +13,7 @@ from annotated_types import Len, MinLen
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
 from typing_extensions import Doc
 
-from fire_megatron.config.errors import Problem, RecipeProblems, join_key
+from fire_megatron.config.errors import RecipeProblem, RecipeProblems, join_key
 from fire_megatron.config.messages import kind_of, problems, unquoted_key
 
 K, T, S = TypeVar("K"), TypeVar("T"), TypeVar("S", bound="Section")
@@ -34,7 +34,7 @@ def plain(value: Any, key: str = "") -> Any:
         return [plain(item, join_key(key, str(i))) for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise RecipeProblems([Problem(key, f"{value!r} is {kind_of(value)}; give a value that YAML can write")])
+    raise RecipeProblems([RecipeProblem(key, f"{value!r} is {kind_of(value)}; give a value that YAML can write")])
 
 
 def build(section: type[S], values: Any) -> S:
@@ -87,7 +87,7 @@ class Section(BaseModel):
         if found:
             raise RecipeProblems(found)
 
-    def _problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[RecipeProblem]:
         """What a section checks beyond the range of each field."""
         yield from ()
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fire_megatron.config.errors import Problem
+from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import Match
 
 RANKS = Match(r"\d+(-\d+)?", "first-last, such as 8-15, or one rank in quotes")
@@ -41,7 +41,7 @@ def parse_span(text: str | None, world_size: int) -> Span:
     return Span(int(first), int(last or first) - int(first) + 1)
 
 
-def span_problems(ranks: Mapping[str, str | None], world_size: int) -> Iterator[Problem]:
+def span_problems(ranks: Mapping[str, str | None], world_size: int) -> Iterator[RecipeProblem]:
     """What is wrong with the spans of the roles.
 
     Args:
@@ -65,13 +65,13 @@ def span_problems(ranks: Mapping[str, str | None], world_size: int) -> Iterator[
             )
         if text:
             sound = False
-            yield Problem(f"{key}.ranks", text)
+            yield RecipeProblem(f"{key}.ranks", text)
     if not sound:
         return
     idle = sorted(set(range(world_size)) - {rank for span in spans.values() for rank in span.ranks})
     if idle:
         shown = ", ".join(map(str, idle[:8])) + (" ..." if len(idle) > 8 else "")
-        yield Problem(
+        yield RecipeProblem(
             "student.ranks",
             f"{len(idle)} of the run's {world_size} ranks hold no role ({shown}); give them to the student or a "
             "teacher, or start fewer",

@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fire_megatron.config.checkpoints import looked_in
-from fire_megatron.config.errors import Problem
+from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts, Vocabulary
 from fire_megatron.config.schema import BENCHMARK_NAME, DataConfig
 
 
-def labels(facts: Facts) -> Iterator[Problem]:
+def labels(facts: Facts) -> Iterator[RecipeProblem]:
     """A label belongs to one teacher, and every label that the recipe gives has one."""
     owners: dict[str, str] = {}
     for name, teacher in facts.recipe.teachers.items():
         for label in teacher.labels or (name,):
             if label in owners:
                 both = "twice by it" if owners[label] == name else f"by teachers.{owners[label]} as well"
-                yield Problem(
+                yield RecipeProblem(
                     f"teachers.{name}.labels", f"{label!r} is claimed {both}; a label belongs to one teacher, once"
                 )
             owners.setdefault(label, name)
@@ -28,12 +28,12 @@ def labels(facts: Facts) -> Iterator[Problem]:
         if source.label is not None and source.label not in owners:
             close = nearest(source.label, owners)
             advice = f"did you mean {close}?" if close else f"the labels with a teacher are {', '.join(sorted(owners))}"
-            yield Problem(f"{key}.label", f"no teacher takes {source.label!r}; {advice}")
+            yield RecipeProblem(f"{key}.label", f"no teacher takes {source.label!r}; {advice}")
 
 
-def mixtures(facts: Facts) -> Iterator[Problem]:
+def mixtures(facts: Facts) -> Iterator[RecipeProblem]:
     if facts.recipe.loss.estimator == "topk" and facts.mixed:
-        yield Problem(
+        yield RecipeProblem(
             "loss.estimator",
             f"topk takes one teacher a row, but {len(facts.mixed)} rows name several, whose top-k tokens are not the "
             f"same (the first: {facts.mixed[0]}); use full, or give these rows one label",
@@ -49,11 +49,11 @@ def file_problem(path: Path) -> str | None:
     return None if os.access(path, os.R_OK) else f"{path} may not be read; change its permissions"
 
 
-def files(facts: Facts) -> Iterator[Problem]:
+def files(facts: Facts) -> Iterator[RecipeProblem]:
     for key, source in () if facts.elsewhere else (facts.sources | facts.benchmarks).items():
         text = file_problem(Path(source.path))
         if text:
-            yield Problem(f"{key}.path", text)
+            yield RecipeProblem(f"{key}.path", text)
 
 
 def benchmark_name(path: str | Path) -> str:
@@ -61,45 +61,49 @@ def benchmark_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
-def benchmark_names(names: Iterable[tuple[str, str]]) -> Iterator[Problem]:
+def benchmark_names(names: Iterable[tuple[str, str]]) -> Iterator[RecipeProblem]:
     """Args: names: where each benchmark is given, and its name."""
     taken: dict[str, str] = {}
     for key, name in names:
         if name in taken:
-            yield Problem(key, f"{name!r} is taken by {taken[name]}; results and samples go by name, so give another")
+            yield RecipeProblem(
+                key, f"{name!r} is taken by {taken[name]}; results and samples go by name, so give another"
+            )
         elif not BENCHMARK_NAME.accepts(name):
-            yield Problem(key, f"{name!r} is not of {BENCHMARK_NAME}; give another name")
+            yield RecipeProblem(key, f"{name!r} is not of {BENCHMARK_NAME}; give another name")
         taken[name] = key
 
 
-def benchmarks(facts: Facts) -> Iterator[Problem]:
+def benchmarks(facts: Facts) -> Iterator[RecipeProblem]:
     names = {f"{key}.name": file.name or benchmark_name(file.path) for key, file in facts.benchmarks.items()}
     yield from benchmark_names(names.items())
     for key, name in names.items():
         if name in facts.recipe.teachers:
-            yield Problem(key, f"{name!r} is a teacher's; give another name")
+            yield RecipeProblem(key, f"{name!r} is a teacher's; give another name")
 
 
-def template(data: DataConfig, tokenizer: Vocabulary | None, at: Callable[[str], str]) -> Iterator[Problem]:
+def template(data: DataConfig, tokenizer: Vocabulary | None, at: Callable[[str], str]) -> Iterator[RecipeProblem]:
     """Args: at: from a key of the ``data`` section to what the user has written it as."""
     absent = tokenizer is not None and not tokenizer.has_chat_template
     if data.chat_template == "on" and absent:
-        yield Problem(at("chat_template"), "on, but the student's tokenizer has no chat template; use off")
+        yield RecipeProblem(at("chat_template"), "on, but the student's tokenizer has no chat template; use off")
     if data.system_prompt and data.chat_template == "off":
-        yield Problem(at("system_prompt"), f"needs a chat template and {at('chat_template')} is off; use auto or on")
+        yield RecipeProblem(
+            at("system_prompt"), f"needs a chat template and {at('chat_template')} is off; use auto or on"
+        )
     elif data.system_prompt and data.chat_template == "auto" and absent:
-        yield Problem(
+        yield RecipeProblem(
             at("system_prompt"),
             "needs a chat template, and the student's tokenizer has none; leave it out, or use a student whose "
             "tokenizer has one",
         )
 
 
-def chat_template(facts: Facts) -> Iterator[Problem]:
+def chat_template(facts: Facts) -> Iterator[RecipeProblem]:
     yield from template(facts.recipe.data, facts.tokenizer, "data.{}".format)
 
 
-def writable(facts: Facts) -> Iterator[Problem]:
+def writable(facts: Facts) -> Iterator[RecipeProblem]:
     for key, name in (("run.dir", facts.recipe.run.dir), ("checkpoint.dir", facts.recipe.checkpoint.dir)):
         if name is None or facts.elsewhere:
             continue
@@ -107,16 +111,18 @@ def writable(facts: Facts) -> Iterator[Problem]:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         if not folder.is_dir():
-            yield Problem(key, f"{name} cannot be made because {folder} is a file; choose another folder")
+            yield RecipeProblem(key, f"{name} cannot be made because {folder} is a file; choose another folder")
         elif not os.access(folder, os.W_OK | os.X_OK):
-            yield Problem(key, f"{name} cannot be written because {folder} is not writable; choose another folder")
+            yield RecipeProblem(
+                key, f"{name} cannot be written because {folder} is not writable; choose another folder"
+            )
 
 
-def home(facts: Facts) -> Iterator[Problem]:
+def home(facts: Facts) -> Iterator[RecipeProblem]:
     """``~`` is the shell's, which does not see into a recipe; taken literally it would make a folder of that name."""
     paths = {role.at("checkpoint"): role.config.checkpoint for role in facts.roles.values()}
     paths |= {f"{key}.path": source.path for key, source in (facts.sources | facts.benchmarks).items()}
     paths |= {"run.dir": facts.recipe.run.dir, "checkpoint.dir": facts.recipe.checkpoint.dir or ""}
     for key, path in paths.items():
         if path.startswith("~"):
-            yield Problem(key, f"{path}: ~ is not replaced here; write {os.path.expanduser(path)}")
+            yield RecipeProblem(key, f"{path}: ~ is not replaced here; write {os.path.expanduser(path)}")

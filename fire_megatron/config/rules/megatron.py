@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fire_megatron.config.errors import Problem
+from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.rules.facts import Role
 
 SET_ELSEWHERE: Mapping[str, str] = {
@@ -108,11 +108,11 @@ _CHOICES: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Field -> values that may be set, and why no others."""
 
 
-def overrides(role: Role) -> Iterator[Problem]:
+def overrides(role: Role) -> Iterator[RecipeProblem]:
     for field, value in role.config.megatron.items():
         text = _refusal(role, field, value)
         if text:
-            yield Problem(role.at(f"megatron.{field}"), text)
+            yield RecipeProblem(role.at(f"megatron.{field}"), text)
 
 
 def _refusal(role: Role, field: str, value: Any) -> str | None:

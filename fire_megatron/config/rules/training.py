@@ -4,47 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fire_megatron.config.errors import Problem
+from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts
 
 
-def hook_names(facts: Facts) -> Iterator[Problem]:
+def hook_names(facts: Facts) -> Iterator[RecipeProblem]:
     known = facts.hooks if facts.hooks is not None else None if facts.recipe.run.plugins else BUILTIN_HOOKS
     for i, hook in enumerate(facts.recipe.loss.hooks):
         if known is not None and hook.name not in known:
             close = nearest(hook.name, known)
-            yield Problem(
+            yield RecipeProblem(
                 f"loss.hooks.{i}.name",
                 f"no hook is named {hook.name!r}; {f'did you mean {close}? ' if close else ''}There are "
                 f"{', '.join(sorted(known))}; a hook of your own needs its module in run.plugins",
             )
 
 
-def micro_batches(facts: Facts) -> Iterator[Problem]:
+def micro_batches(facts: Facts) -> Iterator[RecipeProblem]:
     tokens, hooks = facts.recipe.optimizer.micro_batch_tokens, facts.recipe.loss.hooks
     scopes = facts.scopes or [hook.options.get("scope") for hook in hooks]
     for i, scope in enumerate(scopes):
         if tokens and scope == "microbatch":
-            yield Problem(
+            yield RecipeProblem(
                 f"loss.hooks.{i}.scope",
                 f"'microbatch' takes its statistics over micro-batches of optimizer.micro_batch_size answers, and "
                 f"optimizer.micro_batch_tokens is {tokens}; use 'global', or set micro_batch_size instead",
             )
 
 
-def counts(facts: Facts) -> Iterator[Problem]:
+def counts(facts: Facts) -> Iterator[RecipeProblem]:
     recipe = facts.recipe
     answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
     if recipe.optimizer.mini_batches > answers:
-        yield Problem(
+        yield RecipeProblem(
             "optimizer.mini_batches",
             f"{recipe.optimizer.mini_batches} updates from {answers} answers a step "
             "(rollout.prompts_per_step x samples_per_prompt); lower it",
         )
     if recipe.evaluation.every and not (recipe.evaluation.prompts or recipe.evaluation.benchmarks):
-        yield Problem(
+        yield RecipeProblem(
             "evaluation.every",
             f"{recipe.evaluation.every}, but evaluation.prompts and evaluation.benchmarks name no file; give one",
         )

@@ -151,12 +151,15 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
 
 def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
     """Read, sample, score. Raises UserError on every rank, if any finds something wrong."""
+    import torch.distributed as dist
+
     from fire_megatron.evaluation.standalone import Evaluation
-    from fire_megatron.parallel.collectives import everywhere
+    from fire_megatron.parallel.collectives import on_all_ranks
     from fire_megatron.train.interrupt import StopRequest
 
     stop = StopRequest().install()
-    Evaluation(everywhere(_read, args, world.device), world, watch, lambda: stop.signal_name).run()
+    job = on_all_ranks(_read, args, world.device, group=dist.group.WORLD)
+    Evaluation(job, world, watch, lambda: stop.signal_name).run()
     stop.restore()
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from fire_megatron.checkpoint.loading import load_weights
@@ -26,7 +27,7 @@ from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.runner import Batch, BenchmarkRunner
 from fire_megatron.evaluation.source import Source
 from fire_megatron.models.build import build_model
-from fire_megatron.parallel.collectives import all_gather_objects, everywhere
+from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout
 from fire_megatron.platform import launch
 from fire_megatron.platform.launch import World
@@ -192,7 +193,7 @@ class Evaluation:
         try:
             self.runner.on_first(lambda: source.converted(folder))
             self.watch.doing("loading")
-            model = everywhere(build_model, source.shape, role, grid, device=device)
+            model = on_all_ranks(build_model, source.shape, role, grid, device=device, group=dist.group.WORLD)
             load_weights(model, folder if source.is_hf else source.folder, grid=grid)
         finally:
             if self.world.is_main:

@@ -142,41 +142,32 @@ def world_narrowed_to(group: dist.ProcessGroup) -> Iterator[None]:
         dist.all_gather_object, dist.get_world_size = gather, size
 
 
-def raise_on_any(
-    problem: str | None, error: type[UserError], *, group: dist.ProcessGroup, passing: bool = False
-) -> None:
-    """Raise on every rank of ``group`` when any rank has a problem, so that none waits for another.
-
-    Args:
-        problem: this rank's message, or None.
-        error: exception type of this rank's problem; the first one's is raised.
-        group: the ranks that must agree.
-        passing: whether this rank's problem may go away by itself.
-    """
-    told = [entry for entry in all_gather_objects((problem, error, passing), group=group) if entry[0]]
-    if told:
-        raised = told[0][1]("\n".join(dict.fromkeys(text for text, _, _ in told)))
-        raised.everywhere, raised.passing = True, all(passing for _, _, passing in told)
-        raise raised
-
-
 def on_all_ranks(action: Callable[..., T], *args: object, group: dist.ProcessGroup, **kwargs: object) -> T:
-    """Run something that may find a user's mistake; if any rank of ``group`` does, every rank raises. Where the action
-    itself communicates, it must raise on all the ranks that take part or on none before the last message."""
+    """Run something that may find a user's mistake; if any rank of ``group`` does, every rank raises, so that none
+    waits for another. Where the action itself communicates, it must raise on all the ranks that take part or on none before
+    the last message.
+
+    Raises:
+        UserError: of the first rank's type, with what all of them have found.
+    """
     problem, result = None, None
     try:
         result = action(*args, **kwargs)
     except UserError as error:
         problem = error
-    text, kind = (str(problem), type(problem)) if problem else (None, UserError)
-    kind = RecipeError if kind is RecipeProblems else kind  # which is made from more than its message
-    raise_on_any(text, kind, group=group, passing=problem is not None and problem.passing)
+    _raise_on_any(problem, group=group)
     return result  # type: ignore[return-value]
 
 
-def everywhere(action: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """:func:`on_all_ranks` over all ranks of the run."""
-    return on_all_ranks(action, *args, group=dist.group.WORLD, **kwargs)
+def _raise_on_any(problem: UserError | None, *, group: dist.ProcessGroup) -> None:
+    """Raise on every rank of ``group`` when any rank has a problem."""
+    kind = RecipeError if isinstance(problem, RecipeProblems) else type(problem)  # made from more than its message
+    mine = None if problem is None else (str(problem), kind, problem.passing)
+    told = [entry for entry in all_gather_objects(mine, group=group) if entry is not None]
+    if told:
+        raised = told[0][1]("\n".join(dict.fromkeys(text for text, _, _ in told)))
+        raised.everywhere, raised.passing = True, all(passing for _, _, passing in told)
+        raise raised
 
 
 def all_gather_rows(

@@ -12,7 +12,7 @@ from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
 from fire_megatron.evaluation.during import measure_benchmarks
 from fire_megatron.metrics.values import Max, Value, reduce_metrics
-from fire_megatron.parallel.collectives import all_gather_objects, everywhere
+from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
 from fire_megatron.platform import launch
 from fire_megatron.platform.capabilities import capability_report
 from fire_megatron.platform.device import peak_memory_mb
@@ -58,8 +58,10 @@ class Trainer:
         # The first rank decides: views of a shared folder may differ for a moment. The others then look for these.
         seen = find_saved(checkpoint_folder(recipe)) if world.is_main else []
         found = all_gather_objects(seen, group=dist.group.WORLD)[0]
-        self.checkpoints = everywhere(Checkpoints, recipe, world, self._say, found)
-        self.folder = everywhere(RunFolder, recipe, world, self._say, saved=self.checkpoints.newest())
+        self.checkpoints = on_all_ranks(Checkpoints, recipe, world, self._say, found, group=dist.group.WORLD)
+        self.folder = on_all_ranks(
+            RunFolder, recipe, world, self._say, saved=self.checkpoints.newest(), group=dist.group.WORLD
+        )
         seed_everything(recipe.run.seed, device=world.device)
         self.setup = Setup(recipe, world, self.watch, self._say, self.stop)
         self.step = 0
@@ -70,10 +72,15 @@ class Trainer:
         self.watch.doing("resuming")
         self._unlogged: dict[str, float] = {}
         """Of the step to continue from, saved by a version that logged a step along with its evaluation."""
-        resumed = everywhere(self._resume)
+        resumed = on_all_ranks(self._resume, group=dist.group.WORLD)
         last = self.step - bool(self._unlogged)
-        self.logger = everywhere(
-            self.folder.open, step=self.step, resumed=resumed, logged=last, evaluated=self.evaluated
+        self.logger = on_all_ranks(
+            self.folder.open,
+            step=self.step,
+            resumed=resumed,
+            logged=last,
+            evaluated=self.evaluated,
+            group=dist.group.WORLD,
         )
         if self._unlogged:
             self.logger.log(self.step, self._unlogged)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError, UserError
@@ -17,7 +18,7 @@ from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.models.build import build_model, resolve_layer_spec
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.parallel.collectives import everywhere, raise_on_any
+from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.offload import Offload
@@ -92,32 +93,31 @@ class RoleModels:
             if offload:
                 offload.leave()
             by_key[self._keys[path]] = Loaded(model, offload)
-        everywhere(_reraise, problem)
+        on_all_ranks(_reraise, problem, group=dist.group.WORLD)
         return {path: by_key[key] for path, key in self._keys.items() if key in by_key}
 
     def _load(self, path: str, role: RoleConfig) -> FireGPT:
         """Collective over the role's ranks; what any of them finds wrong, all of them raise."""
-        grid, model, problem = self._grids[path], None, None
-        try:
-            # FP8 weights of a model that only scores need neither a transposed copy nor what they were made from.
-            with torch.set_grad_enabled(path == "student"):
-                model = build_model(self._shapes[path], role, grid, device=self._device)
-        except UserError as error:
-            problem = str(error)
-        except torch.OutOfMemoryError:
-            raise  # which no setting of megatron-core's is to blame for
-        except Exception as error:  # megatron-core checks some fields only where it uses them
-            if not role.megatron:
-                raise
-            problem = (
-                f"{path}.megatron: megatron-core cannot build the model with {dict(role.megatron)}: "
-                f"{str(error) or type(error).__name__}; remove what it names"
-            )
-        raise_on_any(problem, RecipeError, group=grid.span)
-        assert model is not None
+        grid = self._grids[path]
+        model = on_all_ranks(self._build, path, role, grid, group=grid.span)
         model.used_vocab_size = self.used_vocab_size
         load_weights(model, Path(role.checkpoint), grid=grid)
         return model
+
+    def _build(self, path: str, role: RoleConfig, grid: ModelGrid) -> FireGPT:
+        try:
+            # FP8 weights of a model that only scores need neither a transposed copy nor what they were made from.
+            with torch.set_grad_enabled(path == "student"):
+                return build_model(self._shapes[path], role, grid, device=self._device)
+        except (UserError, torch.OutOfMemoryError):  # for the latter no setting of megatron-core's is to blame
+            raise
+        except Exception as error:  # megatron-core checks some fields only where it uses them
+            if not role.megatron:
+                raise
+            raise RecipeError(
+                f"{path}.megatron: megatron-core cannot build the model with {dict(role.megatron)}: "
+                f"{str(error) or type(error).__name__}; remove what it names"
+            ) from error
 
 
 def _place(layout: Layout) -> str:

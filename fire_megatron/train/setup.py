@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from fire_megatron.checkpoint.saving import Saver
 from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe
@@ -15,7 +17,7 @@ from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import model_dtype
-from fire_megatron.parallel.collectives import everywhere
+from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.control import Control
 from fire_megatron.parallel.grid import GridFactory
 from fire_megatron.platform import launch
@@ -60,14 +62,16 @@ class Setup:
         assert recipe == resolved(recipe, world.device.kind), "formats are named by whoever begins a run"
         self.recipe, self.world, self.watch = recipe, world, watch
         self.factory = GridFactory(timeout=recipe.run.collective_timeout)
-        self.hooks, self.shapes, self.inputs = everywhere(check, recipe, device=world.device, num_ranks=world.size)
+        self.hooks, self.shapes, self.inputs = on_all_ranks(
+            check, recipe, device=world.device, num_ranks=world.size, group=dist.group.WORLD
+        )
         for note in self.inputs.notes:
             say(note)
         self.grids = {path: self.factory.grid(role_layout(role, world.size)) for path, role in roles(recipe).items()}
         self.grid = self.grids["student"]
         self.models = RoleModels(recipe, self.shapes, self.grids, world.device)
         self.loaded = self.models.load(watch.doing, say)
-        self.heads = everywhere(self._heads)
+        self.heads = on_all_ranks(self._heads, group=dist.group.WORLD)
         self.pool = self._pool()
         apart = self.grid.layout.num_ranks < world.size
         self.control = Control(launch.store(), speaks=world.rank == self.grid.layout.first_rank) if apart else None

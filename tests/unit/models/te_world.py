@@ -51,7 +51,7 @@ def enter(rank: int, size: int) -> GridFactory:
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     sys.excepthook = sys.__excepthook__  # each world would put its rank before every line of an error
-    collectives.raise_on_any = _raise
+    collectives._raise_on_any = _raise
     return GridFactory(timeout=10.0)
 
 
@@ -60,6 +60,6 @@ def grid_of(rank: int, size: int, **layout: int) -> ModelGrid:
     return enter(rank, size).grid(Layout(num_ranks=size, **layout))
 
 
-def _raise(problem: str | None, error: type[Exception], *, group: dist.ProcessGroup, passing: bool = False) -> None:
-    if problem:
-        raise error(problem)
+def _raise(problem: Exception | None, *, group: dist.ProcessGroup) -> None:
+    if problem is not None:
+        raise problem

@@ -144,8 +144,8 @@ def world_narrowed_to(group: dist.ProcessGroup) -> Iterator[None]:
 
 def on_all_ranks(action: Callable[..., T], *args: object, group: dist.ProcessGroup, **kwargs: object) -> T:
     """Run something that may find a user's mistake; if any rank of ``group`` does, every rank raises, so that none
-    waits for another. Where the action itself communicates, it must raise on all the ranks that take part or on none before
-    the last message.
+    waits for another. Where the action itself communicates, it must raise on all the ranks that take part or on none
+    before the last message.
 
     Raises:
         UserError: of the first rank's type, with what all of them have found.

@@ -10,12 +10,12 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.runner import Batch, BenchmarkRunner, Interrupted
 from fire_megatron.parallel.collectives import wait_for_all
-from fire_megatron.rollout.engine import Engine, Progress
+from fire_megatron.rollout.engine import MegatronEngine, Progress
 
 
 def measure_benchmarks(
     runner: BenchmarkRunner,
-    engine: Engine,
+    engine: MegatronEngine,
     folder: Path,
     *,
     stopped: Callable[[], bool],

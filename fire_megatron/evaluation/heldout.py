@@ -13,7 +13,7 @@ from fire_megatron.data.records import Prompt
 from fire_megatron.metrics.table import ruled
 from fire_megatron.metrics.values import Mean, Value
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.rollout.engine import Engine, Progress
+from fire_megatron.rollout.engine import MegatronEngine, Progress
 from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.router import TeacherRouter
 
@@ -27,7 +27,12 @@ class HeldOut:
     """Measures the student on the same prompts each time."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], engine: Engine, sampling: Sampling, router: TeacherRouter, grid: ModelGrid
+        self,
+        prompts: Sequence[Prompt],
+        engine: MegatronEngine,
+        sampling: Sampling,
+        router: TeacherRouter,
+        grid: ModelGrid,
     ) -> None:
         """Args: prompts: the fixed prompts; sampling: with the evaluation's own seed and length, at temperature 1."""
         self.prompts, self.engine, self.sampling, self.router, self.grid = list(prompts), engine, sampling, router, grid

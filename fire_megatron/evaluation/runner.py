@@ -28,7 +28,7 @@ from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, largest, on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
-from fire_megatron.rollout.engine import Engine, Progress
+from fire_megatron.rollout.engine import MegatronEngine, Progress
 
 _ASK_EVERY = 16
 """How often progress is told between two questions to the ranks of a replica whether one was asked to stop."""
@@ -70,7 +70,7 @@ class BenchmarkRunner:
 
     def sample(
         self,
-        engine: Engine,
+        engine: MegatronEngine,
         judge: Judge,
         source: Iterable[Batch],
         sink: MemoryAnswers | PartFiles,
@@ -115,7 +115,7 @@ class BenchmarkRunner:
     def _answer(
         self,
         batch: Batch,
-        engine: Engine,
+        engine: MegatronEngine,
         finished: Callable[[BenchmarkTask, Key, torch.Tensor], None],
         progress: Progress | None,
     ) -> None:

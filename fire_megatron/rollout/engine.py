@@ -9,7 +9,6 @@ training computes for it, whatever company the row is in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,24 +37,6 @@ _PREFILL_TOKENS = 16384
 SYNC_EVERY = {"cpu": 1, "cuda": 16}
 """Decode steps between two looks at what has been sampled. A look makes the device wait for the host, which costs a CPU
 nothing; without one, rows that have ended go on."""
-
-
-class Engine(Protocol):
-    """What a step needs from a rollout engine."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        row_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        step: int,
-        progress: Progress | None = None,
-        finished: Finished | None = None,
-        group_size: int = 0,
-    ) -> Rollouts:
-        """Sample one response for each of this replica's rows."""
-        ...
 
 
 def row_bucket(rows: int, kind: str) -> int:

@@ -12,7 +12,6 @@ from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import OptimizerConfig, PrecisionConfig, StudentConfig, TeacherConfig
 from fire_megatron.data.packing import fill_by_tokens
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.fire.hooks import build_hooks
 from fire_megatron.metrics.values import reduce_metrics
 from fire_megatron.parallel.control import Control
@@ -121,11 +120,11 @@ class Cast:
 
     def score(self, rollouts, total):
         """Scores of this replica's rollouts, sent in groups as an engine would."""
-        session = self.router.open(rollouts.prompts, rollouts.row_ids, total=total, keep_states=True)
-        size = session.group_size if self.pool.remote else max(len(rollouts), 1)
+        scoring = self.router.open(rollouts.prompts, rollouts.row_ids, total=total, keep_states=True)
+        size = scoring.group_size if self.pool.remote else max(len(rollouts), 1)
         for start in range(0, len(rollouts), size):
-            session.send(rollouts.row_ids[start : start + size], rollouts.responses[start : start + size])
-        return session.finish(rollouts)
+            scoring.send(rollouts.row_ids[start : start + size], rollouts.responses[start : start + size])
+        return scoring.finish(rollouts)
 
     def gathered(self, scores, rollouts):
         """(log-probs, entropies) by row, of all replicas, on all of the student's ranks."""
@@ -137,7 +136,7 @@ class Cast:
     def step(self, count=ROWS, rollouts=None):
         """Scores, metrics and whole gradients of a step, the same on all of the student's ranks; of the first rows of
         :func:`steps.rows`, or of rollouts that were sampled."""
-        rollouts = rollouts or rollouts_of(replica_rows(count, self.grid), self.mixed)
+        rollouts = rollouts or rollouts_of(self.grid.own_rows(count), self.mixed)
         scores = self.score(rollouts, count)
         hooks = build_hooks(self.loss.hooks)
         selected = select(

@@ -275,7 +275,7 @@ def megatron_to_hf(
     source, out = Path(checkpoint), Path(out)
     require_checkpoint(source)
     shape, target_dtype = read_hf_config(source), _require_dtype(dtype)
-    if shard_gb <= 0:
+    if not 0 < shard_gb < float("inf"):
         raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")
     check_target(out, overwrite=overwrite, is_ours=_is_hf, what="a Hugging Face model")
     reader, tensors = open_whole(source, shape), tensor_map(shape)

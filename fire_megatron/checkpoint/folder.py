@@ -1,4 +1,4 @@
-"""What surrounds the weights in a checkpoint folder, and how a folder comes into being whole or not at all.
+"""What surrounds the weights in a checkpoint folder.
 
 A checkpoint folder holds ``config.json`` and the tokenizer as published, ``weights/`` in torch_dist format, and
 ``fire_checkpoint.json``, which is written last and so marks the folder as complete.

@@ -17,7 +17,7 @@ from fire_megatron.checkpoint.steps import OPTIMIZER
 from fire_megatron.checkpoint.torch_dist import ShardReader, read_common
 from fire_megatron.checkpoint.whole import require_tensors
 from fire_megatron.config.checkpoints import WEIGHTS
-from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint
+from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, on_every_rank
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
@@ -74,9 +74,7 @@ def load_training_state(
         state = TrainingState(common["step"], common["rng"], common["extra"])
         set_steps_taken(optimizer, common["optimizer_steps"])
     except (KeyError, TypeError) as error:  # the same file on every rank
-        damaged = DamagedCheckpoint(f"{folder / WEIGHTS}: common.pt lacks {error}")
-        damaged.everywhere = True
-        raise damaged from error
+        raise on_every_rank(DamagedCheckpoint(f"{folder / WEIGHTS}: common.pt lacks {error}")) from error
     return state
 
 

@@ -29,7 +29,7 @@ def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
 
 
 def telling_mistakes(main: Main) -> Main:
-    """A command in one process, whose UserError becomes a line on standard error and exit code 2."""
+    """A command in one process, whose UserError or Ctrl-C becomes a line on standard error and exit code 2 or 130."""
 
     @functools.wraps(main)
     def told(argv: Sequence[str] | None = None) -> int:
@@ -38,5 +38,8 @@ def telling_mistakes(main: Main) -> Main:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted; nothing is written", file=sys.stderr)
+            return 130
 
     return told

@@ -89,7 +89,8 @@ def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema
         _refuse(RecipeProblem(_option(problem.key), problem.text) for problem in error.problems)
         raise
     _refuse(RecipeProblem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
-    _refuse(benchmark_names((f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark))
+    named = [(f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark]
+    _refuse(benchmark_names(named, "rename one of the files"))
     return evaluation, parallel
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from fire_megatron import __version__
 from fire_megatron.cli import convert, evaluate, plan, prepare, recipe, report, train
 
 COMMANDS = {
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to do")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, default=[], help="the command's own")
+    parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(argv)
     return COMMANDS[args.command][0](args.arguments)

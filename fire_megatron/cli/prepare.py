@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,8 +92,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NoRowsLeft as error:
         print(error.report)
         raise
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
     print(f"{report}\n\nwrote {args.out} ({time.perf_counter() - started:.1f} s)")
     return 0

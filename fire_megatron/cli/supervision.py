@@ -78,7 +78,7 @@ def supervised(
 
 
 def _failed(error: Exception, watch: Watch, tell: Note, *, held: str, rank: int) -> int:
-    """Tell everybody what failed: often an error is the mere consequence of what happened to another rank. Returns the
+    """Tell every rank what failed: often an error is the mere consequence of what happened to another rank. Returns the
     exit code."""
     from fire_megatron.platform.watch import EXIT_CODE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 
 class UserError(ValueError):
@@ -13,6 +14,15 @@ class UserError(ValueError):
     """Whether every rank raises the same, so that one of them is enough to tell it."""
     passing = False
     """Whether the same may go well when it is tried again."""
+
+
+Error = TypeVar("Error", bound=UserError)
+
+
+def on_every_rank(error: Error) -> Error:
+    """An error that every rank is about to raise alike."""
+    error.everywhere = True
+    return error
 
 
 class RecipeError(UserError):

@@ -236,16 +236,20 @@ def _read_rope(config: _Reader) -> tuple[float, dict[str, Any] | None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.parent.is_file():
+        raise CheckpointError(f"{path.parent} is a file; give the folder of a model")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path.parent} does not exist{looked_in(path)}; correct the path")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; give the folder of a model")
+        raise CheckpointError(f"{path} is missing; give the folder of a model, or restore the file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({error}); restore the file, or make the folder again"
+        ) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must hold a JSON object; restore the file, or make the folder again")
     return values
 
 

@@ -34,6 +34,7 @@ class Match:
 Count = Annotated[int, Ge(0)]
 Size = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
+LongSeed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]

@@ -69,8 +69,8 @@ def parse_hint(hint: Any) -> Hint:
             return Hint(hint, optional, " and ".join(limits))
 
 
-def describe(hint: Any) -> str:
-    """A type hint in words: ``a whole number, at least 1``."""
+def describe(hint: Any, fix: str = "") -> str:
+    """A type hint in words: ``a whole number, at least 1``; ``fix`` says what to do, where it goes with the type."""
     parsed = hint if isinstance(hint, Hint) else parse_hint(hint)
     if parsed.origin is Literal:
         text = "one of " + ", ".join(str(choice) for choice in parsed.args)
@@ -78,7 +78,7 @@ def describe(hint: Any) -> str:
         text = f"a list (each entry {describe(parsed.item())})"
     else:
         text = _NOUNS.get(parsed.type, "a mapping")
-    text = f"{text}, {parsed.limits}" if parsed.limits else text
+    text = (f"{text}, {parsed.limits}" if parsed.limits else text) + fix
     return f"{text}; or null" if parsed.optional else text
 
 
@@ -150,6 +150,8 @@ def _problem(kind: str, location: tuple[str | int, ...], value: Any, root: type[
     for part in path:
         hint = parse_hint(hint.item(part))
     key = _join(path)
+    if kind == "invalid_key":
+        return unquoted_key(key, location[-1])
     if unknown:
         return unknown_key(key, location[-1], hint.type, root)
     if is_key and not isinstance(value, str):
@@ -166,7 +168,7 @@ def _problem(kind: str, location: tuple[str | int, ...], value: Any, root: type[
         text = f"{value!r} is not allowed; it must be {hint.limits}"
     else:
         given = "null" if value is None else f"{value!r} is {kind_of(value)}"
-        text = f"{given}; it must be {describe(hint)}{_fix(hint, value)}"
+        text = f"{given}; it must be {describe(hint, _fix(hint, value))}"
     return RecipeProblem(key, text)
 
 

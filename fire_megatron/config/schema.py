@@ -13,7 +13,7 @@ from annotated_types import Ge, Le, Lt
 from pydantic import field_validator
 
 from fire_megatron.config.errors import RecipeProblem
-from fire_megatron.config.kinds import Count, Fraction, Mass, Match, NonNegative, Positive, Seed, Size, Text
+from fire_megatron.config.kinds import Count, Fraction, LongSeed, Mass, Match, NonNegative, Positive, Seed, Size, Text
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.section import FilledDict, FilledList, List, Options, Pair, Section
 from fire_megatron.config.spans import RANKS
@@ -354,7 +354,7 @@ class EvaluationConfig(Section):
     """Whether to evaluate before the first step."""
     at_end: bool = True
     """Whether to evaluate after the last step."""
-    seed: Seed = 7
+    seed: LongSeed = 7
     """Seeds the sampling, in the same way at every evaluation."""
 
 
@@ -364,7 +364,7 @@ class MetricsConfig(Section):
     console: bool = True
     """Progress on the terminal."""
     jsonl: bool = True
-    """`metrics.jsonl` in the run's folder, one object a step."""
+    """`metrics.jsonl` in the run's folder, one object for each step and each evaluation."""
     tensorboard: bool = False
     """TensorBoard files in `tensorboard` of the run's folder, when the package is installed."""
     samples: Count = 0

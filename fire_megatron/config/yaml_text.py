@@ -40,6 +40,10 @@ class _Loader(yaml.SafeLoader):
             seen[key] = key_node.start_mark
         return self.construct_mapping(node, deep=True)
 
+    def whole_sequence(self, node: yaml.SequenceNode) -> list[Any]:
+        """A list that is made with all that is in it, so that it cannot hold itself."""
+        return self.construct_sequence(node, deep=True)
+
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
@@ -55,6 +59,7 @@ for _name, _pattern in _RESOLVERS:
     )
 _Loader.yaml_implicit_resolvers[None].append(("tag:yaml.org,2002:merge", re.compile(r"<<\Z")))
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.whole_sequence)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 

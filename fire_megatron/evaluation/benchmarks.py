@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.rules.data import benchmark_name
+from fire_megatron.config.rules.data import benchmark_code, benchmark_name
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rows import read_rows, shown
 from fire_megatron.rollout.sampling import Sampling
@@ -47,7 +47,7 @@ class Benchmark:
     @property
     def code(self) -> int:
         """23 bits of the name."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:3]) >> 1
+        return benchmark_code(self.name)
 
     def row_id(self, problem: int, sample: int) -> int:
         """What, with the seed, fixes the random numbers of an answer: nothing else of the run does, so more problems or

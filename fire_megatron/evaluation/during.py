@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fire_megatron.evaluation.generations import MemoryAnswers
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.runner import Batch, BenchmarkRunner, Interrupted
 from fire_megatron.parallel.collectives import wait_for_all
@@ -41,7 +40,7 @@ def measure_benchmarks(
     """
     told = []
     for task in runner.tasks if progress else ():
-        told.append(progress(task.name, len(replica_rows(len(task.keys), runner.grid)) * task.sampling.max_new_tokens))
+        told.append(progress(task.name, len(runner.grid.own_rows(len(task.keys))) * task.sampling.max_new_tokens))
     answers = MemoryAnswers()
     with Judge() as judge:
         try:
@@ -70,7 +69,7 @@ def _share(runner: BenchmarkRunner, stopped: Callable[[], bool]) -> Iterator[Bat
     grid = runner.grid
     for number, task in enumerate(runner.tasks):
         keys = task.keys
-        mine, most = [keys[i] for i in replica_rows(len(keys), grid)], -(-len(keys) // grid.row_replicas)
+        mine, most = [keys[i] for i in grid.own_rows(len(keys))], -(-len(keys) // grid.row_replicas)
         size = (task.sampling.batch_size if grid.layout.expert > 1 else 0) or most
         for start in range(0, most, size):
             ask()

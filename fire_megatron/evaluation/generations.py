@@ -1,7 +1,7 @@
-"""What a model wrote, a line an answer, in files that can be killed and continued.
+"""What a model wrote, a line an answer: in memory, or in files that survive being killed and are continued.
 
-A folder holds ``settings.json``, which fixes the answers; ``parts/<benchmark>/<rank>.jsonl``, where each replica
-appends what it has; and ``<benchmark>.jsonl``, into which the parts go once all answers are there.
+A folder of the latter holds ``settings.json``, which fixes the answers; ``parts/<benchmark>/<rank>.jsonl``, where each
+replica appends what it has; and ``<benchmark>.jsonl``, into which the parts go once all answers are there.
 """
 
 from __future__ import annotations

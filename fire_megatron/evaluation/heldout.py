@@ -18,11 +18,6 @@ from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.router import TeacherRouter
 
 
-def replica_rows(rows: int, grid: ModelGrid) -> list[int]:
-    """The rows of 0..rows-1 that this rank's row replica samples."""
-    return list(range(grid.row_replica, rows, grid.row_replicas))
-
-
 class HeldOut:
     """Measures the student on the same prompts each time."""
 
@@ -40,7 +35,7 @@ class HeldOut:
     @property
     def own_rows(self) -> int:
         """Answers that this replica samples."""
-        return len(replica_rows(len(self.prompts), self.grid))
+        return len(self.grid.own_rows(len(self.prompts)))
 
     def measure(
         self, progress: Progress | None = None, sampled: Callable[[], object] = lambda: None
@@ -51,20 +46,20 @@ class HeldOut:
             progress: told of sampled tokens.
             sampled: called when this replica has sampled its rows, before the ranks continue together.
         """
-        mine = replica_rows(len(self.prompts), self.grid)
+        mine = self.grid.own_rows(len(self.prompts))
         prompts = [self.prompts[i] for i in mine]
-        session = self.router.open(prompts, mine, total=len(self.prompts))
+        scoring = self.router.open(prompts, mine, total=len(self.prompts))
         rollouts = self.engine.generate(
             prompts,
             mine,
             sampling=self.sampling,
             step=0,
             progress=progress,
-            finished=session.send,
-            group_size=session.group_size,
+            finished=scoring.send,
+            group_size=scoring.group_size,
         )
         sampled()
-        scores = session.finish(rollouts)
+        scores = scoring.finish(rollouts)
         totals: dict[str, list[float]] = {}
         for teacher, student, scored in zip(scores.teachers, rollouts.log_probs, scores.log_probs, strict=True):
             sums = totals.setdefault(teacher, [0.0, 0.0, 0.0])

@@ -24,7 +24,6 @@ from fire_megatron.evaluation.answers import last_boxed
 from fire_megatron.evaluation.benchmarks import BenchmarkTask
 from fire_megatron.evaluation.estimates import BenchmarkScores, score
 from fire_megatron.evaluation.generations import Generation, Key, MemoryAnswers, PartFiles, write_answers, write_scores
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.parallel.collectives import all_gather_objects, largest, on_all_ranks
 from fire_megatron.parallel.grid import ModelGrid
@@ -45,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A rank was asked to stop while it sampled."""
+    """A rank was asked to stop: a replica leaves the batch that it samples, or all of them give the evaluation up."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,10 @@ class BenchmarkRunner:
         Args:
             engine: of the grid's model.
             judge: of this rank.
-            source: batches of this replica, the same on each of its ranks; ends early when the run is asked to stop.
+            source: batches of this replica, the same on each of its ranks; ends early, or raises
+                Interrupted to have all answers given up, when the run is asked to stop.
             sink: for the answers.
-            asked: whether this rank was asked to stop; its replica then leaves the batch it is at, and draws again.
+            asked: whether this rank was asked to stop; its replica then leaves the batch in progress, and draws again.
             progress: of each task, told of sampled tokens.
 
         Raises:
@@ -104,11 +104,15 @@ class BenchmarkRunner:
                 judged = pool.submit(lambda: sink.add(task.name, self._judged(task, key, response.tolist(), judge)))
                 pending.append(judged)
 
-            for batch in source:
-                tell = self._asking(asked, progress[batch.task] if progress else None)
-                with contextlib.suppress(Interrupted):  # the source hears of it at the next question
-                    self._answer(batch, engine, finished, tell)
-                settle(wait=False)
+            try:
+                for batch in source:
+                    tell = self._asking(asked, progress[batch.task] if progress else None)
+                    with contextlib.suppress(Interrupted):  # the source hears of it at the next question
+                        self._answer(batch, engine, finished, tell)
+                    settle(wait=False)
+            except Interrupted:  # answers of an evaluation that is given up need not be judged
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             with self.patiently():
                 on_all_ranks(settle, wait=True, group=self.waiting)
 
@@ -203,7 +207,7 @@ class BenchmarkRunner:
 
     def _score(self, task: BenchmarkTask, answers: Mapping[Key, Generation], judge: Judge) -> BenchmarkScores:
         rows = [[answers[problem, sample] for sample in range(task.samples)] for problem in range(len(task.prompts))]
-        mine = replica_rows(len(rows), self.grid) if self.grid.leads_rows else ()
+        mine = self.grid.own_rows(len(rows)) if self.grid.leads_rows else ()
         classes = self._merged({problem: _vote_classes(rows[problem], judge) for problem in mine})
         correct, tokens, truncated = (
             np.array([[getattr(answer, name) for answer in row] for row in rows])

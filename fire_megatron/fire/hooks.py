@@ -85,8 +85,8 @@ def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
 
 
 def _build(index: int, config: HookConfig) -> Hook:
-    factory = _REGISTRY[config.name]
+    assert config.name in _REGISTRY, f"{config.name} has passed the rule on names"
     try:
-        return factory(**config.options)
-    except (TypeError, ValueError) as error:
+        return _REGISTRY[config.name](**config.options)
+    except Exception as error:  # a factory of the user's may raise anything
         raise RecipeError(f"loss.hooks.{index} ({config.name}): {error}") from error

@@ -134,6 +134,10 @@ class ModelGrid:
         """Size of :attr:`row_group`."""
         return self.layout.row_replicas
 
+    def own_rows(self, rows: int) -> list[int]:
+        """The rows of 0..rows-1 that this rank's row replica samples."""
+        return list(range(self.row_replica, rows, self.row_replicas))
+
     @property
     def leads_rows(self) -> bool:
         """Whether this rank speaks for its row replica."""

@@ -19,7 +19,6 @@ from fire_megatron.config.roles import keeps_cache, roles
 from fire_megatron.config.rules.megatron import ENGINE_ONLY
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.data.rollouts import Target
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.models.build import build_model, model_dtype
 from fire_megatron.models.gpt import FireGPT
@@ -193,7 +192,7 @@ class _Rank:
     # ---- phases -----------------------------------------------------------------------------------------------
 
     def _sampling(self) -> Phase:
-        rows = len(replica_rows(self.load.rows, self.grids["student"]))
+        rows = len(self.grids["student"].own_rows(self.load.rows))
         size = min(rows, self.recipe.rollout.batch_size or rows)
         whole, rest = divmod(rows, size) if size else (0, 0)
         steps = self.load.response_tokens

@@ -13,8 +13,8 @@ from typing import Any
 from fire_megatron.config.checkpoints import read_json_object, read_marker
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.yaml_text import parse_yaml
-from fire_megatron.metrics.jsonl import by_step, parsed
-from fire_megatron.metrics.logger import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE
+from fire_megatron.metrics.jsonl import METRICS_FILE, by_step, parsed
+from fire_megatron.metrics.logger import RECIPE_FILE, SAMPLES_FILE
 
 _STATUS_FILE = "status.json"  # train/status.py writes it; importing that would import torch
 _STEP_FOLDER = re.compile(r"step_(\d+)")

@@ -1,7 +1,7 @@
 """The device's part of generation: passes of one pipeline stage, and what they leave in tables on the device.
 
 Nothing here reads from the device but :meth:`Decoder.read`. A decode step works on memory that stays where it is, so
-that on a GPU it is one CUDA graph for each number of rows and positions.
+that on a GPU it is one CUDA graph for each number of rows and of positions and each way of sampling.
 
 Shapes: S slots, n rows of a decode step (slots 0 to n - 1), C columns of a table, H hidden size.
 """

@@ -184,7 +184,7 @@ class Scoring:
             self.send([], [])
 
     def drain(self) -> None:
-        """Give the session up: wait for what has been sent, so that all ranks are free."""
+        """Give up: wait for what has been sent, so that all ranks are free."""
         self.seal()
         self._answers(self.pool.remote)
 
@@ -268,7 +268,7 @@ class Scoring:
         requests = [(name, lengths) for name in names for lengths in self._requests[name] if lengths]
         sizes = [Answer.size(list(lengths.values())) for _, lengths in requests]
         grid, device = self.router.student_grid, compute_device()
-        everywhere = broadcast_flat(
+        whole = broadcast_flat(
             None if flat is None else flat.to(device),
             numel=sum(sizes),
             dtype=torch.float32,
@@ -278,7 +278,7 @@ class Scoring:
         ).cpu()
         return [
             (name, lengths, Answer.unpack(part, list(lengths.values())))
-            for (name, lengths), part in zip(requests, everywhere.split(sizes), strict=True)
+            for (name, lengths), part in zip(requests, whole.split(sizes), strict=True)
         ]
 
     def _kept(self, holders: Sequence[torch.Tensor]) -> dict[str, KeptStates]:

@@ -9,10 +9,10 @@ from typing import Any
 from fire_megatron.checkpoint.resuming import TrainingState, load_training_state
 from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
 from fire_megatron.config.checkpoints import read_marker
-from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError
+from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError, on_every_rank
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
-from fire_megatron.metrics.logger import METRICS_FILE
+from fire_megatron.metrics.jsonl import METRICS_FILE
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.rng import get_rng_state, set_rng_state
 from fire_megatron.train.run import Run, checkpoint_folder
@@ -88,8 +88,7 @@ class Checkpoints:
                 f"none of the checkpoints in {self.folder} is whole, so the run does not start:\n{told}\n"
                 "restore one of them from a copy, or start anew with another run.dir"
             )
-            error.everywhere = True
-            raise error
+            raise on_every_rank(error)
         return None
 
     def _tell_format(self, folder: Path) -> None:

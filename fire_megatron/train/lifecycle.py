@@ -7,7 +7,7 @@ import time
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.steps import find_saved
-from fire_megatron.config.errors import TrainingError, UserError
+from fire_megatron.config.errors import TrainingError, UserError, on_every_rank
 from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
 from fire_megatron.evaluation.during import measure_benchmarks
@@ -120,7 +120,7 @@ class Trainer:
 
         problem = pool.obey(control, Transfer(pool, self.setup.grid).serve, idle=idle, done=self.gpus.report)
         if problem is not None:
-            raise _everywhere(TrainingError(problem))
+            raise on_every_rank(TrainingError(problem))
         return True
 
     def _lead(self) -> bool:
@@ -249,7 +249,7 @@ class Trainer:
         run, measured = self.run, {}
         if run.held_out is not None:
             most = run.held_out.own_rows * self.recipe.evaluation.max_new_tokens
-            measured = run.held_out.measure(run.phases.progress("evaluation", most), run.wait_for_replicas)
+            measured = run.held_out.measure(run.phases.progress("evaluation", most), self._make_room)
         reduced = reduce_metrics(measured if run.grid.leads_rows else {}, group=run.grid.span)
         answered: dict[str, float] | None = {}
         if run.benchmarks is not None:
@@ -265,6 +265,11 @@ class Trainer:
         if answered is None:
             raise Stopped
         return reduced | answered
+
+    def _make_room(self) -> None:
+        """For teachers on these ranks, once held-out prompts are answered: long answers take more than a step's."""
+        self.run.engine.release()
+        self.run.wait_for_replicas()
 
     # ---- the end ----------------------------------------------------------------------------------------------
 
@@ -296,16 +301,10 @@ class Trainer:
         self._finish_saving()
         ruined, kept = self.run.guard.ruined, self.checkpoints.newest()
         why = "loss, gradient or log-probabilities were not finite" if ruined else "loss or gradient jumped"
-        raise _everywhere(
+        raise on_every_rank(
             TrainingError(
                 f"step {self.step}: {what}, since {why}, so the run stops; lower optimizer.lr "
                 f"({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise warmup_steps; then "
                 + (f"run again to continue from step {kept}" if kept else "start again")
             )
         )
-
-
-def _everywhere(error: TrainingError) -> TrainingError:
-    """An error that every rank raises alike."""
-    error.everywhere = True
-    return error

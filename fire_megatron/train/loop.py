@@ -46,6 +46,7 @@ def train_step(run: Run, step: int) -> StepReport:
     scoring = open_scoring(run, rows)  # teachers on ranks of their own score while the student samples
     rollouts = sample(run, rows, scoring, step)
     scores = score(run, scoring, rollouts)
+    routed = scoring.metrics()
     with run.phases("update"):
         run.phases.show("update")
         size = run.recipe.optimizer.micro_batch_size
@@ -55,7 +56,7 @@ def train_step(run: Run, step: int) -> StepReport:
     run.engine.publish(step + 1)  # what sampling keeps of the weights is of the updated ones from here on
     # Every rank of a replica holds the same rollouts; one of them counts.
     counted = rollout_metrics(rollouts) | selected.metrics if run.grid.leads_rows else {}
-    return StepReport(rollouts, scores, selected, counted | scoring.metrics() | updated)
+    return StepReport(rollouts, scores, selected, counted | routed | updated)
 
 
 def open_scoring(run: Run, rows: Mapping[int, Prompt]) -> Scoring:

@@ -234,7 +234,7 @@ class Objective:
     def _topk(self, batch: MicroBatch, stretches: Sequence[_Stretch]) -> TokenLoss:
         width = 2 * self.loss.top_k + 1
         empty = torch.zeros(0, width, dtype=torch.int32, device=compute_device())
-        # One teacher a row: train/inputs.py refuses mixtures.
+        # One teacher a row: config/rules/data.py refuses mixtures.
         states = [self._states(*stretch.teachers, stretch, batch.rows, width) for stretch in stretches]
         teacher = unpack_topk(torch.cat([empty, *states]))
         return topk_loss(teacher, batch.weight, self._settings, shard=self._shard(), tokens=batch.tokens)

@@ -13,7 +13,7 @@ from fire_megatron.config.schema import Recipe
 from fire_megatron.data.order import PromptOrder
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import TrainingRows
-from fire_megatron.evaluation.heldout import HeldOut, replica_rows
+from fire_megatron.evaluation.heldout import HeldOut
 from fire_megatron.evaluation.runner import BenchmarkRunner
 from fire_megatron.fire.hooks import Hook
 from fire_megatron.parallel.collectives import wait_for_all
@@ -77,7 +77,7 @@ class Run:
     def own_rows(self, step: int) -> dict[int, Prompt]:
         """Row id -> prompt of what this replica samples in a step."""
         prompts = self.prompts(step)
-        return {row: prompts[row] for row in replica_rows(len(prompts), self.grid)}
+        return {row: prompts[row] for row in self.grid.own_rows(len(prompts))}
 
     def shared_out(self, parts: Iterable[TrainingRows], step: int) -> list[TrainingRows]:
         """This replica's even share of each of a step's mini-batches, of which every replica brings its part. Those of

@@ -134,10 +134,8 @@ class Setup:
             cuda_graphs=recipe.rollout.cuda_graphs,
             keep_cache=keeps_cache(recipe, on_gpu=compute_device().type == "cuda"),
         )
-        router, sampling = (
-            self._router(student),
-            Sampling.of(recipe.rollout, seed=recipe.run.seed, stop_ids=inputs.stop_ids),
-        )
+        router = self._router(student)
+        sampling = Sampling.of(recipe.rollout, seed=recipe.run.seed, stop_ids=inputs.stop_ids)
         order = PromptOrder(
             len(inputs.prompts), recipe.rollout.prompts_per_step, seed=recipe.run.seed, shuffle=recipe.data.shuffle
         )

@@ -341,7 +341,7 @@ def test_scope_of_a_hook_of_ones_own(inputs, tmp_path, capfd, monkeypatch):
     values = tiny_recipe(inputs, tmp_path / "run", run__plugins=["json"], optimizer__micro_batch_tokens=64)
     recipe = write_recipe(tmp_path / "recipe.yaml", values | {"loss": {"hooks": [{"name": "mine"}]}})
     assert main(["--recipe", str(recipe)]) == 2
-    assert "loss.hooks.0.scope: 'microbatch' takes its statistics" in capfd.readouterr().err
+    assert "loss.hooks.0: the scope of mine, 'microbatch', takes its statistics" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

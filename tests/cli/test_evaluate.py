@@ -154,7 +154,7 @@ def test_a_hugging_face_folder(evaluate, whole, tmp_path, inputs):
         (["--max-new-tokens", 510], "sums.jsonl:1: 3 tokens, and the model's positions leave 2"),
         (["--tensor", 2], "--tensor and --pipeline: tensor 2 x pipeline 1 x context 1 = 2 ranks a copy of the model"),
         (["--tensor", 4], "--tensor: 4 does not divide the model's 2 key/value heads"),
-        (["--chat-template", "on"], "--chat-template: on, but the student's tokenizer has no chat template"),
+        (["--chat-template", "on"], "--chat-template: on, but the tokenizer has no chat template"),
         (["--system-prompt", "be right"], "--system-prompt: needs a chat template"),
         (["--benchmark", "none.jsonl"], "--benchmark none.jsonl: none.jsonl does not exist"),
         (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),

@@ -28,7 +28,6 @@ from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.data.records import Prompt
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.platform import launch
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
@@ -74,7 +73,7 @@ def test_weights_that_are_not_normalised(roles, world_size, top_k):
 def generate(model, grid, prompts, rows, *, stop_ids=(), batch_size=0):
     """Greedy responses by row, put together from all replicas."""
     sampling = Sampling(max_new_tokens=9, temperature=0.0, stop_ids=frozenset(stop_ids), batch_size=batch_size)
-    mine = [rows[i] for i in replica_rows(len(rows), grid)]
+    mine = [rows[i] for i in grid.own_rows(len(rows))]
     made = MegatronEngine(model, grid).generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(zip(mine, (r.tolist() for r in made.responses), strict=True)))

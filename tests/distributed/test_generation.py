@@ -22,7 +22,6 @@ from roles import (
 
 from fire_megatron.checkpoint.convert import hf_to_megatron
 from fire_megatron.data.records import Prompt
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.models import packed_linear
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.parallel.grid import Layout
@@ -59,7 +58,7 @@ def generate_rows(model, grid, prompts, rows, *, stop_ids=(), sync_every=0, **se
 def generate(model, grid, prompts, rows=None, **settings):
     """All rows, shared over the replicas and put together on every rank; ranks that hold the same row agree."""
     rows = list(range(len(prompts))) if rows is None else rows
-    mine = [rows[i] for i in replica_rows(len(rows), grid)]
+    mine = [rows[i] for i in grid.own_rows(len(rows))]
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, generate_rows(model, grid, prompts, mine, **settings))
     whole = {}
@@ -288,7 +287,7 @@ def test_finished_rows_are_handed_over_while_others_are_sampled(roles, world_siz
     spec, prompts = Spec("qwen3"), draw_prompts()
     for layout in layouts(world_size):
         model, grid = roles.build(spec, layout)
-        mine, events = replica_rows(len(prompts), grid), []
+        mine, events = grid.own_rows(len(prompts)), []
         made = MegatronEngine(model, grid).generate(
             [prompts[i] for i in mine],
             mine,

@@ -19,7 +19,6 @@ from fire_megatron.config.load import load_recipe
 from fire_megatron.config.roles import resolved
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Target, TrainingRows
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.plan.trace import Trace, Tracing, storage_bytes
 from fire_megatron.platform import launch
 from fire_megatron.platform.host import HostMemory
@@ -92,7 +91,7 @@ def measured(recipe, world):
     student, grid, engine = run.student, run.grid, run.engine
     sampling = replace(run.sampling, stop_ids=frozenset())
     total = recipe.rollout.prompts_per_step
-    mine = replica_rows(total, grid)
+    mine = grid.own_rows(total)
     prompts = [Prompt(i, "math", tuple((i + j) % 50 + 3 for j in range(PROMPT)), "") for i in mine]
     phases: dict[str, Trace] = {}
     engine.keep_cache = True  # to be measured

@@ -14,7 +14,6 @@ from steps import ROUTE, ROWS, make_rollouts, rollouts_of
 
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.data.records import Prompt
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.teachers.teacher import Teacher
 
@@ -140,7 +139,7 @@ def test_each_row_is_scored_once_by_its_teacher_in_order_and_evenly(casts, monke
         return real(teacher, prompts, responses, lengths, share, *rest)
 
     def work():
-        mine = [order[i] for i in replica_rows(len(whole), cast.grid)]
+        mine = [order[i] for i in cast.grid.own_rows(len(whole))]
         prompts = [Prompt(i, label, tuple(prompt.tolist()), "") for i, (label, prompt, _) in enumerate(whole)]
         rollouts = make_rollouts(mine, prompts, [response for *_, response in whole])
         scores = cast.score(rollouts, len(whole))
@@ -175,7 +174,7 @@ def test_an_abandoned_session_leaves_the_teachers_free(checkpoints, world, facto
     cast = Cast(checkpoints, world, factory, at(0, 2), {"math": at(2, 1), "code": at(3, 1)}, LossConfig())
 
     def work():
-        rollouts = rollouts_of(replica_rows(ROWS, cast.grid))
+        rollouts = rollouts_of(cast.grid.own_rows(ROWS))
         session = cast.router.open(rollouts.prompts, rollouts.row_ids, total=ROWS)
         session.send(rollouts.row_ids[:2], rollouts.responses[:2])
         session.drain()

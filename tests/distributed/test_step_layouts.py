@@ -20,7 +20,6 @@ from steps import ROWS, rows
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.schema import StudentConfig, TeacherConfig
-from fire_megatron.evaluation.heldout import replica_rows
 from fire_megatron.losses.fused import OutputLayer
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
@@ -174,7 +173,7 @@ def test_teacher_equal_to_student_gives_no_gradient(checkpoints, world, factory,
     dist.barrier()
     layout = layouts(world.size)[-1]
     cast = Cast(folder, world, factory, layout, layout, LossConfig(hooks=()))
-    prompts, mine = rows()[0], replica_rows(ROWS, cast.grid)
+    prompts, mine = rows()[0], cast.grid.own_rows(ROWS)
     sampling = Sampling(max_new_tokens=9, stop_ids=frozenset([EOS]), seed=5)
     engine = MegatronEngine(cast.model, cast.grid)
     rollouts = engine.generate([prompts[i] for i in mine], mine, sampling=sampling, step=0)

@@ -97,8 +97,8 @@ def _reached(path: Path) -> set[Path]:
 
 
 def test_a_step_is_followed_through_few_files():
-    """The table of docs/architecture.md is all that there is to a step: what the loop imports is on the page, and
-    what the table names is reached from the loop."""
+    """What ``train/loop.py`` imports is on docs/architecture.md, and what its table names, few files, is reached from
+    the loop."""
     loop, page = PACKAGE / "train" / "loop.py", (ROOT / "docs" / "architecture.md").read_text("utf-8")
     section = page.split("## Follow one batch")[1].split("\n## ")[0]
     listed = {PACKAGE / name for name in re.findall(r"^\| \w+ \| `([\w/]+\.py)` \|", section, flags=re.M)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -61,24 +62,30 @@ def benchmark_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
 
-def benchmark_names(names: Iterable[tuple[str, str]]) -> Iterator[RecipeProblem]:
-    """Args: names: where each benchmark is given, and its name."""
-    taken: dict[str, str] = {}
+def benchmark_code(name: str) -> int:
+    """23 bits of a benchmark's name, which its samples go by."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:3]) >> 1
+
+
+def benchmark_names(names: Iterable[tuple[str, str]], fix: str) -> Iterator[RecipeProblem]:
+    """Args: names: where each benchmark is given, and its name; fix: what gives one another name."""
+    taken: dict[int, str] = {}
     for key, name in names:
-        if name in taken:
+        code = benchmark_code(name)
+        if code in taken:
             yield RecipeProblem(
-                key, f"{name!r} is taken by {taken[name]}; results and samples go by name, so give another"
+                key, f"its name {name!r} is taken by {taken[code]}; results and samples go by name, so {fix}"
             )
-        elif not BENCHMARK_NAME.accepts(name):
-            yield RecipeProblem(key, f"{name!r} is not of {BENCHMARK_NAME}; give another name")
-        taken[name] = key
+        taken[code] = key
 
 
 def benchmarks(facts: Facts) -> Iterator[RecipeProblem]:
     names = {f"{key}.name": file.name or benchmark_name(file.path) for key, file in facts.benchmarks.items()}
-    yield from benchmark_names(names.items())
+    yield from benchmark_names(names.items(), "give another")
     for key, name in names.items():
-        if name in facts.recipe.teachers:
+        if not BENCHMARK_NAME.accepts(name):
+            yield RecipeProblem(key, f"{name!r} is not of {BENCHMARK_NAME}; give another name")
+        elif name in facts.recipe.teachers:
             yield RecipeProblem(key, f"{name!r} is a teacher's; give another name")
 
 
@@ -86,7 +93,7 @@ def template(data: DataConfig, tokenizer: Vocabulary | None, at: Callable[[str],
     """Args: at: from a key of the ``data`` section to what the user has written it as."""
     absent = tokenizer is not None and not tokenizer.has_chat_template
     if data.chat_template == "on" and absent:
-        yield RecipeProblem(at("chat_template"), "on, but the student's tokenizer has no chat template; use off")
+        yield RecipeProblem(at("chat_template"), "on, but the tokenizer has no chat template; use off")
     if data.system_prompt and data.chat_template == "off":
         yield RecipeProblem(
             at("system_prompt"), f"needs a chat template and {at('chat_template')} is off; use auto or on"
@@ -94,8 +101,7 @@ def template(data: DataConfig, tokenizer: Vocabulary | None, at: Callable[[str],
     elif data.system_prompt and data.chat_template == "auto" and absent:
         yield RecipeProblem(
             at("system_prompt"),
-            "needs a chat template, and the student's tokenizer has none; leave it out, or use a student whose "
-            "tokenizer has one",
+            "needs a chat template, and the tokenizer has none; leave it out, or use a model whose tokenizer has one",
         )
 
 

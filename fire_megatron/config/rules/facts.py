@@ -57,7 +57,7 @@ class Role:
         if self.config.layer_spec == "local":
             return f"{self.at('layer_spec')} is local"
         if self.kind == "cpu":
-            return "the run is on a CPU"
+            return "run.device is cpu" if self.machine is None else "there is no GPU"
         found = self.machine and self.machine.no_engine
         return f"Transformer Engine cannot be used ({found})" if found else None
 
@@ -97,7 +97,7 @@ class Facts:
     def roles(self) -> dict[str, Role]:
         """Every role by its key: ``student``, ``teachers.math``."""
         configs, device, size = roles(self.recipe), self.recipe.run.device, self.world_size
-        kind = device if device != "auto" else self.machine and self.machine.kind
+        kind = self.machine.kind if self.machine else None if device == "auto" else device
         sound = size is not None and not any(span_problems({k: c.ranks for k, c in configs.items()}, size))
         return {
             key: Role(

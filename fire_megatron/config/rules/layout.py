@@ -122,7 +122,7 @@ def sharing(facts: Facts) -> Iterator[RecipeProblem]:
         if role.config.offload and not any(held[key].meets(span) for other, span in held.items() if other != key):
             yield RecipeProblem(
                 role.at("offload"),
-                "true, but no other role is on its ranks, so nobody would use the memory; leave it out",
+                "true, but no other role is on its ranks, so the memory would not be used; leave it out",
             )
     size = facts.recipe.rollout.group_size
     if size and all(span.meets(held["student"]) for span in held.values()):

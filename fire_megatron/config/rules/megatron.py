@@ -5,6 +5,7 @@ Which fields the installed release has, and their types, models/build.py finds o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -127,12 +128,12 @@ def _refusal(role: Role, field: str, value: Any) -> str | None:
     if field in _CHOICES and value not in _CHOICES[field][0]:
         choices, reason = _CHOICES[field]
         return f"{value!r}, but {reason}; use {' or '.join(choices)}"
-    if field in _COEFFICIENTS and (not isinstance(value, int | float) or value < 0):
+    if field in _COEFFICIENTS and (type(value) not in (int, float) or not 0 <= value < math.inf):
         return f"{value!r} is not allowed; give one number of at least 0"
     if field in ENGINE_ONLY and value and role.no_engine:
         return f"{value!r} needs Transformer Engine's kernels and {role.no_engine}; leave it out"
     low = _low_precision(role)
-    if field == "recompute_modules" and low and "moe" in (value or ()):
+    if field == "recompute_modules" and low and isinstance(value, list) and "moe" in value:
         return (
             f"'moe' with {low} reads process groups that only megatron-core's own set-up makes; leave 'moe' out, or "
             "take recompute_granularity: full"

@@ -46,7 +46,7 @@ def vocabulary(role: Role) -> Iterator[RecipeProblem]:
         yield RecipeProblem(
             role.at("checkpoint"),
             f"its vocabulary of {role.shape.vocab_size} does not hold the tokenizer's {role.tokenizer.vocab_size} "
-            "tokens; all models share the tokenizer, so give a checkpoint of the same family",
+            "tokens; give a checkpoint of the family that the tokenizer is of",
         )
 
 

@@ -33,7 +33,7 @@ def fp8(role: Role) -> Iterator[RecipeProblem]:
 def _emulation(role: Role) -> Iterator[RecipeProblem]:
     """FP8 as a CPU emulates it."""
     key = role.at("precision.fp8.emulate")
-    if "cuda" in (role.kind, role.machine and role.machine.kind):
+    if role.kind == "cuda":
         yield RecipeProblem(
             key,
             "true is FP8 on a CPU and the run is on a GPU; leave it out for Transformer Engine's FP8, or set "
@@ -121,6 +121,6 @@ def fp8_optimizer(facts: Facts) -> Iterator[RecipeProblem]:
     if settings and settings.param_gather and not settings.emulate and not facts.recipe.optimizer.distributed:
         yield RecipeProblem(
             "student.precision.fp8.param_gather",
-            "true, but only the distributed optimizer makes FP8 weights anew after an update; set "
+            "true, but only the distributed optimizer makes the FP8 weights again after an update; set "
             "optimizer.distributed=true or leave it out",
         )

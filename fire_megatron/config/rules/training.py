@@ -17,7 +17,7 @@ def hook_names(facts: Facts) -> Iterator[RecipeProblem]:
             close = nearest(hook.name, known)
             yield RecipeProblem(
                 f"loss.hooks.{i}.name",
-                f"no hook is named {hook.name!r}; {f'did you mean {close}? ' if close else ''}There are "
+                f"no hook is named {hook.name!r}; {f'did you mean {close}? There' if close else 'there'} are "
                 f"{', '.join(sorted(known))}; a hook of your own needs its module in run.plugins",
             )
 
@@ -27,10 +27,13 @@ def micro_batches(facts: Facts) -> Iterator[RecipeProblem]:
     scopes = facts.scopes or [hook.options.get("scope") for hook in hooks]
     for i, scope in enumerate(scopes):
         if tokens and scope == "microbatch":
+            key, name, other = f"loss.hooks.{i}", f"the scope of {hooks[i].name}, ", ""
+            if "scope" in hooks[i].options:
+                key, name, other = f"{key}.scope", "", "use 'global', or "
             yield RecipeProblem(
-                f"loss.hooks.{i}.scope",
-                f"'microbatch' takes its statistics over micro-batches of optimizer.micro_batch_size answers, and "
-                f"optimizer.micro_batch_tokens is {tokens}; use 'global', or set micro_batch_size instead",
+                key,
+                f"{name}'microbatch', takes its statistics over micro-batches of optimizer.micro_batch_size answers, "
+                f"and optimizer.micro_batch_tokens is {tokens}; {other}set micro_batch_size instead",
             )
 
 

@@ -76,6 +76,8 @@ def test_a_section_with_nothing_below_it_takes_its_defaults(values: dict[str, An
         ("student.parallel", 2, "student.parallel: 2 is a whole number; it must be a mapping with keys such as tensor"),
         ("teachers", ["math"], "teachers: ['math'] is a list; it must be a mapping"),
         ("teachers", {5: {}}, "teachers: the key 5 is a whole number; put it in quotes"),
+        ("loss.hooks", [{"name": "filter", 1: 2}], "loss.hooks.0: the key 1 is a whole number; put it in quotes"),
+        ("student.precision", {"fp8": True}, "student.precision.fp8: True is true or false; it must be a mapping with"),
         ("teachers.math.labels", "math", "labels: 'math' is a string; it must be a list (each entry a string, not"),
         ("data.train", {"path": "x"}, "data.train: {'path': 'x'} is a mapping; it must be a list"),
         ("data.train.0", "x.jsonl", "data.train.0: 'x.jsonl' is a string; it must be a mapping with keys such as path"),

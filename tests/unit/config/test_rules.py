@@ -120,6 +120,8 @@ PASSES: dict[str, Values] = {
         "teachers.math.megatron": {"moe_grouped_gemm": False, "moe_router_dtype": "fp64"},
         "known": {"machine": BARE_GPU},
     },
+    "values of types that megatron-core will refuse": fp8() | {"student.megatron": {"recompute_modules": 5}},
+    "a plan for a CPU recipe on GPUs": {**fp8(device="cpu"), "known": {"machine": GPU}},
 }  # fmt: skip
 
 
@@ -151,11 +153,11 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     (
         {"data.chat_template": "on", "known": {"tokenizer": Tokens()}},
-        "data.chat_template: on, but the student's tokenizer has no chat template; use off",
+        "data.chat_template: on, but the tokenizer has no chat template; use off",
     ),
     (
         {"data.system_prompt": "Be brief.", "known": {"tokenizer": Tokens()}},
-        "data.system_prompt: needs a chat template, and the student's tokenizer has none; leave it out, or use a stu",
+        "data.system_prompt: needs a chat template, and the tokenizer has none; leave it out, or use a mo",
     ),
     (
         {"loss.estimator": "topk", "known": {"mixed": ("code+math", "math+code")}},
@@ -164,7 +166,8 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     (
         {"evaluation.benchmarks": [{"path": FILE}, {"path": FILE}]},
-        "evaluation.benchmarks.1.name: 'prompts' is taken by evaluation.benchmarks.0.name; results and samples go by",
+        "evaluation.benchmarks.1.name: its name 'prompts' is taken by evaluation.benchmarks.0.name; results "
+        "and samples go by name, so give another",
     ),
     (
         {"evaluation.benchmarks": [{"path": FILE, "name": "math"}]},
@@ -185,7 +188,7 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     (
         {"run.device": "cpu", "teachers.math.layer_spec": "te"},
-        "teachers.math.layer_spec: te needs Transformer Engine on a GPU and the run is on a CPU; use auto or local",
+        "teachers.math.layer_spec: te needs Transformer Engine on a GPU and run.device is cpu; use auto or local",
     ),
     ({"student.layer_spec": "te", "known": {"machine": BARE_GPU}}, "cannot be used (not installed); use auto"),
     (
@@ -301,7 +304,7 @@ REFUSED: list[tuple[Values, str]] = [
     (fp8(param_gather=True) | {"student.offload": True}, "FP8 weights cannot wait on the host (student.offload)"),
     (
         fp8(device="cpu"),
-        "student.precision.fp8: needs Transformer Engine's layers on a GPU and the run is on a CPU; change it, or set "
+        "student.precision.fp8: needs Transformer Engine's layers on a GPU and run.device is cpu; change it, or set "
         "student.precision.fp8.emulate=true on a CPU",
     ),
     (fp8() | {"student.layer_spec": "local"}, "layers on a GPU and student.layer_spec is local; change it"),
@@ -377,12 +380,17 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     (
         {"loss": TWO, "optimizer.micro_batch_tokens": 100},
-        "loss.hooks.1.scope: 'microbatch' takes its statistics over micro-batches of optimizer.micro_batch_size "
+        "loss.hooks.1.scope: 'microbatch', takes its statistics over micro-batches of optimizer.micro_batch_size "
         "answers, and optimizer.micro_batch_tokens is 100; use 'global', or set micro_batch_size instead",
     ),
     (
         hooked("filter", scopes=["microbatch"]) | {"optimizer.micro_batch_tokens": 100},
-        "loss.hooks.0.scope: 'microbatch' takes its statistics over micro-batches",
+        "loss.hooks.0.scope: 'microbatch', takes its statistics over micro-batches",
+    ),
+    (
+        hooked("filter", "mine", hooks=("filter", "mine"), scopes=["global", "microbatch"])
+        | {"optimizer.micro_batch_tokens": 100, "run.plugins": ["my_hooks"]},
+        "loss.hooks.1: the scope of mine, 'microbatch', takes its statistics over micro-batches",
     ),
     ({"optimizer.mini_batches": 5}, "optimizer.mini_batches: 5 updates from 4 answers a step"),
     (

@@ -84,26 +84,29 @@ class Cast:
         self.control = Control(launch.store(), speaks=world.rank == student.first_rank)
         self.student = self.router = None
         if self.model is not None:
-            # distributed=False leaves each whole gradient in main_grad on every data-parallel rank, to be compared.
-            settings = OptimizerConfig(
-                micro_batch_size=1 if micro_batch_tokens else micro_batch_size,
-                micro_batch_tokens=micro_batch_tokens,
-                distributed=False,
-            )
-            self.student = Student(
-                self.model, self.grid, loss=loss, optimizer=settings, precision=PrecisionConfig(), heads=heads
-            )
-            self.router = TeacherRouter(
-                self.pool,
-                ROUTE,
-                student_grid=self.grid,
-                prompts=rows(mixed)[0],
-                mixture=loss.mixture,
-                control=self.control,
-                timeout=60,
-                offload=Offload(self.student.memory, constant=False) if offload else None,
-                group_size=2,
-            )
+            self._student(heads, micro_batch_tokens, micro_batch_size, offload)
+
+    def _student(self, heads, micro_batch_tokens, micro_batch_size, offload):
+        # distributed=False leaves each whole gradient in main_grad on every data-parallel rank, to be compared.
+        settings = OptimizerConfig(
+            micro_batch_size=1 if micro_batch_tokens else micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            distributed=False,
+        )
+        self.student = Student(
+            self.model, self.grid, loss=self.loss, optimizer=settings, precision=PrecisionConfig(), heads=heads
+        )
+        self.router = TeacherRouter(
+            self.pool,
+            ROUTE,
+            student_grid=self.grid,
+            prompts=rows(self.mixed)[0],
+            mixture=self.loss.mixture,
+            control=self.control,
+            timeout=60,
+            offload=Offload(self.student.memory, constant=False) if offload else None,
+            group_size=2,
+        )
 
     def run(self, work):
         """``work()`` on the student's ranks, while the others serve; its result on rank 0, to all."""

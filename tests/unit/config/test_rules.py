@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.config.rules.facts import Machine
 
 Values = dict[str, Any]
-Make = Callable[..., Path]
 
 GPU = Machine("cuda", None, lambda recipe: "no Blackwell" if recipe == "mxfp8" else None)
 BARE_GPU = Machine("cuda", "not installed", lambda recipe: None)

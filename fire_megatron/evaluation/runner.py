@@ -153,7 +153,7 @@ class BenchmarkRunner:
             calls += 1
             if progress is not None:
                 progress(tokens)
-            if calls % _ASK_EVERY == 0 and largest(int(asked()), group=self.grid.pg.mp):
+            if calls % _ASK_EVERY == 0 and any(largest(int(asked()), group=self.grid.pg.mp)):
                 raise Interrupted
 
         return ask

@@ -58,7 +58,7 @@ def _in_lockstep(
     """As many micro-batches as any replica has that takes part in this one's passes: those that share its experts, and
     in training with delayed scaling of FP8 all of them. One exchange of counts there, nothing elsewhere."""
     together = shares_amax(get_model_config(model)) and not forward_only
-    most = largest(len(packs), group=grid.pg.tp_dp_cp if together else grid.pg.ep)
+    (most,) = largest(len(packs), group=grid.pg.tp_dp_cp if together else grid.pg.ep)
     return [*packs, *(padding_pack(model, grid) for _ in range(most - len(packs)))]
 
 

@@ -117,13 +117,13 @@ def broadcast_flat(
     return values
 
 
-def largest(value: int, *, group: dist.ProcessGroup) -> int:
-    """The largest of the ranks' numbers; no communication in a group of one."""
+def largest(*values: int, group: dist.ProcessGroup) -> list[int]:
+    """The largest of the ranks' numbers, of each; no communication in a group of one."""
     if group.size() == 1:
-        return value
-    box = torch.tensor([value], dtype=torch.int64, device=compute_device())
+        return list(values)
+    box = torch.tensor(values, dtype=torch.int64, device=compute_device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
-    return int(box)
+    return box.tolist()
 
 
 @contextlib.contextmanager

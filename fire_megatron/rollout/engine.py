@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fire_megatron.data.packing import split_by_tokens
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rollouts import Rollouts
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.kv_cache import length_bucket
-from fire_megatron.parallel.collectives import broadcast_flat
+from fire_megatron.parallel.collectives import broadcast_flat, largest
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.platform.device import compute_device, device_kind
 from fire_megatron.platform.graphs import Graphs
@@ -167,7 +166,8 @@ class MegatronEngine:
             while True:
                 admitted = slots.admit()
                 parts = split_by_tokens(range(len(admitted)), [lengths[row] for _, row in admitted], _PREFILL_TOKENS)
-                packs, steps = self._agreed(len(parts), slots.steps(every))
+                # Forward passes that are due, the most of any replica that shares this one's experts.
+                packs, steps = largest(len(parts), slots.steps(every), group=self.grid.pg.ep)
                 if packs == steps == 0:
                     break
                 rows = min(row_bucket(slots.span, self._kind), size)
@@ -187,16 +187,6 @@ class MegatronEngine:
                     sources, targets = slots.compact()
                     if sources:
                         decoder.move(sources, targets, slots.cached(0))
-
-    def _agreed(self, packs: int, steps: int) -> tuple[int, int]:
-        """Forward passes that are due, the most of any replica that shares this one's experts."""
-        group = self.grid.pg.ep
-        if group.size() == 1:
-            return packs, steps
-        both = torch.tensor([packs, steps], device=compute_device())
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-        most_packs, most_steps = both.tolist()
-        return most_packs, most_steps
 
     def _ready(self, slots: int, length: int, columns: int) -> Decoder:
         """Memory for so many rows of up to ``length`` tokens: what there is, if it is enough, else this and no more,

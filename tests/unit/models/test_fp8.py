@@ -69,7 +69,7 @@ def test_packs_are_cut_in_blocks(recipe, tensor, multiple):
 def test_replicas_train_in_lockstep_with_delayed_scaling(recipe, forward_only, packs, monkeypatch):
     """Each pass ends with a collective of the whole stage there, and replicas differ in their number of passes."""
     counts = {"stage": 5, "experts": 2}
-    monkeypatch.setattr(pipeline, "largest", lambda value, *, group: counts[group])
+    monkeypatch.setattr(pipeline, "largest", lambda value, *, group: [counts[group]])
     model = SimpleNamespace(config=config_of(role_of(recipe=recipe)))
     grid = SimpleNamespace(
         pg=SimpleNamespace(tp_dp_cp="stage", ep="experts"), layout=SimpleNamespace(context=1), cp_rank=0

@@ -54,7 +54,7 @@ quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megat
 	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 -m fire_megatron.train \
 		--recipe recipes/smollm2_two_teachers.yaml
 
-# Before a commit: a minute or two. `make test` runs everything that needs no GPU.
+# Before a commit: a minute or two. `make test` runs everything that needs no GPU, in a quarter of an hour.
 check: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile tests/unit
 

@@ -21,7 +21,7 @@ from fire_megatron.checkpoint.folder import carry_files, check_target
 from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, is_ignored, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
-from fire_megatron.config.checkpoints import MARKER, WEIGHTS, read_marker, require_checkpoint
+from fire_megatron.config.checkpoints import MARKER, WEIGHTS, is_hf_folder, read_marker, require_checkpoint
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.platform.files import new_folder, write_json
@@ -277,7 +277,7 @@ def megatron_to_hf(
     shape, target_dtype = read_hf_config(source), _require_dtype(dtype)
     if not 0 < shard_gb < float("inf"):
         raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")
-    check_target(out, overwrite=overwrite, is_ours=_is_hf, what="a Hugging Face model")
+    check_target(out, overwrite=overwrite, is_ours=is_hf_folder, what="a Hugging Face model")
     reader, tensors = open_whole(source, shape), tensor_map(shape)
     with new_folder(out) as temporary:
         carry_files(source, temporary)
@@ -287,10 +287,6 @@ def megatron_to_hf(
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         _set_config_dtype(temporary / "config.json", target_dtype or reader.tensors[tensors[0].key].dtype)
     return out
-
-
-def _is_hf(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -105,13 +105,12 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     from fire_megatron.config.rules.facts import Role
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
-    from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmark
+    from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
     from fire_megatron.evaluation.judge import require_math_verify
     from fire_megatron.evaluation.source import open_source
     from fire_megatron.evaluation.standalone import EvaluationJob
     from fire_megatron.models.build import this_machine
     from fire_megatron.platform import launch
-    from fire_megatron.rollout.sampling import Sampling
 
     require_math_verify()
     config, parallel = _sections(args)
@@ -131,12 +130,10 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     model = Role(_option, role, trains=False, shape=source.shape, tokenizer=tokenizer, **known)
     _refuse([*role_problems(model), *template(data, tokenizer, _option)])
     encode = Encoder(data, tokenizer)
-    ends, room = stop_ids(tokenizer, args.stop_token, "--stop-token"), source.shape.max_positions - args.max_new_tokens
-    tasks = []
-    for entry, benchmark in zip(config.benchmarks, benchmarks, strict=True):
-        sampling = Sampling.of(entry, seed=config.seed, stop_ids=ends)
-        prompts = encode_problems(benchmark, encode, room=room)
-        tasks.append(BenchmarkTask(benchmark, prompts, entry.samples, sampling))
+    ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
+    common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
+    read = zip(benchmarks, config.benchmarks, strict=True)
+    tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     folder = source.folder.absolute()
     return EvaluationJob(

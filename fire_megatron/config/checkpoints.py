@@ -30,6 +30,11 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a folder is no converted checkpoint and what to give instead; None when it is one."""
     if not folder.exists():
@@ -38,7 +43,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         return f"{folder} is a file; give the folder of a converted checkpoint"
     if read_marker(folder) is not None:
         return None
-    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) and not (folder / MARKER).exists():
+    if is_hf_folder(folder) and not (folder / MARKER).exists():
         converted = folder.with_name(f"{folder.name}-megatron")
         if read_marker(converted) is not None:
             return f"{folder} is a Hugging Face folder; give the checkpoint converted from it, {converted}"

@@ -235,6 +235,11 @@ def _read_rope(config: _Reader) -> tuple[float, dict[str, Any] | None]:
     return theta, {"rope_type": kind, **scaling}
 
 
+def used_vocabulary(shapes: Mapping[str, ModelShape]) -> int:
+    """Entries that the softmax of every role runs over: models of one family pad their vocabularies differently."""
+    return min(shape.vocab_size for shape in shapes.values())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if path.parent.is_file():
         raise CheckpointError(f"{path.parent} is a file; give the folder of a model")

@@ -34,6 +34,9 @@ class Match:
 Count = Annotated[int, Ge(0)]
 Size = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
+MOST_SAMPLES = 2**16
+"""Answers to a problem stay below it: a row's id has 16 bits for them."""
+Samples = Annotated[int, Ge(1), Lt(MOST_SAMPLES)]
 LongSeed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -41,3 +44,5 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Lt(1)]
 Mass = Annotated[float, Gt(0), Le(1)]
 Text = Annotated[str, Match(r"(?s).*\S.*", "not empty")]
+TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (for metric names)")
+BENCHMARK_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, ., - and _ (for metric and file names)")

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Le
 from pydantic import field_validator
 
+from fire_megatron.config import kinds
 from fire_megatron.config.errors import RecipeProblem
-from fire_megatron.config.kinds import Count, Fraction, LongSeed, Mass, Match, NonNegative, Positive, Seed, Size, Text
+from fire_megatron.config.kinds import Count, Fraction, LongSeed, Mass, NonNegative, Positive, Seed, Size, Text
 from fire_megatron.config.loss import LossConfig
 from fire_megatron.config.section import FilledDict, FilledList, List, Options, Pair, Section
 from fire_megatron.config.spans import RANKS
-
-TEACHER_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _ (for metric names)")
-BENCHMARK_NAME = Match(r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, ., - and _ (for metric and file names)")
 
 
 class RunConfig(Section):
@@ -313,9 +311,9 @@ class BenchmarkConfig(Section):
 
     path: Text
     """JSON Lines, or one JSON list, of objects with `problem` and `answer`."""
-    name: Annotated[str, BENCHMARK_NAME] | None = None
+    name: Annotated[str, kinds.BENCHMARK_NAME] | None = None
     """Name in metrics and files; null is the file's name without its ending."""
-    samples: Annotated[int, Ge(1), Lt(2**16)] = 1
+    samples: kinds.Samples = 1
     """Answers to each problem."""
     limit: Count = 0
     """Take this many problems from the start of the file; 0 takes all."""
@@ -382,7 +380,7 @@ class Recipe(Section):
     """The run as a whole."""
     student: StudentConfig
     """The model that samples and learns."""
-    teachers: FilledDict[Annotated[str, TEACHER_NAME], TeacherConfig]
+    teachers: FilledDict[Annotated[str, kinds.TEACHER_NAME], TeacherConfig]
     """The models that score, by name."""
     data: DataConfig
     """The prompts."""

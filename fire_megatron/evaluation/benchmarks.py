@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.config.kinds import MOST_SAMPLES
 from fire_megatron.config.rules.data import benchmark_code, benchmark_name
+from fire_megatron.config.schema import BenchmarkConfig
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rows import read_rows, shown
 from fire_megatron.rollout.sampling import Sampling
 
 _EXAMPLES = 5
 """Wrong rows named one by one before the rest is counted."""
-MOST_SAMPLES = 2**16
-"""Of a problem."""
 Encode = Callable[[list[dict[str, str]]], list[int] | None]
 """Token ids of a chat, by :class:`fire_megatron.data.encoder.Encoder`."""
 
@@ -66,6 +66,33 @@ class BenchmarkTask:
     samples: int
     """Answers to each."""
     sampling: Sampling
+
+    @classmethod
+    def of(
+        cls,
+        benchmark: Benchmark,
+        config: BenchmarkConfig,
+        encode: Encode,
+        *,
+        positions: int,
+        seed: int,
+        stop_ids: Sequence[int],
+    ) -> BenchmarkTask:
+        """As a section of a recipe says.
+
+        Args:
+            benchmark: read.
+            config: how it is answered.
+            encode: makes token ids of a chat.
+            positions: of the model, for prompt and answer together.
+            seed: of the sampling.
+            stop_ids: tokens that end an answer.
+
+        Raises:
+            DataError: a problem that is too long or cannot be encoded.
+        """
+        prompts = encode_problems(benchmark, encode, room=positions - config.max_new_tokens)
+        return cls(benchmark, prompts, config.samples, Sampling.of(config, seed=seed, stop_ids=stop_ids))
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
-from fire_megatron.config.hf_config import ModelShape
+from fire_megatron.config.hf_config import ModelShape, used_vocabulary
 from fire_megatron.config.roles import keeps_cache, roles
 from fire_megatron.config.rules.megatron import ENGINE_ONLY
 from fire_megatron.config.schema import Recipe, RoleConfig
@@ -37,7 +37,7 @@ from fire_megatron.rollout.engine import MegatronEngine, uses_graphs
 from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.messages import StateKind, split_columns
 from fire_megatron.teachers.teacher import Keep, Teacher, TeacherInfo
-from fire_megatron.train.inputs import role_layout, used_vocabulary
+from fire_megatron.train.inputs import role_layout
 from fire_megatron.train.objective import MicroBatch
 from fire_megatron.train.rebalance import Header, all_headers, share_out
 from fire_megatron.train.student import Student

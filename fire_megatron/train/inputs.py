@@ -11,7 +11,7 @@ from pathlib import Path
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checks import ask, check_recipe
 from fire_megatron.config.errors import DataError, RecipeError, UserError
-from fire_megatron.config.hf_config import ModelShape
+from fire_megatron.config.hf_config import ModelShape, used_vocabulary
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.rules.facts import Facts, Machine
 from fire_megatron.config.schema import Recipe, RoleConfig
@@ -20,11 +20,7 @@ from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
-from fire_megatron.evaluation.benchmarks import (
-    BenchmarkTask,
-    encode_problems,
-    read_benchmark,
-)
+from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks, registered_hooks
 from fire_megatron.models.build import check_megatron_fields, resolve_layer_spec, this_machine, transformer_config
@@ -32,7 +28,6 @@ from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.watch import tick
-from fire_megatron.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -165,11 +160,6 @@ def check_models(recipe: Recipe, facts: Facts, *, device: Device) -> None:
             raise type(error)(f"{path}: {error}") from error
 
 
-def used_vocabulary(shapes: Mapping[str, ModelShape]) -> int:
-    """Entries that the softmax of every role runs over: models of one family pad their vocabularies differently."""
-    return min(shape.vocab_size for shape in shapes.values())
-
-
 def _vocabulary_notes(shapes: Mapping[str, ModelShape]) -> list[str]:
     sizes = {path: shape.vocab_size for path, shape in shapes.items()}
     if len(set(sizes.values())) == 1:
@@ -189,15 +179,14 @@ def _read_benchmarks(
     require_math_verify()
     benchmarks = [read_benchmark(config.path, name=config.name, limit=config.limit) for config in configs]
     encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    common = {"positions": shape.max_positions, "seed": recipe.evaluation.seed, "stop_ids": stop_ids}
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):
-        key = f"evaluation.benchmarks.{i}"
         try:
-            prompts = encode_problems(benchmark, encode, room=shape.max_positions - config.max_new_tokens)
+            read.append(BenchmarkTask.of(benchmark, config, encode, **common))
         except DataError as error:
-            raise DataError(f"{key}.max_new_tokens: {config.max_new_tokens}: {error}") from error
-        sampling = Sampling.of(config, seed=recipe.evaluation.seed, stop_ids=stop_ids)
-        read.append(BenchmarkTask(benchmark, prompts, config.samples, sampling))
+            key = f"evaluation.benchmarks.{i}.max_new_tokens"
+            raise DataError(f"{key}: {config.max_new_tokens}: {error}") from error
     return tuple(read)
 
 

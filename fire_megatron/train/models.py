@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError, UserError
-from fire_megatron.config.hf_config import ModelShape
+from fire_megatron.config.hf_config import ModelShape, used_vocabulary
 from fire_megatron.config.roles import roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import Span
@@ -22,7 +22,6 @@ from fire_megatron.parallel.collectives import on_all_ranks
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.device import Device
 from fire_megatron.platform.offload import Offload
-from fire_megatron.train.inputs import used_vocabulary
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fire_megatron.config.checkpoints import looked_in
 from fire_megatron.config.errors import RecipeProblem
+from fire_megatron.config.kinds import BENCHMARK_NAME
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts, Vocabulary
-from fire_megatron.config.schema import BENCHMARK_NAME, DataConfig
+from fire_megatron.config.schema import DataConfig
 
 
 def labels(facts: Facts) -> Iterator[RecipeProblem]:

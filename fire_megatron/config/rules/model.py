@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fire_megatron.config.checkpoints import checkpoint_problem
 from fire_megatron.config.errors import RecipeProblem
+from fire_megatron.config.hf_config import used_vocabulary
 from fire_megatron.config.rules.facts import Facts, Role
 
 
@@ -62,6 +63,9 @@ def tokenizers(facts: Facts) -> Iterator[RecipeProblem]:
 
 
 def top_k(facts: Facts) -> Iterator[RecipeProblem]:
-    loss, used = facts.recipe.loss, min((shape.vocab_size for shape in facts.shapes.values()), default=None)
-    if loss.estimator == "topk" and used is not None and loss.top_k > used:
+    loss = facts.recipe.loss
+    if loss.estimator != "topk" or not facts.shapes:
+        return
+    used = used_vocabulary(facts.shapes)
+    if loss.top_k > used:
         yield RecipeProblem("loss.top_k", f"{loss.top_k} exceeds the vocabulary of {used}; lower it")

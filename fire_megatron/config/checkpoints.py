@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.schema import Recipe
 
 MARKER = "fire_checkpoint.json"
 """Written last into a converted checkpoint, so that a folder that has it is complete."""
@@ -19,6 +20,11 @@ _METADATA = Path(WEIGHTS, ".metadata")
 def read_marker(folder: Path) -> dict[str, Any] | None:
     """The marker of a complete checkpoint of ours, or None where there is none."""
     return read_json_object(folder / MARKER) if (folder / _METADATA).is_file() else None
+
+
+def checkpoint_folder(recipe: Recipe) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(recipe.checkpoint.dir or Path(recipe.run.dir) / "checkpoints")
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:

@@ -7,18 +7,19 @@ replica appends what it has; and ``<benchmark>.jsonl``, into which the parts go 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from fire_megatron.config.errors import DataError
 from fire_megatron.platform.files import write_whole
+from fire_megatron.platform.folder_lock import alone_in
 
 SETTINGS = "settings.json"
 SCORES = "scores.json"
@@ -154,24 +155,19 @@ def _drop_cut_line(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder against other evaluations, which would lose answers to this one's merge. Let go of at the end of
-    the process too, whatever ends it.
+    """Hold the folder against other evaluations, which would lose answers to this one's merge.
 
     Raises:
-        DataError: another evaluation is running there.
+        DataError: another evaluation is running there, or the folder cannot be written.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"--out {folder}: another evaluation writes there; wait for it, or give another") from None
-        except OSError:
-            pass  # a file system without locks
+
+    def problem(holder: str) -> DataError:
+        return DataError(f"--out {folder}: {holder} writes there; wait for it, or give another")
+
+    with ExitStack() as held:
+        with writing(folder):
+            held.enter_context(alone_in(folder, problem))
         yield
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 def write_answers(folder: Path, key: str, name: str, generations: Mapping[Key, Generation]) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 from fire_megatron.checkpoint.resuming import TrainingState, load_training_state
 from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
-from fire_megatron.config.checkpoints import read_marker
+from fire_megatron.config.checkpoints import checkpoint_folder, read_marker
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError, on_every_rank
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
 from fire_megatron.metrics.jsonl import METRICS_FILE
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.rng import get_rng_state, set_rng_state
-from fire_megatron.train.run import Run, checkpoint_folder
+from fire_megatron.train.run import Run
 
 
 class Checkpoints:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.steps import find_saved
+from fire_megatron.config.checkpoints import checkpoint_folder
 from fire_megatron.config.errors import TrainingError, UserError, on_every_rank
 from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
@@ -23,11 +25,11 @@ from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Checkpoints
 from fire_megatron.train.ending import end_tables
 from fire_megatron.train.gpu_readings import GpuReadings
-from fire_megatron.train.guard import NONFINITE
+from fire_megatron.train.guard import NONFINITE, SPIKE
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import Stopped, StopRequest
 from fire_megatron.train.loop import StepReport, train_step
-from fire_megatron.train.run import Run, checkpoint_folder
+from fire_megatron.train.run import Run
 from fire_megatron.train.run_folder import RunFolder
 from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.setup import Setup
@@ -168,8 +170,11 @@ class Trainer:
         }
         metrics = reduce_metrics(measured, group=self.run.grid.span)
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/rollout"]
-        if "grad_norm" not in metrics and metrics.get("fire/dropped/nonfinite"):  # no update, and perhaps no wonder
+        broken = sum(count for key, count in metrics.items() if re.fullmatch("teacher/.*/nonfinite", key))
+        if "grad_norm" not in metrics and metrics["fire/dropped/nonfinite"] > broken:  # the student's own are not
             self.run.guard.skip(NONFINITE)
+        for text in self.run.fruitless.step(metrics):
+            self.logger.message(text)
         self.logger.log(self.step, metrics | self.run.guard.metrics())
         self._tell_saved()
 
@@ -189,6 +194,7 @@ class Trainer:
             self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
             self.run.engine.publish(self.step)
             self.run.guard.load(state.extra.get("guard", {}))
+            self.run.fruitless.load(state.extra.get("fruitless", {}))
             self._unlogged = dict(state.extra.get("untold", {}))
             self.evaluated = state.extra.get("evaluated", self.step - bool(self._unlogged))
         return state is not None
@@ -196,14 +202,19 @@ class Trainer:
     def save(self) -> None:
         """Save the last completed step, or begin to. Collective over the student's ranks."""
         self.watch.doing("saving")
-        extra = {"first_eval": self.first_eval, "guard": self.run.guard.state(), "evaluated": self.evaluated}
+        extra = {
+            "first_eval": self.first_eval,
+            "guard": self.run.guard.state(),
+            "fruitless": self.run.fruitless.state(),
+            "evaluated": self.evaluated,
+        }
         self.checkpoints.save(self.run, self.step, extra)
         self._tell_saved()
 
     def _tell_saved(self) -> None:
         for step, seconds in self.run.saver.finished():
             self.logger.message(f"saved checkpoint of step {step} to {self.checkpoints.folder} in {seconds:.1f} s")
-            self.folder.note(step=self.step, saved=step, restarts=0)
+            self.folder.note(step=self.step, saved=step, restarts=0, progress=True)
 
     def _save_if_due(self) -> None:
         every = self.recipe.checkpoint.every
@@ -279,7 +290,9 @@ class Trainer:
             self._save_if_sound()
             self._finish_saving()
         if done and self.run.guard.ruined:
-            self._give_up("the last update was skipped")
+            self._give_up_skipping("the last update was skipped", NONFINITE)
+        if done and (problem := self.run.fruitless.problem(ended=True)):
+            self._give_up(problem)
         self.folder.note(step=self.step, state="done" if done else "stopped")
         if not done:
             saved = self.checkpoints.saved
@@ -292,19 +305,27 @@ class Trainer:
 
     def _give_up_if_hopeless(self) -> None:
         guard, most = self.run.guard, self.recipe.optimizer.guard.max_skipped
-        if guard.exhausted:
+        problem = self.run.fruitless.problem()
+        if guard.exhausted or problem:
             self._save_if_sound()
-            self._give_up(f"{guard.in_a_row} updates in a row were skipped (optimizer.guard.max_skipped={most})")
+        if guard.exhausted:
+            in_a_row, reason = guard.exhausted
+            what = f"{in_a_row} updates in a row were skipped (optimizer.guard.max_skipped={most})"
+            self._give_up_skipping(what, reason)
+        if problem:
+            self._give_up(problem)
 
-    def _give_up(self, what: str) -> None:
+    def _give_up_skipping(self, what: str, reason: str) -> None:
         """End the run, since updates are skipped."""
-        self._finish_saving()
-        ruined, kept = self.run.guard.ruined, self.checkpoints.newest()
-        why = "loss, gradient or log-probabilities were not finite" if ruined else "loss or gradient jumped"
-        raise on_every_rank(
-            TrainingError(
-                f"step {self.step}: {what}, since {why}, so the run stops; lower optimizer.lr "
-                f"({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise warmup_steps; then "
-                + (f"run again to continue from step {kept}" if kept else "start again")
-            )
+        why = {NONFINITE: "loss, gradient or log-probabilities were not finite", SPIKE: "loss or gradient jumped"}
+        self._give_up(
+            f"{what}, since {why[reason]}, so the run stops; lower optimizer.lr ({self.recipe.optimizer.lr:g}) or "
+            "optimizer.clip_grad, or raise warmup_steps"
         )
+
+    def _give_up(self, problem: str) -> None:
+        """End the run with an error, once what is being saved is."""
+        self._finish_saving()
+        kept = self.checkpoints.newest()
+        then = f"run again to continue from step {kept}" if kept else "start again"
+        raise on_every_rank(TrainingError(f"step {self.step}: {problem}; then {then}"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.saving import Saver
+from fire_megatron.config.checkpoints import checkpoint_folder
 from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.order import PromptOrder
@@ -32,12 +33,13 @@ from fire_megatron.teachers.messages import StateKind
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
+from fire_megatron.train.fruitless import Fruitless
 from fire_megatron.train.guard import UpdateGuard
 from fire_megatron.train.inputs import check, role_layout
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.models import RoleModels
 from fire_megatron.train.phases import Phases
-from fire_megatron.train.run import Run, checkpoint_folder
+from fire_megatron.train.run import Run
 from fire_megatron.train.student import Student
 
 
@@ -153,6 +155,7 @@ class Setup:
             benchmarks=self._benchmarks(),
             saver=self._saver(),
             guard=UpdateGuard(recipe.optimizer.guard),
+            fruitless=Fruitless(recipe.optimizer.guard.max_skipped),
             phases=Phases(self.watch, self.world.device),
             stop=stop,
             control=self.control,

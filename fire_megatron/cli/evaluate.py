@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,14 @@ def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema
     return evaluation, parallel
 
 
-def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
-    """Everything but the weights.
+def _out(args: argparse.Namespace) -> Path:
+    """Where the results go."""
+    folder = Path(args.hf or args.checkpoint).absolute()
+    return args.out or folder.parent / "evaluation" / folder.name
+
+
+def _read(args: argparse.Namespace, device: Device, begun: datetime) -> EvaluationJob:
+    """Everything but the weights. Args: begun: when the evaluation was, the same on every rank.
 
     Raises:
         UserError: what is wrong.
@@ -103,6 +110,7 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     from fire_megatron.config.checks import role_problems
     from fire_megatron.config.rules.data import template
     from fire_megatron.config.rules.facts import Role
+    from fire_megatron.data.chat_time import chat_time
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
     from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
@@ -133,17 +141,18 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
     common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
     read = zip(benchmarks, config.benchmarks, strict=True)
-    tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
+    with chat_time(begun):
+        tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
-    folder = source.folder.absolute()
     return EvaluationJob(
         source=source,
         role=role,
         tokenizer=tokenizer,
         tasks=tasks,
         settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},
-        out=args.out or folder.parent / "evaluation" / folder.name,
+        out=_out(args),
         timeout=args.timeout,
+        begun=begun,
     )
 
 
@@ -151,12 +160,14 @@ def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
     """Read, sample, score. Raises UserError on every rank, if any finds something wrong."""
     import torch.distributed as dist
 
+    from fire_megatron.evaluation.generations import begun_at
     from fire_megatron.evaluation.standalone import Evaluation
-    from fire_megatron.parallel.collectives import on_all_ranks
+    from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
     from fire_megatron.train.interrupt import StopRequest
 
     stop = StopRequest().install()
-    job = on_all_ranks(_read, args, world.device, group=dist.group.WORLD)
+    begun = all_gather_objects(begun_at(_out(args)), group=dist.group.WORLD)[0]
+    job = on_all_ranks(_read, args, world.device, begun, group=dist.group.WORLD)
     Evaluation(job, world, watch, lambda: stop.signal_name).run()
     stop.restore()
 

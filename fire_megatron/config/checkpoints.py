@@ -41,6 +41,11 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model of either kind, complete or not."""
+    return (folder / MARKER).exists() or (folder / WEIGHTS / _METADATA.name).exists() or is_hf_folder(folder)
+
+
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a folder is no converted checkpoint and what to give instead; None when it is one."""
     if not folder.exists():

@@ -14,9 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from fire_megatron.config.checkpoints import read_json_object
 from fire_megatron.config.errors import DataError
 from fire_megatron.platform.files import write_whole
 from fire_megatron.platform.folder_lock import alone_in
@@ -190,8 +192,22 @@ def write_scores(folder: Path, key: str, report: Mapping[str, Any]) -> None:
         write_whole(folder / SCORES, [json.dumps(report, indent=2), "\n"])
 
 
+def begun_at(folder: Path) -> datetime:
+    """When the evaluation that a folder holds was begun, as it says; the present for a new one."""
+    values = read_json_object(folder / SETTINGS) or {}
+    try:
+        return datetime.fromisoformat(values["begun"])
+    except (KeyError, TypeError, ValueError):
+        return datetime.now()
+
+
 def require_settings(
-    folder: Path, model: str, fingerprint: str, settings: Mapping[str, Any], benchmarks: Mapping[str, str]
+    folder: Path,
+    model: str,
+    fingerprint: str,
+    settings: Mapping[str, Any],
+    benchmarks: Mapping[str, str],
+    begun: datetime | None = None,
 ) -> None:
     """Begin a folder, or see that what it holds was made in the same way.
 
@@ -201,11 +217,13 @@ def require_settings(
         fingerprint: of its weights and tokenizer.
         settings: what else fixes the answers, by the option that sets it.
         benchmarks: digest of each by name; others may join those that are there.
+        begun: when a new evaluation was begun: what chat templates are told of the time.
 
     Raises:
         DataError: the folder was made with other settings, names the first, or it cannot be written.
     """
     path, made = folder / SETTINGS, {"model": model, "fingerprint": fingerprint, "benchmarks": {}, **settings}
+    made["begun"] = (begun or datetime.now()).isoformat()
     try:
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else made
         if not {"model", "fingerprint", "benchmarks"} <= held.keys():

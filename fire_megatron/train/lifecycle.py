@@ -7,8 +7,6 @@ import time
 
 import torch.distributed as dist
 
-from fire_megatron.checkpoint.steps import find_saved
-from fire_megatron.config.checkpoints import checkpoint_folder
 from fire_megatron.config.errors import TrainingError, UserError, on_every_rank
 from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
@@ -22,7 +20,7 @@ from fire_megatron.platform.launch import World
 from fire_megatron.platform.rng import seed_everything
 from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.transfer import Transfer
-from fire_megatron.train.checkpoints import Checkpoints
+from fire_megatron.train.checkpoints import Beginning, Checkpoints
 from fire_megatron.train.ending import end_tables
 from fire_megatron.train.gpu_readings import GpuReadings
 from fire_megatron.train.guard import NONFINITE, SPIKE
@@ -57,15 +55,14 @@ class Trainer:
         timeout = recipe.run.collective_timeout
         self.watch = watch or launch.watch(world, roles=rank_roles(recipe, world), timeout=timeout)
         self.stop = stop or StopRequest()
-        # The first rank decides: views of a shared folder may differ for a moment. The others then look for these.
-        seen = find_saved(checkpoint_folder(recipe)) if world.is_main else []
-        found = all_gather_objects(seen, group=dist.group.WORLD)[0]
-        self.checkpoints = on_all_ranks(Checkpoints, recipe, world, self._say, found, group=dist.group.WORLD)
+        look = Beginning.of if world.is_main else lambda recipe: None
+        beginning = all_gather_objects(on_all_ranks(look, recipe, group=dist.group.WORLD), group=dist.group.WORLD)[0]
+        self.checkpoints = on_all_ranks(Checkpoints, recipe, world, self._say, beginning, group=dist.group.WORLD)
         self.folder = on_all_ranks(
             RunFolder, recipe, world, self._say, saved=self.checkpoints.newest(), group=dist.group.WORLD
         )
         seed_everything(recipe.run.seed, device=world.device)
-        self.setup = Setup(recipe, world, self.watch, self._say, self.stop)
+        self.setup = Setup(recipe, world, self.watch, self._say, self.stop, begun=beginning.begun)
         self.step = 0
         self.evaluated = -1
         """Last step that has been evaluated, or was not to be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,14 @@ class Setup:
     """A run ready to begin, on any of its ranks: what it reads, where its roles are, and this rank's parts."""
 
     def __init__(
-        self, recipe: Recipe, world: World, watch: Watch, say: Callable[[str], None], stop: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        world: World,
+        watch: Watch,
+        say: Callable[[str], None],
+        stop: StopRequest | None = None,
+        *,
+        begun: datetime | None = None,
     ) -> None:
         """Build it. Collective: every rank of the world calls it alike, and all of them raise if one does.
 
@@ -57,6 +65,7 @@ class Setup:
             watch: its signs of life.
             say: tells people.
             stop: hears signals.
+            begun: when the run was, the same on every rank: what chat templates are told of the time.
 
         Raises:
             UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
@@ -65,7 +74,7 @@ class Setup:
         self.recipe, self.world, self.watch = recipe, world, watch
         self.factory = GridFactory(timeout=recipe.run.collective_timeout)
         self.hooks, self.shapes, self.inputs = on_all_ranks(
-            check, recipe, device=world.device, num_ranks=world.size, group=dist.group.WORLD
+            check, recipe, device=world.device, num_ranks=world.size, now=begun, group=dist.group.WORLD
         )
         for note in self.inputs.notes:
             say(note)

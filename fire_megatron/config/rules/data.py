@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fire_megatron.config.checkpoints import looked_in
+from fire_megatron.config.checkpoints import holds_model, looked_in
 from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import BENCHMARK_NAME
 from fire_megatron.config.messages import nearest
@@ -114,6 +114,9 @@ def writable(facts: Facts) -> Iterator[RecipeProblem]:
     for key, name in (("run.dir", facts.recipe.run.dir), ("checkpoint.dir", facts.recipe.checkpoint.dir)):
         if name is None or facts.elsewhere:
             continue
+        model = next((f for f in (Path(name).resolve(), *Path(name).resolve().parents) if holds_model(f)), None)
+        if model:
+            yield RecipeProblem(key, f"{name} is inside {model}, which holds a model; choose another folder")
         folder = Path(name).absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
 from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
-from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem
+from fire_megatron.config.kinds import MOST
+from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, inside_model
 from fire_megatron.config.section import build
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema
         _refuse(RecipeProblem(_option(problem.key), problem.text) for problem in error.problems)
         raise
     _refuse(RecipeProblem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
+    inside = inside_model(_out(args))
+    _refuse([RecipeProblem(f"--out {_out(args)}", inside)] if inside else [])
     named = [(f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark]
     _refuse(benchmark_names(named, "rename one of the files"))
     return evaluation, parallel
@@ -129,7 +131,7 @@ def _read(args: argparse.Namespace, device: Device, begun: datetime) -> Evaluati
         train=tuple(schema.SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
         system_prompt=args.system_prompt,
-        max_prompt_tokens=sys.maxsize,
+        max_prompt_tokens=MOST,
         too_long="error",
     )
     precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(device.kind)

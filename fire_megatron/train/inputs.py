@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,6 +12,7 @@ from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checks import ask, check_recipe
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
+from fire_megatron.config.kinds import MOST
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.rules.facts import Facts, Machine
 from fire_megatron.config.schema import Recipe, RoleConfig
@@ -189,7 +189,7 @@ def _read_benchmarks(
         return ()
     require_math_verify()
     benchmarks = [read_benchmark(config.path, name=config.name, limit=config.limit) for config in configs]
-    encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    encode = Encoder(recipe.data.replace(max_prompt_tokens=MOST, too_long="error"), tokenizer)
     common = {"positions": shape.max_positions, "seed": recipe.evaluation.seed, "stop_ids": stop_ids}
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -150,6 +151,18 @@ def test_one_bad_gradient_is_left_out(tiny, tmp_path, monkeypatch, distributed):
     assert same == [True, False], "step 2 changes nothing, step 3 does"
     assert saved_steps(tmp_path / "run" / "checkpoints") == [1, 3, 4]
     assert read_status(tmp_path / "run").state == "done"
+
+
+@pytest.mark.parametrize("error, hopeless", [(TypeError("wrong"), True), (RuntimeError("CUDA error"), False)])
+def test_whether_another_start_would_fail_too(tiny, tmp_path, monkeypatch, error, hopeless):
+    monkeypatch.setattr(Student, "update", Mock(side_effect=error))
+    monkeypatch.setenv("FIRE_MEGATRON_MISTAKE", str(tmp_path / "mistake"))
+    with pytest.raises(type(error), match=str(error)):
+        train(tiny, tmp_path / "run")
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.hopeless) == ("failed", hopeless) and str(error) in status.error
+    assert (tmp_path / "mistake").exists() == hopeless
+    assert not list((tmp_path / "run").glob(".lock")), "the folder is free again"
 
 
 def test_metrics_of_a_run_that_saved_nothing_are_kept(tiny, tmp_path, capsys):

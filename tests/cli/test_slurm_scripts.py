@@ -138,7 +138,8 @@ COURSES = {
     ),
     # As a run that was stopped before and refuses to be restarted.
     "is a mistake after a stop": (
-        'echo wrong > "$FIRE_MEGATRON_MISTAKE"; echo \'{"state": "stopped"}\' > "$FOLDER/status.json"; return 1', 2, 1, "train: wrong"
+        'echo wrong > "$FIRE_MEGATRON_MISTAKE"; echo \'{"state": "stopped"}\' > "$FOLDER/status.json"; return 1', 2, 1,
+        "train: wrong"
     ),
     "is killed after a stop": ("return 1", 1, 4, "train failed 4 times in a row without a new checkpoint"),
     "is asked to stop": ("return 75", 75, 1, "scontrol requeue 7"),

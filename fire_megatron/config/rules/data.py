@@ -110,13 +110,20 @@ def chat_template(facts: Facts) -> Iterator[RecipeProblem]:
     yield from template(facts.recipe.data, facts.tokenizer, "data.{}".format)
 
 
+def inside_model(path: Path) -> str | None:
+    """What is wrong with a folder to write in that is a model's, or within one; None where it is not."""
+    whole = path.resolve()
+    model = next((folder for folder in (whole, *whole.parents) if holds_model(folder)), None)
+    return model and f"is inside {model}, which holds a model; choose another folder"
+
+
 def writable(facts: Facts) -> Iterator[RecipeProblem]:
     for key, name in (("run.dir", facts.recipe.run.dir), ("checkpoint.dir", facts.recipe.checkpoint.dir)):
         if name is None or facts.elsewhere:
             continue
-        model = next((f for f in (Path(name).resolve(), *Path(name).resolve().parents) if holds_model(f)), None)
-        if model:
-            yield RecipeProblem(key, f"{name} is inside {model}, which holds a model; choose another folder")
+        inside = inside_model(Path(name))
+        if inside:
+            yield RecipeProblem(key, f"{name} {inside}")
         folder = Path(name).absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent

@@ -42,7 +42,8 @@ class RunConfig(Section):
     `never` fails when the run's folder already holds a run."""
     max_restarts: Count = 3
     """Automatic restarts (by the scripts in `slurm`, by torchrun, or by Slurm from its queue) in a row without a new
-    checkpoint, after which the run refuses to be restarted. A start by hand counts from 0."""
+    checkpoint, also of a run that was asked to stop, after which it refuses to be restarted. A start by hand counts
+    from 0."""
     threads: Annotated[int, Ge(0), Le(1024)] = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: List[Text] = ()
@@ -238,7 +239,9 @@ class GuardConfig(Section):
 
     max_skipped: Count = 3
     """Updates skipped in a row after which the run ends with an error; 0 ends it at the first. An update whose loss or
-    gradient is not finite is always skipped, and nothing is saved until one has been made again."""
+    gradient is not finite is always skipped, and nothing is saved until one has been made again. As many steps in a row
+    may train no row, or none of a teacher's: its scores are not finite, or hooks drop 8 or more of its rows and keep
+    none."""
     spike_factor: NonNegative = 0.0
     """Skip an update whose loss or gradient norm (before clipping) is above the median of the last `spike_window`
     updates by more than so many times their spread (1.4826 median absolute deviations, one standard deviation of a

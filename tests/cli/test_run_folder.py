@@ -48,12 +48,16 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     assert "WARNING" not in capsys.readouterr().out
     other = "student.precision.dtype=bfloat16"
     assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
-    resumed, told, *_ = [line for line in capsys.readouterr().out.splitlines() if "step_000002" in line]
+    out = capsys.readouterr().out
+    changes = "run.steps 2 -> 3; student.precision.dtype float32 -> bfloat16"
+    assert f"\nchanged since step 2: {changes}\n" in out
+    resumed, told, *_ = [line for line in out.splitlines() if "step_000002" in line]
     assert resumed.startswith("resumed from") and told.startswith("WARNING: student.precision.dtype: ")
     assert "trained in float32 and the run goes on in bfloat16" in told and "dtype=float32" in told
     assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
     again = capsys.readouterr().out
     assert "resumed from" in again and "WARNING" not in again, "it is told once, where it changes"
+    assert "changed since" not in again
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
 

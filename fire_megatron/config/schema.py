@@ -41,9 +41,8 @@ class RunConfig(Section):
     """`auto` continues from the newest whole checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""
     max_restarts: Count = 3
-    """Automatic restarts (by the scripts in `slurm`, by torchrun, or by Slurm from its queue) in a row without a new
-    checkpoint, also of a run that was asked to stop, after which it refuses to be restarted. A start by hand counts
-    from 0."""
+    """Automatic restarts (by the scripts in `slurm`, by torchrun, by Slurm from its queue) in a row without a new
+    checkpoint, also after a stop, after which the run refuses to be restarted. A start by hand counts from 0."""
     threads: Annotated[int, Ge(0), Le(1024)] = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: List[Text] = ()

@@ -299,32 +299,6 @@ def resumed_with_other_prompts(box):
     box.recipe["data"]["train"][0]["path"] = str(path)
 
 
-def _with_another_student(box, **changes):
-    box.names |= {"checkpoint": box.resume(), "was": box.recipe["student"]["checkpoint"]}
-    save_megatron("qwen3", box.folder / "other", **{"num_hidden_layers": 2, **changes})
-    box.recipe["student"]["checkpoint"] = str(box.folder / "other")
-
-
-@case("student.checkpoint: {checkpoint} was trained from {was}, and", "another model", "new run.dir", resumes=True)
-def resumed_with_another_student(box):
-    _with_another_student(box, seed=9)
-
-
-@case("student.checkpoint: {checkpoint} was trained from {was}, and", "another model", "new run.dir", resumes=True)
-def resumed_with_a_deeper_student(box):
-    _with_another_student(box, num_hidden_layers=3)
-
-
-@case("student.checkpoint: {checkpoint}", "holds another model by now", resumes=True)
-def resumed_with_another_student_in_the_same_folder(box):
-    box.names["checkpoint"] = box.resume()
-    source = box.names["checkpoint"] / "weights" / "common.pt"
-    common = torch.load(source)
-    common["extra"]["trained_with"]["models"]["student"] = "of what was there before"
-    torch.save(common, source)
-    source.with_name("checksums.json").unlink()
-
-
 @case("{file} is cut short", "none of the checkpoints", resumes=True)
 def resumed_from_a_damaged_checkpoint(box):
     box.names["checkpoint"] = box.resume()

@@ -53,31 +53,35 @@ class Fruitless:
         names = [key.split("/")[1] for key in metrics if key.startswith("teacher/") and key.endswith("/rows")]
         rows = {name: metrics[f"teacher/{name}/rows"] for name in names}
         weighs = metrics.get("fire/token_weight_max", 0) != 0 or metrics.get("fire/token_weight_min", 0) != 0
-        self._all.add(sum(rows.values()), 0, trained=weighs)
+        nonfinite = {name: metrics[f"teacher/{name}/nonfinite"] for name in names}
+        self._all.add(sum(rows.values()), sum(nonfinite.values()), trained=weighs)
         for name in names:
-            nonfinite = metrics[f"teacher/{name}/nonfinite"]
             trained = weighs and metrics.get(f"teacher/{name}/keep_ratio", 0) > 0
-            self._teachers[name].add(rows[name], nonfinite, trained=trained)
-            if nonfinite and name not in self._told:
+            self._teachers[name].add(rows[name], nonfinite[name], trained=trained)
+            if nonfinite[name] and name not in self._told:
                 self._told.add(name)
                 yield (
-                    f"WARNING: {_role(name)}: log-probabilities or entropies of {nonfinite:.0f} of {rows[name]:.0f} "
+                    f"WARNING: {_role(name)}: log-probabilities or entropies of {nonfinite[name]:.0f} of {rows[name]:.0f} "
                     "rows are not finite; such rows are dropped"
                 )
 
     def problem(self, *, ended: bool = False) -> str | None:
         """Why the run should not go on, or, once it has ``ended``, why it was in vain; None where it may."""
-        most = self._most
+        most, together = self._most, self._too_long(self._all, ended)
         found = {name: drought for name, drought in self._teachers.items() if self._too_long(drought, ended)}
-        broken = {name: drought for name, drought in found.items() if drought.scored_in_vain}
+        suspects = self._teachers if together and self._all.scored_in_vain else found
+        broken = {name: drought for name, drought in suspects.items() if drought.scored_in_vain}
         if broken:
-            roles, steps = " and ".join(map(_role, broken)), max(drought.steps for drought in broken.values())
+            roles, steps = (
+                " and ".join(map(_role, broken)),
+                max(self._all.steps, *(drought.steps for drought in broken.values())),
+            )
             return (
                 f"{roles}: none of its rows trained in {_steps(steps, most)}, since log-probabilities or entropies "
                 "were not finite, so the run stops; correct the teacher's checkpoint, or its precision.dtype if its "
                 "values do not fit"
             )
-        if self._too_long(self._all, ended):
+        if together:
             return (
                 f"no row trained in {_steps(self._all.steps, most)} (dropped in the last: {self._reasons}), so the "
                 "run stops; change loss.hooks, or what makes them drop every row"

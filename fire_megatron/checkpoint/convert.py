@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fire_megatron.checkpoint.folder import carry_files, check_target
 from fire_megatron.checkpoint.hf_names import check_head, check_names
-from fire_megatron.checkpoint.hf_reader import INDEX, SINGLE, HFReader
+from fire_megatron.checkpoint.hf_tensors import INDEX, SINGLE, HFReader
 from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import torch
 
-from fire_megatron.checkpoint.hf_reader import HFReader
+from fire_megatron.checkpoint.hf_tensors import HFReader
 from fire_megatron.checkpoint.maps import Tensor, is_ignored, output_sources
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.hf_config import ModelShape

@@ -49,6 +49,12 @@ class HFReader:
         for name in [SINGLE] if (folder / SINGLE).is_file() else sorted(set(index.values())) or self._files():
             with self._open(name) as opened:
                 held = list(opened.keys())
+                again = sorted(self._file_of.keys() & held)
+                if again:
+                    raise CheckpointError(
+                        f"{folder}: {again[0]} is in {self._file_of[again[0]]} and in {name}; leave the weights of one "
+                        "model in the folder"
+                    )
                 slices = {key: opened.get_slice(key) for key in held}
                 self._shape_of |= {key: tuple(part.get_shape()) for key, part in slices.items()}
                 self._dtype_of |= {key: part.get_dtype() for key, part in slices.items()}

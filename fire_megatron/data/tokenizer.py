@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from fire_megatron.config.checkpoints import read_json_object
 from fire_megatron.config.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ _HF_FILES = (_JSON_FILE, "tokenizer_config.json")
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _PROBE = "def fib(n):\n    return n + 1\t# x != y, don't. 12345 Größe 日本語 🎉"
 """Text that tokenizers of other rules split otherwise: code, spaces, digits, letters beyond ASCII."""
-_WAIT = 16
-"""Tokens without text of their own after which :func:`token_texts` waits no longer for one that completes it."""
-_LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 class Tokenizer(Protocol):
@@ -104,6 +102,16 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def _renamed(folder: Path) -> dict[str, Any]:
+    """transformers 4 knows the list that 5 writes as ``extra_special_tokens`` by another name."""
+    import transformers
+
+    extra = (read_json_object(folder / "tokenizer_config.json") or {}).get("extra_special_tokens")
+    if not isinstance(extra, list) or int(transformers.__version__.split(".")[0]) > 4:
+        return {}
+    return {"extra_special_tokens": {}, "additional_special_tokens": extra}
+
+
 def _read_hf(folder: Path) -> tuple[TokenizerJson, PreTrainedTokenizerFast]:
     """What encodes and decodes, and transformers' tokenizer, which knows the special tokens and the chat template.
 
@@ -115,7 +123,7 @@ def _read_hf(folder: Path) -> tuple[TokenizerJson, PreTrainedTokenizerFast]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (folder / _JSON_FILE).exists():
-        described = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        described = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **_renamed(folder))
         inner = TokenizerJson.from_file(str(folder / _JSON_FILE))
         for _, token in sorted(described.added_tokens_decoder.items()):  # those of tokenizer_config.json alone
             if inner.token_to_id(str(token)) is None:
@@ -274,42 +282,6 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
         return _digest({self._model.id_to_piece(i): i for i in range(self.vocab_size)})
-
-
-def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text of each token; together they are the text of all.
-
-    A token that ends within a character (byte-level vocabularies have such) has no text: the token that completes the
-    character has it. Nor has a special token, which ``decode`` leaves out. A token is decoded after the ones before it
-    that last gave text, since many tokenizers write a token at the start of a text without its space. What is decoded
-    at once is bounded, so the time grows with the number of tokens and no faster: where a decoder
-    rewrites more than a few earlier tokens, that many share one text, of about their length.
-
-    Args:
-        ids: tokens of one text.
-        decode: text of token ids, such as :meth:`Tokenizer.decode`.
-    """
-    whole = decode(ids)
-    texts: list[str] = []
-    context: list[int] = []  # tokens that last gave text
-    waiting: list[int] = []  # tokens since
-    before, written = "", 0  # text of the context, characters of the whole that are out
-    for token in ids:
-        waiting.append(token)
-        text = decode(context + waiting)[len(before) :]
-        patient = len(waiting) < _WAIT
-        if not text or (patient and not whole.startswith(text, written)):
-            texts.append("")
-            if not patient:  # special tokens, but the last ones may begin a character
-                del waiting[: 1 - _LONGEST_CHARACTER]
-            continue
-        texts.append(whole[written : written + len(text)])
-        written += len(texts[-1])
-        context, waiting = waiting, []
-        before = decode(context)
-    if texts:
-        texts[-1] += whole[written:]
-    return texts
 
 
 def _digest(vocabulary: Mapping[str, int]) -> str:

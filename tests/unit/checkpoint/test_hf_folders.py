@@ -61,6 +61,15 @@ def test_the_single_file_goes_before_an_index(damaged, tmp_path):
     assert torch.equal(logits(there_and_back(hf, tmp_path)), logits(hf))
 
 
+def test_two_files_with_the_same_tensors_are_refused(damaged, tmp_path):
+    """Without an index nothing says which of two variants is meant."""
+    hf = damaged()
+    shutil.copy(hf / "model.safetensors", hf / "model.fp16.safetensors")
+    (hf / "model.safetensors").rename(hf / "model.fp32.safetensors")
+    said = refusal(hf, tmp_path)
+    assert "is in model.fp16.safetensors and in model.fp32.safetensors; leave the weights of one model" in said
+
+
 def test_a_head_that_equals_the_embedding_is_dropped(damaged, tmp_path):
     hf = damaged(lambda w: w.update({HEAD: w[EMBEDDING].clone()}), tie_word_embeddings=True)
     back = there_and_back(hf, tmp_path)

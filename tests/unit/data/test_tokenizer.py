@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids, token_texts
+from fire_megatron.data.token_texts import token_texts
+from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
 
 CHAT = [{"role": "user", "content": "what is two"}]
 

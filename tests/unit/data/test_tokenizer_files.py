@@ -117,6 +117,16 @@ def test_a_token_that_only_the_configuration_has(tmp_path):
     assert (loaded.pad_id, loaded.vocab_size) == (size + 1, size + 2)
 
 
+def test_a_folder_as_transformers_5_writes_it(tmp_path):
+    """Which calls the list of special tokens, and the class, as 4 does not."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_tokens(["<|im_end|>"])
+    config = {"extra_special_tokens": ["<|im_end|>"], "tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    loaded = load_tokenizer(write(tmp_path / "t", tokenizer, model_type="qwen2", **config))
+    [end] = loaded.encode_piece("<|im_end|>")
+    assert loaded.special == {0: "<eos>", end: "<|im_end|>"} and loaded.decode([end]) == ""
+
+
 def sentencepiece_folder(folder, *, model_type="llama", **options):
     """A SentencePiece model with what transformers wants beside it, and no tokenizer.json."""
     import sentencepiece

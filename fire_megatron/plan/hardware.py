@@ -46,14 +46,13 @@ COMMUNICATOR_GIB = 0.4
 FRAGMENTATION = 0.05
 """Of what comes and goes, memory that the allocator holds and cannot use."""
 PRODUCTS = 0.38
-"""Of the peak FLOP/s, what matrix products and attention of training and scoring reach; a Qwen3-1.7B's step on an H200."""
+"""Of the peak FLOP/s, what matrix products and attention of training and scoring reach: measured on an H200."""
 BANDWIDTH = 0.7
 """Of the memory's and the links' bandwidth, what is reached."""
 LAUNCH_S = 9e-6
 """Seconds to launch a kernel from Python; what is shorter on the GPU waits for it."""
 GRAPH_LAUNCH_S = 2.1e-6
-"""Seconds that each operator of a CUDA graph adds to the reading of weights and cache; a Qwen3-4B's decode step of 32 rows
-on an H200."""
+"""Seconds that each operator of a CUDA graph adds to the reading of weights and cache: measured on an H200."""
 LOOK_S = 5e-4
 """Seconds that decoding stands still when the host looks at what was sampled: a wait for the device, a copy, Python."""
 LATENCY_S = {"node": 10e-6, "network": 20e-6}

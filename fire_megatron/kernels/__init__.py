@@ -7,6 +7,7 @@ kernels are tested in Triton's interpreter, against float64. Modules here import
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -16,10 +17,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _wanted() -> bool:
+    """``FIRE_KERNELS=0`` leaves everything to plain torch, to find out whether a kernel is at fault."""
+    return os.environ.get("FIRE_KERNELS") != "0" and find_spec("triton") is not None
 
 
 def usable(tensor: torch.Tensor) -> bool:
     """Whether kernels take this tensor: of float32 or half precision, on a GPU, where torch brings Triton."""
-    return tensor.is_cuda and tensor.dtype in _DTYPES and _has_triton()
+    return tensor.is_cuda and tensor.dtype in _DTYPES and _wanted()

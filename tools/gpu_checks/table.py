@@ -16,6 +16,7 @@ _DECODE = (
     "reserved_growth_mb", "launches", "graphs", "waits", "copies_to_host", "operators",
 )  # fmt: skip
 _TRAINING = ("seconds", "tokens_per_second", "model_tflops", "of_peak", "peak_mb", "loss", "grad_norm")
+_SCORING = ("seconds", "tokens_per_second", "model_tflops", "of_peak", "peak_mb")
 _FUSED = (
     "seconds", "products_seconds", "ratio", "peak_mb", "full_logits_peak_mb", "value_error", "hidden_gradient_error",
     "weight_gradient_error",
@@ -82,6 +83,7 @@ CHECKS = [
     Check("decode_32", "decode:decode", _DECODE, 18, {"rows": 32}),
     Check("training_step", "training:training_step", _TRAINING, 15),
     Check("decode_256", "decode:decode", _DECODE, 32, {"rows": 256}),
+    Check("scoring", "scoring:scoring", _SCORING, 15),
     Check("fused_loss_sampled", "fused_loss:fused_loss", _FUSED, 5, {"estimator": "sampled"}),
     Check("fused_loss_full", "fused_loss:fused_loss", _FUSED, 5, {"estimator": "full"}),
     Check("kernels", "kernels:kernels", _KERNELS, 10, gpu=True),
@@ -90,9 +92,9 @@ CHECKS = [
     _fp8_step("tensorwise"),
     _fp8_step("blockwise"),
     _fp8_step("delayed"),
+    Check("step_against_trl", "peers:step_against_trl", _TRL, 60, needs=("models",)),
+    _tests("on_gpu", 60),
     Check("planned", "planned:planned", _PLANNED, 35, needs=("models",)),
-    _peer(32),
-    _peer(256),
     Check("offload", "memory:offload", _OFFLOAD, 8),
     Check("communicators", "memory:communicators", _COMMUNICATORS, 5, gpu=True),
     _variant("full", "loss.estimator=full"),
@@ -100,8 +102,8 @@ CHECKS = [
     _variant("offloaded_run", *_OFFLOADS, same=True),
     _variant("local_spec", "student.layer_spec=local", gpu=True),
     Check("export", "commands:export", ("export_s", "step", "logits_moved_by"), 3, needs=("resume",)),
-    Check("step_against_trl", "peers:step_against_trl", _TRL, 120, needs=("models",)),
-    _tests("on_gpu", 90),
+    _peer(32),
+    _peer(256),
     _tests("gpu_monitor", 25),
     _peer(32, compiled=True),
     _tests("layouts_on_gpu", 15),

@@ -120,7 +120,7 @@ def _read_hf(folder: Path) -> tuple[TokenizerJson, PreTrainedTokenizerFast]:
     transformers makes one; of a SentencePiece model it must be one with that model's ids.
     """
     from tokenizers import Tokenizer as TokenizerJson
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
     if (folder / _JSON_FILE).exists():
         described = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **_renamed(folder))
@@ -131,7 +131,7 @@ def _read_hf(folder: Path) -> tuple[TokenizerJson, PreTrainedTokenizerFast]:
         return inner, described
     wanted = _sentencepiece_ids(folder / _SENTENCEPIECE_FILE)
     reasons = []
-    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast, LlamaTokenizerFast):
         try:
             described = kind.from_pretrained(str(folder), local_files_only=True)
             inner = described.backend_tokenizer

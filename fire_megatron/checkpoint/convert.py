@@ -44,9 +44,7 @@ FORMAT = 1
 
 def _require_dtype(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(
-            f"--dtype {dtype}: use one of {', '.join(DTYPES)}, or leave it out to keep the stored one"
-        )
+        raise CheckpointError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}, or leave it out to keep the source's")
     return None if dtype is None else DTYPES[dtype]
 
 
@@ -208,9 +206,8 @@ def megatron_to_hf(
     dtypes = _export_dtypes(reader, tensors, read_marker(source) or {}, target_dtype)
     with new_folder(out) as temporary:
         carry_files(source, temporary)
-        files, total = _write_shards(
-            temporary, _export_tensors(reader, tensors, shape, dtypes, progress), int(shard_gb * 1e9)
-        )
+        exported = _export_tensors(reader, tensors, shape, dtypes, progress)
+        files, total = _write_shards(temporary, exported, int(shard_gb * 1e9))
         if len(set(files.values())) > 1:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         _set_config_dtype(temporary, list(map(_name, dtypes.values())))

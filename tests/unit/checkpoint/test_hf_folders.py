@@ -257,12 +257,13 @@ def test_fp8_releases_are_what_transformers_makes_of_them(fp8, tmp_path):
     pytest.importorskip("accelerate")
     import transformers
 
-    if transformers.__version__.startswith("4.") and not torch.cuda.is_available():
-        pytest.skip("transformers 4 dequantises on a GPU only")
-
     hf, _ = fp8("qwen3", (128, 128), "float32", hidden_size=128, intermediate_size=256, head_dim=64)
     settings = transformers.FineGrainedFP8Config(dequantize=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf, quantization_config=settings, dtype=torch.float32)
+    wide = {"quantization_config": settings, "dtype": torch.float32}
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(hf, **wide)
+    except (ImportError, RuntimeError) as error:  # some releases want a GPU or triton
+        pytest.skip(f"this transformers cannot: {error}")
     ours = load_file(there_and_back(hf, tmp_path) / "model.safetensors")
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
 

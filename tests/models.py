@@ -83,7 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
             "use_sliding_window": True,
             "sliding_window": 7,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "max_window_layers": 1,
             "rope_parameters": _YARN,
         },
     ),

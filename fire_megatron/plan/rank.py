@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
-from fire_megatron.config.roles import keeps_cache, roles
+from fire_megatron.config.roles import keeps_cache, longest_row, roles
 from fire_megatron.config.rules.megatron import ENGINE_ONLY
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.data.rollouts import Target
@@ -102,6 +102,7 @@ class _Rank:
         role = planned_role(roles(self.recipe)[path])
         model = build_model(self.shapes[path], role, self.grids[path], device=Device(self.kind))
         model.used_vocab_size = used_vocabulary(self.shapes)
+        model.rotary.fix(longest_row(self.recipe))
         return model
 
     def _student(self) -> Student:

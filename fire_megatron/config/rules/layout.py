@@ -21,6 +21,8 @@ def tensor(role: Role) -> Iterator[RecipeProblem]:
     wrong = {noun: count for noun, count in counts.items() if count % size}
     if size % shape.kv_heads == 0:  # as many ranks share each of them
         wrong.pop("key/value heads", None)
+        rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        wrong |= {"rows of queries, keys and values": rows} if rows % size else {}
     if wrong:
         yield RecipeProblem(
             role.at("parallel.tensor"),

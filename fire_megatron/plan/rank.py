@@ -261,7 +261,7 @@ class _Rank:
 
     def _kv_cache(self, rows: int, length: int) -> int:
         model, length = self.models["student"], length_bucket(length, compute_device())
-        groups = model.config.num_query_groups // self.grids["student"].layout.tensor
+        groups = max(1, model.config.num_query_groups // self.grids["student"].layout.tensor)
         return (
             2 * self._layers() * rows * groups * length * model.config.kv_channels * model.config.params_dtype.itemsize
         )

@@ -100,6 +100,7 @@ _QK_NORM = (
     Rule(_LAYER + "self_attention.k_layernorm.weight", {_HF + "self_attn.k_norm.weight": "head"}),
 )
 
+
 def _fused(rules: tuple[Rule, ...], fused: Mapping[str, Mapping[str, str]]) -> tuple[Rule, ...]:
     """Rules with other sources where a family stores what these name in one tensor."""
     return tuple(replace(rule, sources=fused.get(rule.key, rule.sources)) for rule in rules)

@@ -213,6 +213,7 @@ FAMILIES: Mapping[str, Family] = {
 
 _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
 
+
 def used_vocabulary(shapes: Mapping[str, ModelShape]) -> int:
     """Entries that the softmax of every role runs over: models of one family pad their vocabularies differently."""
     return min(shape.vocab_size for shape in shapes.values())
@@ -253,7 +254,8 @@ def read_hf_config(directory: str | Path) -> ModelShape:
         raise CheckpointError(f"{path}: model_type is {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     config = Reader(path, {**_DEFAULTS, **family.defaults, **values})
-    for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "per_layer_config": None}
+    for key, supported in required.items():
         config.require(key, supported)
     if values.get("quantization_config"):
         raise config.fail("quantization_config is set; give the unquantized checkpoint")

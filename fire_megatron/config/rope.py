@@ -141,8 +141,8 @@ def _rope_type(given: Reader, types: Mapping[str, str]) -> str:
     written = [given.values[key] for key in ("rope_type", "type") if given.values.get(key) is not None]
     if len(written) == 2 and written[0] != written[1]:
         raise given.fail(
-            f"{given.where}rope_type is {written[0]!r} and {given.where}type is {written[1]!r}, of which transformers 5 "
-            "reads the first and transformers 4 the second; remove the wrong one in a copy of the checkpoint"
+            f"{given.where}rope_type is {written[0]!r} and {given.where}type is {written[1]!r}; transformers 5 reads "
+            "the first and transformers 4 the second; remove the wrong one in a copy of the checkpoint"
         )
     kind = written[0] if written else "default"
     if not isinstance(kind, str) or kind not in types:

@@ -1,7 +1,7 @@
 """Rotary angles, with transformers' scalings of the frequencies to longer contexts.
 
-Two of these (``dynamic``, ``longrope``) take other frequencies for longer rows, so that a token's angle depends on tokens
-that may not be sampled yet. docs/decisions.md says what length they take.
+Two of these (``dynamic``, ``longrope``) take other frequencies for longer rows, so that a token's angle depends on
+tokens that may not be sampled yet. docs/decisions.md says what length they take.
 
 Shapes: D rotated dimensions of a head, F = D / 2 frequencies.
 """

@@ -114,7 +114,10 @@ BY_LENGTH = {"phi3", "llama-dynamic"}
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(x, marks=() if x in PAIRED else pytest.mark.two_ranks) for x in sorted({*FAMILIES} - {"mistral"} - BY_LENGTH)],
+    [
+        pytest.param(x, marks=() if x in PAIRED else pytest.mark.two_ranks)
+        for x in sorted({*FAMILIES} - {"mistral"} - BY_LENGTH)
+    ],
 )
 def test_greedy_equals_transformers(roles, world_size, family):
     spec, prompts = Spec(family), draw_prompts()

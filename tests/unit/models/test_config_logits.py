@@ -97,8 +97,9 @@ WINDOWS = {
 }
 CASES = [("llama", name, changes) for name, changes in ROPES.items()]
 CASES += [("llama", name, changes) for name, changes in NEW_ROPES.items() if NEWEST]
-CASES += [(kind, "yarn", {"head_dim": 16} | PLAIN | ROPES["yarn"]) for kind in ("mistral", "qwen2", "qwen3", "qwen3_moe")]
-CASES += [(kind, f"window: {name}", w) for kind in ("qwen2", "qwen3", "qwen3_moe") for name, w in WINDOWS.items()]
+QWEN = ("qwen2", "qwen3", "qwen3_moe")
+CASES += [(kind, "yarn", {"head_dim": 16} | PLAIN | ROPES["yarn"]) for kind in ("mistral", *QWEN)]
+CASES += [(kind, f"window: {name}", window) for kind in QWEN for name, window in WINDOWS.items()]
 CASES += [
     ("qwen3", "yarn and windows", ROPES["yarn"] | WINDOWS["listed as some"]),
     ("qwen3", "dynamic and windows", ROPES["dynamic"] | WINDOWS["listed as some"]),
@@ -112,7 +113,7 @@ CASES += [
 
 if NEWEST:  # before, layer_types meant nothing to it
     CASES += [
-        ("mistral", f"window: {name}", {"sliding_window": 7, "head_dim": 16, "layer_types": WINDOWS[name]["layer_types"]})
+        ("mistral", f"window: {name}", {"head_dim": 16, **WINDOWS[name]})
         for name in ("listed as none", "listed as some")
     ]
 
@@ -178,7 +179,8 @@ def test_logits_are_those_of_transformers(kind, name, changes, grid, tmp_path):
     megatron_to_hf(tmp_path / "converted", tmp_path / "exported")
     written = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert {key: written[key] for key in values} == values
-    assert torch.equal(transformers_logits(tmp_path / "exported", rows[3]), transformers_logits(tmp_path / "hf", rows[3]))
+    before, after = (transformers_logits(tmp_path / name, rows[3]) for name in ("hf", "exported"))
+    assert torch.equal(before, after)
 
 
 DECODED = ["yarn", "dynamic", "longrope"]

@@ -17,15 +17,16 @@ import torch
 
 from fire_megatron.config.hf_config import ModelShape
 
-BY_LENGTH = ("dynamic", "longrope")
+_BY_LENGTH = ("dynamic", "longrope")
 """Scalings under which frequencies depend on a row's length."""
 
 
 def _plain(shape: ModelShape, theta: float | torch.Tensor, factors: Any = 1.0) -> torch.Tensor:
     """[..., F] float32 frequencies of a base [...], divided by ``factors`` (RoPE: Su et al. 2021, arXiv 2104.09864)."""
-    exponent = torch.arange(0, shape.rotary_dim, 2, dtype=torch.int64).float() / shape.rotary_dim
-    if isinstance(theta, torch.Tensor):
-        theta, exponent = theta.unsqueeze(-1), exponent.to(theta.device)
+    device = None
+    if isinstance(theta, torch.Tensor):  # made there, since CUDA graphs take nothing from the host
+        theta, device = theta.unsqueeze(-1), theta.device
+    exponent = torch.arange(0, shape.rotary_dim, 2, dtype=torch.int64, device=device).float() / shape.rotary_dim
     return 1.0 / (factors * theta**exponent)
 
 
@@ -62,36 +63,26 @@ def _dynamic(shape: ModelShape, scaling: dict[str, Any], lengths: torch.Tensor) 
     return _plain(shape, shape.rope_theta * growth ** (width / (width - 2)))
 
 
-def _longrope(shape: ModelShape, scaling: dict[str, Any], lengths: torch.Tensor) -> torch.Tensor:
+def _longrope(shape: ModelShape, scaling: dict[str, Any], factors: str) -> torch.Tensor:
     """Ding et al. 2024, arXiv 2402.13753: one set of factors within the trained context, another for longer rows."""
-    short, long = (
-        _plain(shape, shape.rope_theta, torch.tensor(scaling[name])).to(lengths.device)
-        for name in ("short_factor", "long_factor")
-    )
-    return torch.where(lengths.unsqueeze(-1) > scaling["original_max_position_embeddings"], long, short)
+    return _plain(shape, shape.rope_theta, torch.tensor(scaling[factors]))
 
 
-def rotary_frequencies(shape: ModelShape, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """Inverse frequencies with the model's scaling.
-
-    Args:
-        shape: the architecture.
-        lengths: [...] int64, tokens of each row, for the scalings that depend on it; None for rows within the context
-            that the model was trained with.
-
-    Returns:
-        [..., F] float32, without ``lengths`` [F].
-    """
+def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
+    """[F] float32 inverse frequencies with the model's scaling, of rows within the context that it was trained with."""
     scaling = shape.rope_scaling or {"rope_type": "default"}
-    kind = scaling["rope_type"]
-    if kind in BY_LENGTH:
-        return (_dynamic if kind == "dynamic" else _longrope)(
-            shape, scaling, torch.ones((), dtype=torch.int64) if lengths is None else lengths
-        )
-    if kind in ("llama3", "yarn"):
-        return (_llama3 if kind == "llama3" else _yarn)(shape, scaling)
-    assert kind in ("default", "linear"), kind
-    return _plain(shape, shape.rope_theta) / scaling.get("factor", 1.0)
+    match scaling["rope_type"]:
+        case "llama3":
+            return _llama3(shape, scaling)
+        case "yarn":
+            return _yarn(shape, scaling)
+        case "longrope":
+            return _longrope(shape, scaling, "short_factor")
+        case "linear":
+            return _plain(shape, shape.rope_theta) / scaling["factor"]
+        case kind:
+            assert kind in ("default", "dynamic"), kind
+            return _plain(shape, shape.rope_theta)
 
 
 class Rotary:
@@ -99,12 +90,22 @@ class Rotary:
 
     def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
         """Args: device: of the positions; dtype: of what is returned."""
-        self._shape, self._dtype = shape, dtype
-        self._scale = (shape.rope_scaling or {}).get("attention_factor", 1.0)
-        self._by_length = (shape.rope_scaling or {}).get("rope_type") in BY_LENGTH
+        self._shape, self._dtype, self._scaling = shape, dtype, shape.rope_scaling or {}
+        self._scale = self._scaling.get("attention_factor", 1.0)
+        self._by_length = self._scaling.get("rope_type") in _BY_LENGTH
         self._longest: int | None = None
         self.inv_freq = rotary_frequencies(shape).to(device)
         """[F] float32. Changed in place, since CUDA graphs hold its address."""
+        self._short = self._long = self.inv_freq.clone()
+        if self._scaling.get("rope_type") == "longrope":
+            self._long = _longrope(shape, self._scaling, "long_factor").to(device)
+
+    def _frequencies(self, lengths: torch.Tensor) -> torch.Tensor:
+        """[...] int64 tokens of rows -> [..., F] float32, under a scaling that depends on them."""
+        if self._scaling["rope_type"] == "dynamic":
+            return _dynamic(self._shape, self._scaling, lengths)
+        beyond = lengths.unsqueeze(-1) > self._scaling["original_max_position_embeddings"]
+        return torch.where(beyond, self._long, self._short)
 
     @property
     def needs_lengths(self) -> bool:
@@ -115,7 +116,7 @@ class Rotary:
         """From now on every row has the angles of a row of ``longest`` tokens; None: of its own length."""
         self._longest = longest
         if self._by_length and longest is not None:
-            self.inv_freq.copy_(rotary_frequencies(self._shape, torch.tensor(longest)))
+            self.inv_freq.copy_(self._frequencies(torch.tensor(longest, device=self.inv_freq.device)))
 
     @contextlib.contextmanager
     def fixed(self, longest: int) -> Iterator[None]:
@@ -139,7 +140,7 @@ class Rotary:
         Returns:
             Cosines and sines [..., D].
         """
-        inv_freq = rotary_frequencies(self._shape, lengths) if self.needs_lengths else self.inv_freq
+        inv_freq = self._frequencies(lengths) if self.needs_lengths else self.inv_freq
         angles = positions.unsqueeze(-1).float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)

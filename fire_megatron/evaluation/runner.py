@@ -131,7 +131,7 @@ class BenchmarkRunner:
                 for row_id, response in zip(ids, responses, strict=True):
                     finished(task, by_id[row_id], response)
 
-        with engine.model.rotary.fixed(task.longest_row):  # also where the run's rows are shorter
+        with engine.model.rotary_angles.fixed(task.longest_row):  # also where the run's rows are shorter
             engine.generate(
                 [task.prompts[problem] for problem, _ in batch.keys],
                 list(by_id),

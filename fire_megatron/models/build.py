@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,8 +32,8 @@ from fire_megatron.models.fp8.settings import (
     unsupported,
 )
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.layers import CoreAttention, RMSNorm
-from fire_megatron.models.rotary import Rotary
+from fire_megatron.models.layers import CoreAttention, GatedMLP, RMSNorm
+from fire_megatron.models.rotary_angles import RotaryAngles
 from fire_megatron.models.self_attention import SelfAttention
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.capabilities import detect_capabilities
@@ -167,8 +168,8 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "calculate_per_token_loss": True,
         "perform_initialization": False,  # every weight comes from a checkpoint
         # Fusions below are jitted or CUDA kernels.
-        "bias_activation_fusion": device.is_cuda,
-        "bias_dropout_fusion": device.is_cuda,
+        "bias_activation_fusion": device.is_cuda and shape.experts is not None,  # GatedMLP does without
+        "bias_dropout_fusion": False,  # without bias and dropout it is an addition
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
     }
@@ -244,8 +245,11 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
         rotary_base=shape.rope_theta,
         pg_collection=grid.pg,
         real_vocab_size=shape.vocab_size,
-        rotary=Rotary(shape, device=compute_device(), dtype=config.params_dtype),
+        rotary_angles=RotaryAngles(shape, device=compute_device(), dtype=config.params_dtype),
     )
+    for module in model.modules():
+        if type(module) is MLP:  # by its class, since each release of megatron-core specifies it in another way
+            module.__class__ = GatedMLP
     fp8 = role.precision.fp8
     if fp8 is not None and fp8.emulate:
         from fire_megatron.models.fp8.emulation import EmulatedFP8

@@ -30,7 +30,7 @@ from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
-from fire_megatron.models.rotary import Rotary
+from fire_megatron.models.rotary_angles import RotaryAngles
 
 if TYPE_CHECKING:
     from fire_megatron.models.fp8.emulation import EmulatedFP8
@@ -65,18 +65,18 @@ class FireGPT(GPTModel):
     are left out of the projection, or leave :meth:`forward` as ``-inf``, so that no softmax gives them mass.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, rotary: Rotary, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, rotary_angles: RotaryAngles, **kwargs: Any) -> None:
         """Args beyond GPTModel's.
 
         real_vocab_size: number of vocabulary entries before padding for tensor parallelism.
-        rotary: makes the rotary angles.
+        rotary_angles: makes the rotary angles.
         """
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.used_vocab_size = real_vocab_size
         """Entries that a softmax runs over; fewer where models of a run differ in unused entries at the end."""
-        self.rotary = rotary
-        self.rotary_pos_emb.inv_freq = rotary.inv_freq
+        self.rotary_angles = rotary_angles
+        self.rotary_pos_emb.inv_freq = rotary_angles.inv_freq
         self.emulated_fp8: EmulatedFP8 | None = None
         """What rounds the products of the layers; None where nothing does."""
         self._cache: KVCache | None = None
@@ -156,10 +156,10 @@ class FireGPT(GPTModel):
         if packed is None:
             assert self._cache is not None, "a forward pass without a pack is a decode step and needs a cache"
             positions = position_ids.t().unsqueeze(-1)
-            self._cache.rotary = self.rotary(positions, positions + 1)
+            self._cache.rotary = self.rotary_angles(positions, positions + 1)
         else:
-            lengths = packed.token_lengths[:, None] if self.rotary.needs_lengths else None
-            packed.rotary = self.rotary(position_ids[0, :, None], lengths)
+            lengths = packed.token_lengths[:, None] if self.rotary_angles.needs_lengths else None
+            packed.rotary = self.rotary_angles(position_ids[0, :, None], lengths)
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,

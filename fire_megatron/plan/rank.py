@@ -102,7 +102,7 @@ class _Rank:
         role = planned_role(roles(self.recipe)[path])
         model = build_model(self.shapes[path], role, self.grids[path], device=Device(self.kind))
         model.used_vocab_size = used_vocabulary(self.shapes)
-        model.rotary.fix(longest_row(self.recipe))
+        model.rotary_angles.fix(longest_row(self.recipe))
         return model
 
     def _student(self) -> Student:

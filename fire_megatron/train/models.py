@@ -100,7 +100,7 @@ class RoleModels:
         grid = self._grids[path]
         model = on_all_ranks(self._build, path, role, grid, group=grid.span)
         model.used_vocab_size = self.used_vocab_size
-        model.rotary.fix(longest_row(self._recipe))
+        model.rotary_angles.fix(longest_row(self._recipe))
         load_weights(model, Path(role.checkpoint), grid=grid)
         return model
 

@@ -144,7 +144,7 @@ def test_sampling_agrees_with_scoring_under_one_length(roles, world_size, family
     for layout in telling_layouts(world_size):
         model, grid = roles.build(spec, layout)
         for longest in (ORIGINAL, max(PROMPT_LENGTHS) + NEW_TOKENS):
-            with model.rotary.fixed(longest):
+            with model.rotary_angles.fixed(longest):
                 made = generate(model.eval(), grid, prompts)
                 teacher = Teacher(model, grid, micro_batch_tokens=64)
                 rows = [torch.tensor(prompts[row].token_ids) for row in sorted(made)]

@@ -22,7 +22,7 @@ from fire_megatron.models.build import (
     resolve_layer_spec,
     transformer_config,
 )
-from fire_megatron.models.rotary import rotary_frequencies
+from fire_megatron.models.rotary_angles import rotary_frequencies
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.capabilities import Capability
 from fire_megatron.platform.device import Device

@@ -231,7 +231,7 @@ def test_one_length_for_all_rows_makes_decoding_and_scoring_agree(name, longest,
     hf_to_megatron(tmp_path / "hf", tmp_path / "converted")
     model, rows = our_model(tmp_path / "converted", grid), draw_rows()
     by_itself = our_logits(model, rows)
-    with model.rotary.fixed(longest):
+    with model.rotary_angles.fixed(longest):
         fixed = our_logits(model, rows)
         for row, scored in zip(rows, fixed, strict=True):
             assert apart(decode(model, row, 2), scored[1:]) < TOLERANCE, len(row)

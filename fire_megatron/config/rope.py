@@ -103,6 +103,9 @@ _PARAMETERS: Mapping[str, Callable[[_Settings], dict[str, Any]]] = {
 ROPE_TYPES: Mapping[str, str] = {kind: kind for kind in ("default", *_PARAMETERS)}
 """What a ``rope_type`` means, by how it is written."""
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Scalings under which angles depend on how long a row is."""
+
 
 def read_rope(config: Reader, *, head_dim: int, types: Mapping[str, str], partial: bool) -> Rope:
     """Base, scaling and width of the rotary positions.

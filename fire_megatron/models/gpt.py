@@ -153,12 +153,13 @@ class FireGPT(GPTModel):
         if padding is not None and self.config.sequence_parallel:
             padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
         embedded = self.embedding(input_ids=token_ids, position_ids=position_ids) if self.pre_process else None
+        by_length = self.rotary_angles.needs_lengths
         if packed is None:
             assert self._cache is not None, "a forward pass without a pack is a decode step and needs a cache"
             positions = position_ids.t().unsqueeze(-1)
-            self._cache.rotary = self.rotary_angles(positions, positions + 1)
+            self._cache.rotary = self.rotary_angles(positions, positions + 1 if by_length else None)
         else:
-            lengths = packed.token_lengths[:, None] if self.rotary_angles.needs_lengths else None
+            lengths = packed.token_lengths[:, None] if by_length else None
             packed.rotary = self.rotary_angles(position_ids[0, :, None], lengths)
         hidden = self.decoder(
             hidden_states=embedded,

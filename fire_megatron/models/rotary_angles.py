@@ -16,9 +16,7 @@ from typing import Any
 import torch
 
 from fire_megatron.config.hf_config import ModelShape
-
-_BY_LENGTH = ("dynamic", "longrope")
-"""Scalings under which frequencies depend on a row's length."""
+from fire_megatron.config.rope import BY_LENGTH
 
 
 def _plain(shape: ModelShape, theta: float | torch.Tensor, factors: Any = 1.0) -> torch.Tensor:
@@ -92,7 +90,7 @@ class RotaryAngles:
         """Args: device: of the positions; dtype: of what is returned."""
         self._shape, self._dtype, self._scaling = shape, dtype, shape.rope_scaling or {}
         self._scale = self._scaling.get("attention_factor", 1.0)
-        self._by_length = self._scaling.get("rope_type") in _BY_LENGTH
+        self._by_length = self._scaling.get("rope_type") in BY_LENGTH
         self._longest: int | None = None
         self.inv_freq = rotary_frequencies(shape).to(device)
         """[F] float32. Changed in place, since CUDA graphs hold its address."""
@@ -143,4 +141,7 @@ class RotaryAngles:
         inv_freq = self._frequencies(lengths) if self.needs_lengths else self.inv_freq
         angles = positions.unsqueeze(-1).float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
+        return cos.to(self._dtype), sin.to(self._dtype)

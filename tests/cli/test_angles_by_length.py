@@ -9,7 +9,7 @@ from tiny_run import make_inputs, read_metrics, train
 
 @pytest.mark.parametrize("family", ["llama-dynamic", "phi3"])
 @pytest.mark.parametrize("new_tokens", [4, 14], ids=["within", "beyond"])
-def test_what_is_sampled_is_what_is_scored_and_trained(family, new_tokens, tmp_path):
+def test_what_is_sampled_is_what_is_scored_and_trained(family, new_tokens, tmp_path, capsys):
     inputs = make_inputs(tmp_path)
     for name in ("own", "other"):
         save_megatron(family, inputs / name, seed=int(name == "other"), num_hidden_layers=2)
@@ -27,6 +27,9 @@ def test_what_is_sampled_is_what_is_scored_and_trained(family, new_tokens, tmp_p
         "evaluation": held_out,
     }
     assert train(inputs, tmp_path / "run", **changes) == 0
+    kind, shown = {"phi3": "longrope"}.get(family, "dynamic"), capsys.readouterr()
+    for role in ("student", "teachers.math"):
+        assert (f"{role}: its {kind} scaling has" in shown.out + shown.err) == (new_tokens == 14)
     lines = read_metrics(tmp_path / "run")
     [before, *_] = [line["eval/math/reverse_kl"] for line in lines if "eval/math/reverse_kl" in line]
     assert before == pytest.approx(0, abs=1e-5), "the teacher is the student"

@@ -117,8 +117,7 @@ def read_rope(config: Reader, *, head_dim: int, types: Mapping[str, str], partia
         partial: whether transformers' model of the family can rotate a part of each head.
 
     Raises:
-        CheckpointError: values of a wrong type, a scaling that is not supported, or one that transformers' releases
-            read differently.
+        CheckpointError: values of a wrong type, a scaling that is not supported, or one that contradicts itself.
     """
     name = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     section = config.values.get(name) or {}

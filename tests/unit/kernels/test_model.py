@@ -20,7 +20,8 @@ from fire_megatron.train.student import Student
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])  # the second has a sliding window
+# The second has a sliding window, the third one on some layers; the last rotates a part of each head.
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "qwen2-windows", "phi3"])
 def test_a_model(grid, tmp_path, monkeypatch, family):
     options = {"sliding_window": 5} if family == "mistral" else {}
     save_megatron(family, tmp_path / "m", num_hidden_layers=2, **options)

@@ -116,15 +116,16 @@ def _seeded(seed: int) -> Iterator[None]:
     torch.set_rng_state(state)
 
 
-def _in_release(settings: dict[str, Any]) -> dict[str, Any]:
+def in_release(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as the installed transformers has them: before 5, scaling and base of the frequencies were two."""
     import transformers
 
     if int(transformers.__version__.split(".")[0]) >= 5 or "rope_parameters" not in settings:
         return settings
     scaling = dict(settings["rope_parameters"])
-    base = {"rope_theta": scaling.pop("rope_theta")} if "rope_theta" in scaling else {}
-    return {k: v for k, v in settings.items() if k != "rope_parameters"} | base | {"rope_scaling": scaling}
+    kind, base = scaling.pop("rope_type", "default"), scaling.pop("rope_theta", 10000.0)
+    old = {"rope_theta": base, "rope_scaling": None if kind == "default" else {"type": kind, **scaling}}
+    return {key: value for key, value in settings.items() if key != "rope_parameters"} | old
 
 
 def stacked_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,7 +148,7 @@ def make_hf(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     import transformers
 
     prefix, settings = FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(**_in_release({**_SMALL, **settings, **changes}))
+    config = getattr(transformers, f"{prefix}Config")(**in_release({**_SMALL, **settings, **changes}))
     with _seeded(seed):
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         for parameter in model.parameters():

@@ -20,7 +20,7 @@ from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
+from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, missing_stops, stop_ids
 from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks, registered_hooks
@@ -109,9 +109,8 @@ def read_inputs(facts: Facts) -> Inputs:
     """
     recipe, shapes = facts.recipe, facts.shapes
     tokenizer = load_tokenizer(recipe.student.checkpoint)
-    teachers = {f"teachers.{name}": teacher.checkpoint for name, teacher in recipe.teachers.items()}
-    prints = {path: load_tokenizer(folder).fingerprint() for path, folder in teachers.items()}
-    prints["student"] = tokenizer.fingerprint()
+    teachers = {f"teachers.{name}": load_tokenizer(teacher.checkpoint) for name, teacher in recipe.teachers.items()}
+    prints = {path: each.fingerprint() for path, each in (teachers | {"student": tokenizer}).items()}
     facts = replace(facts, tokenizer=tokenizer, fingerprints=prints)
     ask(facts)
     route = routes(recipe)
@@ -125,6 +124,10 @@ def read_inputs(facts: Facts) -> Inputs:
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
     ends = stop_ids(tokenizer, recipe.rollout.stop_tokens, "rollout.stop_tokens")
+    endings = {path: teacher.eos_ids for path, teacher in teachers.items()}
+    if recipe.data.chat_template != "off":
+        endings["the chat template"] = (tokenizer.turn_end(),)
+    notes += filter(None, [missing_stops(tokenizer, ends, endings, "rollout.stop_tokens")])
     benchmarks = _read_benchmarks(recipe, shapes["student"], tokenizer, ends)
     notes += [f"benchmark {task.name}: {len(task.prompts)} problems" for task in benchmarks]
     return Inputs(tokenizer, prompts, held_out, ends, route, tuple(notes), benchmarks)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.evaluation.answers import key
+from fire_megatron.evaluation.notation import key
 from fire_megatron.evaluation.judge_worker import READY
 from fire_megatron.platform.watch import tick
 

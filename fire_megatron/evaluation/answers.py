@@ -3,6 +3,7 @@ r"""The answer that a response gives: what is in its last ``\boxed{}``."""
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _BRACE = re.compile(
     r"(?<!\\)\\++boxed\s*+(?:\{|(?P<bare>[-+]?\d+(?:[.,]\d+)*(?:/\d+)?(?=[\s$}.,;:!?)]|\\[)\]]|$)"
@@ -14,7 +15,8 @@ _FAR = 80
 """Characters between boxes that are not looked through for a separator."""
 _NAME = r"[A-Za-z](?:_\s*(?:\w|\{\w+\}))?\s*="
 _SEPARATOR = re.compile(
-    rf"(?:[\s,;&$~]|\\[()\[\],;:!> ]|\\\\(?:\[\s*\d+\w*\])?|\\q?quad|\b(?:and|or)\b|\n\s*(?:[-*]|\d+[.)])\s|\*\*|{_NAME}"
+    rf"(?:[\s,;&$~]|\\[()\[\],;:!> ]|\\\\(?:\[\s*\d+\w*\])?|\\q?quad|\b(?:and|or)\b|\*\*|{_NAME}"
+    r"|\n\s*(?:[-*]|\d+[.)])\s"
     r"|\\(?:text|textrm|mbox|mathrm)\s*\{[\s,]*(?:and|or)?[\s,]*\})*"
 )
 """What stands between boxes that are one answer."""
@@ -35,7 +37,7 @@ def last_boxed(text: str) -> str | None:
     Returns:
         None when there is no answer, or the last box is never closed.
     """
-    text = _thought(text)
+    text = text[: thinking(text)]
     starts: list[int] = []
     contents: list[int] = []
     ends: list[int | None] = []
@@ -84,19 +86,19 @@ def _side_by_side(text: str, boxes: list[tuple[int, int, int]]) -> str:
     return ", ".join(found)
 
 
-def _thought(text: str) -> str:
-    """The text up to a ``<think>`` that is never closed."""
-    last = None
-    for last in _THINK.finditer(text):
-        pass
-    return text[: last.start()] if last and not last[1] else text
+def thinking(text: str) -> int | None:
+    """Where the ``<think>`` begins that is never closed; None where there is none."""
+    last = _last(_THINK, text)
+    return last.start() if last and not last[1] else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _said(text: str) -> str | None:
     """What a text without a box calls its final answer."""
-    last = None
-    for last in _SAID.finditer(text):
-        pass
+    last = _last(_SAID, text)
     if last is None:
         return None
     rest = text[last.end() :].lstrip(" \t\n*_")

@@ -11,12 +11,12 @@ from fractions import Fraction
 
 _SIGNS = {
     "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
-    "∕": "/", "⁄": "/", "°": r"^{\circ}", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
-    "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∈": r"\in ", "√": r"\sqrt ", "≈": r"\approx ",
-    "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′": "'", "’": "'", "⟨": "(", "⟩": ")", "Ω": r"\Omega ",
+    "∕": "/", "⁄": "/", "°": r"^{\circ}", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ",
+    "⩾": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∈": r"\in ", "√": r"\sqrt ",
+    "≈": r"\approx ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′": "'", "’": "'", "⟨": "(", "⟩": ")", "Ω": r"\Omega ",
     "Å": r"\AA ", "ℏ": r"\hbar ", "∠": r"\angle ", "△": r"\triangle ", "∼": r"\sim ", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "→": r"\to ", "✓": "", "✔": "", "✅": "",
-    "■": "", "□": "", "∎": "", "µ": "µ", "µ": "µ", "\0": "",
+    "■": "", "□": "", "∎": "", "µ": "µ", "\0": "",
 }  # fmt: skip
 _SETS = dict(zip("ℝℤℕℚℂ", "RZNQC", strict=True))
 
@@ -25,7 +25,7 @@ def _ascii(match: re.Match[str]) -> str:
     """A run of characters beyond ASCII. Those raised or lowered together are one exponent or index."""
     written, raised, sign = "", "", ""
     for character in match.group():
-        kind, _, codes = unicodedata.decomposition(character).rpartition(">")
+        kind = unicodedata.decomposition(character).rpartition(">")[0]
         now = {"<super": "^", "<sub": "_"}.get(kind, "")
         if now != sign:
             written += f"{sign}{{{raised}}}" if sign else ""
@@ -167,7 +167,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"\\text\s*\{\s*\}", ""),
         (r"\\text\s*\{\s*(-?[\d.,]*\d)\s*\}", r" \1 "),
         (r"^\\text\s*\{\s*(-?[\d.,]*\d) ([a-zA-Z][^{}\d]*)\}$", r"\1 \\text{\2}"),
-        (r"^\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:]\s*(\1[^a-zA-Z{}]*|[^a-zA-Z{}]*\1[^a-zA-Z{}]*)\\\}$", r"\2"),
+        (r"^\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:]\s*([^a-zA-Z{}]*\1[^a-zA-Z{}]*)\\\}$", r"\2"),
         (r"[.\s]+\}$", "}"),
         (r"(?i)\\%|\\text\s*\{\s*(?:\\?%|percent|percentage|pct)\s*\}|\b(?:percent|percentage|pct)\b", r"\\%"),
         (r"[,;]?\s*(?:\\text\{[\s,;]*(?:and|or)[\s,]*\}|\b(?:and|or)\b)", ","),
@@ -176,7 +176,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
             rf"|\b(?P<word>{'|'.join(_SCALES)})\b)",
             _scaled,
         ),
-        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])|(?<=[\d}])\^\s*(?:o|\{o\})(?![a-zA-Z])", r"^{\\circ}"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])", r"^{\\circ}"),
+        (r"(?<=[\d}])\^\s*(?:o|\{o\})(?![a-zA-Z])", r"^{\\circ}"),
         (r"(?<=[A-Za-z)])('+)", lambda m: r"^{" + r"\prime" * len(m[1]) + "}"),
         (r"\b(?:np|numpy|math)\.(?=[a-z])", ""),
         (r"\*\*", "^"),

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,7 +33,7 @@ from fire_megatron.models.fp8.settings import (
     unsupported,
 )
 from fire_megatron.models.gpt import FireGPT
-from fire_megatron.models.layers import CoreAttention, RMSNorm
+from fire_megatron.models.layers import CoreAttention, GatedMLP, RMSNorm
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.capabilities import detect_capabilities
 from fire_megatron.platform.device import Device, compute_device
@@ -183,8 +184,8 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "calculate_per_token_loss": True,
         "perform_initialization": False,  # every weight comes from a checkpoint
         # Fusions below are jitted or CUDA kernels.
-        "bias_activation_fusion": device.is_cuda,
-        "bias_dropout_fusion": device.is_cuda,
+        "bias_activation_fusion": device.is_cuda and shape.experts is not None,  # GatedMLP does without
+        "bias_dropout_fusion": False,  # without bias and dropout it is an addition
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
     }
@@ -261,6 +262,9 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
         real_vocab_size=shape.vocab_size,
         inv_freq=rotary_frequencies(shape).to(compute_device()),
     )
+    for module in model.modules():
+        if type(module) is MLP:  # by its class, since each release of megatron-core specifies it in another way
+            module.__class__ = GatedMLP
     fp8 = role.precision.fp8
     if fp8 is not None and fp8.emulate:
         from fire_megatron.models.fp8.emulation import EmulatedFP8

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fire_megatron.config.errors import DataError, RecipeError
 
@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     """The tokenizer's padding id, or the first of ``eos_ids``."""
     has_chat_template: bool
     """Whether :meth:`apply_chat_template` works."""
+    chat_template: str
+    """The template as it is written; empty where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own leading special tokens."""
@@ -42,9 +44,14 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``."""
+        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``; ``options`` are
+        variables that the template reads, such as ``enable_thinking``."""
         ...
 
     def fingerprint(self) -> str:
@@ -92,6 +99,7 @@ class HFTokenizer:
         # Some tokenizers close a text with EOS, after which a student would have nothing to answer.
         self._closing = own if own is not None and self._tokenizer.encode("a")[-1:] == [own] else None
         self.has_chat_template = bool(self._tokenizer.chat_template)
+        self.chat_template = self._tokenizer.get_chat_template() if self.has_chat_template else ""
 
     def encode(self, text: str) -> list[int]:
         """See :class:`Tokenizer`."""
@@ -107,14 +115,21 @@ class HFTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """See :class:`Tokenizer`. Raises DataError when the template rejects the messages."""
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+                [dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(options or {}),
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise DataError(
@@ -131,6 +146,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model without Hugging Face files; it has no chat template."""
 
     has_chat_template = False
+    chat_template = ""
 
     def __init__(self, folder: Path) -> None:
         """Raises DataError when the file is not a SentencePiece model."""
@@ -160,7 +176,11 @@ class SentencePieceTokenizer:
         return self._model.decode([int(i) for i in ids])
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """There is no template."""
         raise NotImplementedError

@@ -13,10 +13,10 @@ _SIGNS = {
     "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
     "∕": "/", "⁄": "/", "°": r"^{\circ}", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ",
     "⩾": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∈": r"\in ", "√": r"\sqrt ",
-    "≈": r"\approx ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′": "'", "’": "'", "⟨": "(", "⟩": ")", "Ω": r"\Omega ",
-    "Å": r"\AA ", "ℏ": r"\hbar ", "∠": r"\angle ", "△": r"\triangle ", "∼": r"\sim ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "→": r"\to ", "✓": "", "✔": "", "✅": "",
-    "■": "", "□": "", "∎": "", "µ": "µ", "\0": "",
+    "≈": r"\approx ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "′": "'", "’": "'", "⟨": "(", "⟩": ")",
+    "Ω": r"\Omega ", "Å": r"\AA ", "ℏ": r"\hbar ", "∠": r"\angle ", "△": r"\triangle ", "∼": r"\sim ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "→": r"\to ", "✓": "",
+    "✔": "", "✅": "", "■": "", "□": "", "∎": "", "µ": "µ", "\0": "",
 }  # fmt: skip
 _SETS = dict(zip("ℝℤℕℚℂ", "RZNQC", strict=True))
 

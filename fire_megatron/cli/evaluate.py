@@ -129,7 +129,7 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     from fire_megatron.config.rules.data import template
     from fire_megatron.config.rules.facts import Role
     from fire_megatron.data.encoder import Encoder
-    from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
+    from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
     from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
     from fire_megatron.evaluation.judge import require_math_verify
     from fire_megatron.evaluation.source import open_source
@@ -156,6 +156,10 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     _refuse([*role_problems(model), *template(data, tokenizer, _option)])
     encode = Encoder(data, tokenizer, args.chat_template_kwargs, key="--chat-template-kwargs")
     ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
+    endings = {"the chat template": [tokenizer.turn_end() if encode.use_template else None]}
+    warning = missing_stops(tokenizer, ends, endings, "--stop-token")
+    if warning and launch.launched_rank() == 0:
+        print(warning)
     common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
     read = zip(benchmarks, config.benchmarks, strict=True)
     tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]

@@ -54,7 +54,8 @@ class ParallelConfig(Section):
     """How one model is laid out over its ranks; data parallelism takes those that are left."""
 
     tensor: Size = 1
-    """Tensor-parallel ranks; divides the model's heads and key/value heads."""
+    """Tensor-parallel ranks; divides the model's heads, and is a divisor or a multiple of its key/value heads: ranks
+    beyond these share them."""
     pipeline: Size = 1
     """Pipeline stages; at most the model's layers."""
     context: Size = 1
@@ -184,7 +185,8 @@ class RolloutConfig(Section):
     top_p: Mass = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
     stop_tokens: List[Text] = ()
-    """Tokens that end an answer besides those of the tokenizer and the generation config."""
+    """Tokens that end an answer besides the tokenizer's own and those that generation_config.json names, or config.json
+    where that names none. A chat template or a teacher that ends answers with another token is reported."""
     batch_size: Count = 0
     """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once. Where there are more, each
     row that ends makes room for the next. It bounds the memory for keys and values, and changes a sample by rounding

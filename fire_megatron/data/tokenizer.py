@@ -36,6 +36,8 @@ class Tokenizer(Protocol):
     """Tokens that stand for no text, such as ``<|im_end|>``, by id."""
     has_chat_template: bool
     """Whether :meth:`apply_chat_template` works."""
+    chat_template: str
+    """The template as it is written; empty where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own leading special tokens."""
@@ -51,9 +53,14 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``."""
+        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``; ``options`` are
+        variables that the template reads, such as ``enable_thinking``."""
         ...
 
     def turn_end(self) -> int | None:
@@ -175,6 +182,7 @@ class HFTokenizer:
         # Some tokenizers close a text with EOS, after which a student would have nothing to answer.
         self._closing = own if own is not None and self._inner.encode("a").ids[-1:] == [own] else None
         self.has_chat_template = bool(self._described.chat_template)
+        self.chat_template = self._described.get_chat_template() if self.has_chat_template else ""
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._inner.token_to_id(token)
@@ -192,13 +200,18 @@ class HFTokenizer:
         """See :class:`Tokenizer`."""
         return self._inner.decode([i for i in ids if i not in self.special])
 
-    def _write_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def _write_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, options: Mapping[str, Any]
+    ) -> str:
         """The template's text. Raises DataError when it rejects the messages."""
         from jinja2 import TemplateError
 
         try:
             return self._described.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+                [dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise DataError(
@@ -206,16 +219,21 @@ class HFTokenizer:
             ) from error
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """See :class:`Tokenizer`. Raises DataError when the template rejects the messages."""
-        return self.encode_piece(self._write_chat(messages, add_generation_prompt=add_generation_prompt))
+        text = self._write_chat(messages, add_generation_prompt=add_generation_prompt, options=options or {})
+        return self.encode_piece(text)
 
     def turn_end(self) -> int | None:
         """See :class:`Tokenizer`."""
         chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "That is two."}]
         try:
-            text = self._write_chat(chat, add_generation_prompt=False) if self.has_chat_template else ""
+            text = self._write_chat(chat, add_generation_prompt=False, options={}) if self.has_chat_template else ""
         except DataError:
             return None
         after = text.rpartition(chat[-1]["content"])
@@ -240,6 +258,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model without Hugging Face files; it has no chat template."""
 
     has_chat_template = False
+    chat_template = ""
 
     def __init__(self, folder: Path) -> None:
         """Raises DataError when the file is not a SentencePiece model."""
@@ -270,7 +289,11 @@ class SentencePieceTokenizer:
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """There is no template."""
         raise NotImplementedError

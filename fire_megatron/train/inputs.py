@@ -114,13 +114,20 @@ def read_inputs(facts: Facts) -> Inputs:
     facts = replace(facts, tokenizer=tokenizer, fingerprints=prints)
     ask(facts)
     route = routes(recipe)
-    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), each_row=tick)
+    views = {
+        name: Encoder(recipe.data, tokenizer, options, key=f"teachers.{name}.chat_template_kwargs")
+        for name, teacher in recipe.teachers.items()
+        if (options := teacher.chat_template_kwargs) is not None
+    }
+    common = {"views": views, "each_row": tick}
+    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), **common)
     mixed = [prompt.label for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     ask(replace(facts, mixed=mixed))
     notes = [*_vocabulary_notes(shapes), *_rotary_notes(recipe, shapes), f"data.train: {report}"]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
-        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
+        common["options"] = recipe.evaluation.chat_template_kwargs
+        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), **common)
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
     ends = stop_ids(tokenizer, recipe.rollout.stop_tokens, "rollout.stop_tokens")
@@ -195,8 +202,11 @@ def _read_benchmarks(
     if not configs:
         return ()
     require_math_verify()
-    benchmarks = [read_benchmark(config.path, name=config.name, limit=config.limit) for config in configs]
-    encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    benchmarks = [read_benchmark(config) for config in configs]
+    unlimited = recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error")
+    options = recipe.evaluation.chat_template_kwargs
+    section = "data" if options is None else "evaluation"
+    encode = Encoder(unlimited, tokenizer, options, key=f"{section}.chat_template_kwargs")
     common = {"positions": shape.max_positions, "seed": recipe.evaluation.seed, "stop_ids": stop_ids}
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):

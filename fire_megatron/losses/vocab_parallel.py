@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from fire_megatron import kernels
 from fire_megatron.losses.softmax import (
     FLOOR,
     all_reduce,
@@ -85,6 +86,10 @@ def _local_sums(
 
     Weights are exp(logit - peak of this shard). The third sum is 0 when there is no entropy to compute.
     """
+    if kernels.usable(logits_TV):
+        from fire_megatron.kernels.softmax import softmax_sums
+
+        return softmax_sums(logits_TV)
     peak_T, total_T, moment_T = logits_TV.new_zeros(3, len(logits_TV), dtype=compute_dtype(logits_TV)).unbind()
     for part in blocks(logits_TV, block_tokens):
         peak_T[part] = peak_C = local_peak(logits_TV[part])
@@ -166,6 +171,21 @@ class _LogProbAndEntropy(torch.autograd.Function):
             return (None,) * 7
         logits_TV, target_T, peak_T, log_total_T, entropy_T = ctx.saved_tensors
         grad_TV = logits_TV if ctx.reuse_logits else torch.empty_like(logits_TV)
+        if kernels.usable(logits_TV):
+            from fire_megatron.kernels.softmax import log_prob_and_entropy_gradient
+
+            log_prob_and_entropy_gradient(
+                logits_TV,
+                grad_TV,
+                target_T,
+                vocab_start=ctx.vocab_start,
+                peak_C=peak_T,
+                log_total_C=log_total_T,
+                entropy_C=entropy_T,
+                grad_log_prob_C=grad_log_prob_T,
+                grad_entropy_C=grad_entropy_T,
+            )
+            return grad_TV, None, None, None, None, None, None
         for part in blocks(logits_TV, ctx.block_tokens) if logits_TV.shape[-1] else ():
             log_prob_CV = log_softmax(logits_TV[part], peak_T[part], log_total_T[part], 1.0)
             if grad_entropy_T is None:

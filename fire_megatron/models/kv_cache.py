@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fire_megatron import kernels
 from fire_megatron.platform.device import compute_device, device_kind
 
 _SMALLEST_BUCKET = {"cpu": 16, "cuda": 64}
@@ -54,9 +55,21 @@ class KVCache:
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one token a row (key and value [n, G, D]); returns keys and values [n, G, horizon, D]."""
-        keys, values = self._write(layer, key, value)
+        if kernels.usable(key):
+            from fire_megatron.kernels.decode_attention import append
+
+            keys, values = self._memory(layer, key)
+            append(keys, values, key, value, self.at)
+        else:
+            keys, values = self._write(layer, key, value)
         rows = slice(0, len(key))
         return keys[rows, :, : self._horizon], values[rows, :, : self._horizon]
+
+    @property
+    def at(self) -> torch.Tensor:
+        """[n] int64, the position of each row's token of the decode step in progress."""
+        assert self._places is not None, "begin_decode() comes first"
+        return self._places[1]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """[n, 1, 1, horizon] what is added to scores: 0 where a row's token may look, else ``-inf``. Made once a step.
@@ -66,8 +79,7 @@ class KVCache:
             dtype: of the scores.
         """
         if (window, dtype) not in self._masks:
-            assert self._places is not None
-            at = self._places[1][:, None]
+            at = self.at[:, None]
             columns = torch.arange(self._horizon, device=at.device)
             seen = columns <= at
             if window is not None:
@@ -76,12 +88,15 @@ class KVCache:
             self._masks[window, dtype] = mask[:, None, None]
         return self._masks[window, dtype]
 
-    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _memory(self, layer: int, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self._layers:
             shape = (self.slots, key.shape[-2], self.max_length, key.shape[-1])
             # Zeros, since a mask keeps out finite numbers only.
             self._layers[layer] = (key.new_zeros(shape), key.new_zeros(shape))
-        keys, values = self._layers[layer]
+        return self._layers[layer]
+
+    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._memory(layer, key)
         assert self._places is not None
         slots, positions = self._places
         keys[slots, :, positions] = key

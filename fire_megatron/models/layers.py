@@ -1,4 +1,4 @@
-"""The two layers of our own in the ``local`` spec: RMSNorm and the core attention.
+"""Layers of our own: RMSNorm, the core attention and the gated feed-forward layer.
 
 megatron-core's WrappedTorchNorm refuses sequence parallelism and its local DotProductAttention refuses packed
 sequences, so both are replaced; everything else in the model is megatron-core's.
@@ -15,11 +15,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch.autograd.function import once_differentiable
 
+from fire_megatron import kernels
 from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.packed import PackParams, row_chunks
+from fire_megatron.models.rotary import rotate
 from fire_megatron.parallel.collectives import gather_with_gradient
 from fire_megatron.platform.device import compute_device, device_kind
 
@@ -44,18 +49,6 @@ class RMSNorm(torch.nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) with halves as pairs, as Llama's.
-
-    Args:
-        x: [..., heads, D].
-        rotary: cosines and sines [..., 1, D] of each token's angles, in the dtype of x.
-    """
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class CoreAttention(MegatronModule):
@@ -85,8 +78,8 @@ class CoreAttention(MegatronModule):
         self.context_group = pg_collection.cp
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it before the global state
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        window = config.window_size
-        self.window: int | None = None if window is None else window[0] + 1
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
         self.rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self.cache: KVCache | None = None
 
@@ -114,7 +107,12 @@ class CoreAttention(MegatronModule):
         """Query and key at their positions. megatron-core would compute cosines and sines in every layer, twice."""
         if rotary is None or not self.rotates:
             return query, key
-        return rotate(query, rotary), rotate(key, rotary)
+        width = rotary[0].shape[-1]
+        if width == query.shape[-1]:
+            return rotate(query, rotary), rotate(key, rotary)
+        parts = ((x[..., :width], x[..., width:]) for x in (query, key))
+        query, key = (torch.cat((rotate(turned, rotary), rest), -1) for turned, rest in parts)
+        return query, key
 
     def _attend_pack(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackParams
@@ -166,7 +164,60 @@ class CoreAttention(MegatronModule):
         query, key = self._rotated(query, key, self.cache.rotary)
         _, rows, heads, dim = query.shape
         keys, values = self.cache.append(self.layer_number, key[0], value[0])
+        if kernels.usable(query):
+            from fire_megatron.kernels.decode_attention import decode_attention
+
+            out = decode_attention(query[0], keys, values, self.cache.at, window=self.window, scale=self.scale)
+            return out.view(1, rows, heads * dim)
         q = query[0].reshape(rows, keys.shape[1], heads // keys.shape[1], dim)
         mask = self.cache.mask(self.window, query.dtype)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
         return out.reshape(1, rows, heads * dim)
+
+
+class SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` (Shazeer 2020, arXiv 2002.05202), of which nothing but the input is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        """[..., 2 F], gates first, -> [..., F]."""
+        both = both.contiguous()
+        ctx.save_for_backward(both)
+        if kernels.usable(both):
+            from fire_megatron.kernels.swiglu import swiglu
+
+            return swiglu(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """[..., F] -> [..., 2 F]."""
+        (both,) = ctx.saved_tensors
+        if kernels.usable(both):
+            from fire_megatron.kernels.swiglu import swiglu_gradient
+
+            return swiglu_gradient(both, grad.contiguous())
+        gate, up = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        of_gate, of_up = out.chunk(2, dim=-1)
+        of_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.mul(grad, F.silu(gate), out=of_up)
+        return out
+
+
+class GatedMLP(MLP):
+    """megatron-core's, whose gated activation is one operation. Its own is four, or compiled anew for new shapes."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T, B, H] -> the same, and the bias that is still to be added."""
+        config = self.config
+        gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+        other = config.use_te_activation_func or getattr(config, "activation_func_clamp_value", None) is not None
+        if not gated or other or per_token_scale is not None:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        both, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(SwiGLU.apply(both))

@@ -41,23 +41,23 @@ GPUS = {
 
 CONTEXT_GIB = 1.25
 """CUDA's context and the libraries' workspaces."""
-COMMUNICATOR_GIB = 0.25
-"""NCCL's buffers of a group of ranks that has communicated."""
+COMMUNICATOR_GIB = 0.4
+"""NCCL's buffers of a group of ranks that has communicated; an H200's group of one rank takes 0.38."""
 FRAGMENTATION = 0.05
 """Of what comes and goes, memory that the allocator holds and cannot use."""
-PRODUCTS = 0.45
-"""Of the peak FLOP/s, what matrix products and attention of training and scoring reach."""
+PRODUCTS = 0.38
+"""Of the peak FLOP/s, what matrix products and attention of training and scoring reach: measured on an H200."""
 BANDWIDTH = 0.7
 """Of the memory's and the links' bandwidth, what is reached."""
-LAUNCH_S = 6e-6
+LAUNCH_S = 9e-6
 """Seconds to launch a kernel from Python; what is shorter on the GPU waits for it."""
-GRAPH_LAUNCH_S = 1.5e-6
-"""Seconds between the kernels of a CUDA graph, whatever each of them takes."""
+GRAPH_LAUNCH_S = 2.1e-6
+"""Seconds that each operator of a CUDA graph adds to the reading of weights and cache: measured on an H200."""
 LOOK_S = 5e-4
 """Seconds that decoding stands still when the host looks at what was sampled: a wait for the device, a copy, Python."""
 LATENCY_S = {"node": 10e-6, "network": 20e-6}
 """Seconds of a collective besides its bytes."""
-HOST_GB_S = 50.0
+HOST_GB_S = 54.0
 """Between a GPU and pinned host memory, while no other GPU copies."""
 HOST_NODE_GB_S = 240.0
 """Of a node's host memory, which its GPUs share."""

@@ -87,16 +87,18 @@ def _work(trace: Trace, role: RoleConfig, gpu: Gpu, *, fp8: bool = True) -> floa
 
 
 def _decoding(plan: RankPlan, phase: Phase, recipe: Recipe, load: Workload, gpu: Gpu) -> float:
-    """Seconds of all decode steps, without collectives: each takes the longest of its arithmetic, of reading the
-    weights and the keys and values that are there on average, and of its launches; then there are the host's looks."""
+    """Seconds of all decode steps, without collectives: each takes the longer of its arithmetic and of reading the
+    weights and the keys and values that are there on average. The host's launches hide that or are hidden by it; in a
+    CUDA graph each operator adds to it. Then there are the host's looks."""
     assert phase.decode is not None
     filled = (load.prompt_tokens + load.response_tokens / 2) / (load.prompt_tokens + recipe.rollout.max_new_tokens)
     read = (plan.roles["student"].weights + phase.kv_cache * filled) / (gpu.memory_gb_s * 1e9 * BANDWIDTH)
-    launches = phase.decode.operators * (GRAPH_LAUNCH_S if phase.decode.graphs else LAUNCH_S)
     looks = phase.pieces / (recipe.rollout.sync_every or SYNC_EVERY["cuda"])
     peak = gpu.fp32_tflops if recipe.student.precision.dtype == "float32" else gpu.bf16_tflops
     arithmetic = phase.decode.flops / (peak * 1e12 * PRODUCTS)
-    return phase.pieces * max(arithmetic, read, launches) + looks * LOOK_S
+    work, operators = max(arithmetic, read), phase.decode.operators
+    step = work + operators * GRAPH_LAUNCH_S if phase.decode.graphs else max(work, operators * LAUNCH_S)
+    return phase.pieces * step + looks * LOOK_S
 
 
 def step_time(

@@ -91,6 +91,13 @@ def _flash_attention(device: Device) -> Capability:
     return Capability("flash-attn", " and ".join(working), used)
 
 
+def _triton(device: Device) -> Capability:
+    """Brought by torch for CUDA; on a CPU nothing of it is used."""
+    name, version, fallback = "triton", _version("triton"), "plain torch in place of the kernels of ours"
+    lacking = _lacking(name, version, device, ["triton"], fallback)
+    return lacking or Capability(name, version, "kernels of ours, unless FIRE_KERNELS is 0")
+
+
 def _nvidia_ml_py(device: Device) -> Capability:
     """NVML's bindings, whose module has the name ``pynvml``."""
     name, version, fallback = "nvidia-ml-py", _version("nvidia-ml-py"), "no gpu/... metrics"
@@ -117,6 +124,6 @@ def capability_report(device: Device) -> str:
         f"device              {device.describe()}",
         f"torch               {_version('torch')}, megatron-core {_version('megatron-core')}",
     ]
-    for found in (*detect_capabilities(device), _nvidia_ml_py(device)):  # which starts NVML, once
+    for found in (*detect_capabilities(device), _triton(device), _nvidia_ml_py(device)):  # which starts NVML, once
         lines.append(f"{found.name:<19} {found.version or '-'}: {found.detail}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ Shapes: B rows, V local vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from fire_megatron import kernels
 from fire_megatron.parallel.collectives import all_gather_stacked
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -89,17 +90,27 @@ def _nucleus(mass: torch.Tensor, top_p: float) -> torch.Tensor:
 _BLOCK = 256
 """Entries of a block of the vocabulary, whose masses are summed before any cumulative sum is taken."""
 
+InBlock = Callable[[torch.Tensor], torch.Tensor]
+"""Number of a block in each row, [B] int64 -> mass of its entries, [B, _BLOCK]."""
 
-def _invert(mass: torch.Tensor, numbers: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+
+def _invert(
+    blocks: torch.Tensor, in_block: InBlock, numbers: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find each row's number in the cumulative mass over the whole vocabulary.
 
-    Blocks are summed first, and only the one that holds the number is looked into: a cumulative sum of every entry in
-    float64 would be most of sampling.
+    Only the block that holds the number is looked into: a cumulative sum of every entry in float64 would be most of
+    sampling.
 
-    Returns the index within this shard ([B] int64, -1 when another shard holds it) and the total mass [B].
+    Args:
+        blocks: [B, blocks] float64, mass of this shard's blocks.
+        in_block: what is in one of them.
+        numbers: [B] float64 in [0, 1).
+
+    Returns:
+        The index within this shard ([B] int64, -1 when another shard holds it), its mass and the total mass [B].
     """
-    blocks = F.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, blocks] cumulative mass at the end of each block
+    ends = blocks.cumsum(-1)  # cumulative mass at the end of each block
     local = ends[:, -1].contiguous()
     bounds = all_gather_stacked(local, group=group).cumsum(0)  # [shards, B] cumulative mass at the end of each shard
     total = bounds[-1]
@@ -109,9 +120,33 @@ def _invert(mass: torch.Tensor, numbers: torch.Tensor, group: dist.ProcessGroup)
     rank = group.rank()
     start = bounds[rank - 1] if rank else torch.zeros_like(total)
     block, before = _first_beyond(ends, target - start)
-    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK)).squeeze(1)
+    inside = in_block(block)
     entry, _ = _first_beyond(inside.cumsum(-1, dtype=torch.float64), target - start - before)
-    return torch.where(owner == rank, block * _BLOCK + entry, -1), total
+    chosen = inside.gather(-1, entry[:, None]).squeeze(-1)
+    return torch.where(owner == rank, block * _BLOCK + entry, -1), chosen, total
+
+
+def _in_blocks(mass: torch.Tensor) -> tuple[torch.Tensor, InBlock]:
+    """[B, V] -> its blocks for :func:`_invert`."""
+    blocks = F.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+
+    def in_block(block: torch.Tensor) -> torch.Tensor:
+        return blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK)).squeeze(1)
+
+    return blocks.sum(-1, dtype=torch.float64), in_block
+
+
+def _in_blocks_at_once(z: torch.Tensor, peak: torch.Tensor, temperature: float) -> tuple[torch.Tensor, InBlock]:
+    """The same of ``exp((z - peak) / temperature)``, which is not written anywhere."""
+    from fire_megatron.kernels.softmax import block_masses
+
+    def in_block(block: torch.Tensor) -> torch.Tensor:
+        column = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=z.device)
+        inside = column < z.shape[-1]
+        logit = z.gather(-1, torch.where(inside, column, 0)).masked_fill(~inside, -torch.inf)
+        return ((logit - peak[:, None]) / temperature).exp()
+
+    return block_masses(z, peak, temperature, _BLOCK), in_block
 
 
 def _first_beyond(cumulative: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,26 +182,44 @@ def sample_tokens(
         combine of [2, B]; with ``top_p`` below 1 also a gather of the logits.
     """
     z = logits.float()
-    peak = _all_reduce(z.amax(-1), dist.ReduceOp.MAX, group)
-    shifted = z - peak[:, None]
-    weight = shifted.exp()
-    # exp(-inf) * -inf is NaN, so padding is taken out of the product.
-    product = (weight * shifted.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
-    sums = _all_reduce(torch.stack((weight.sum(-1), product)), dist.ReduceOp.SUM, group)
+    peak, sums, weight = _statistics(z, group)
     log_norm = sums[0].log()
     entropies = log_norm - sums[1] / sums[0]
 
     if temperature == 0:
-        at_peak = (shifted == 0).to(torch.int64)
+        at_peak = (z == peak[:, None]).to(torch.int64)
         first = torch.where(at_peak.amax(-1) > 0, at_peak.argmax(-1) + vocab_start, torch.iinfo(torch.int64).max)
         return Sampled(_all_reduce(first, dist.ReduceOp.MIN, group), -log_norm, entropies)
 
-    mass = weight if temperature == 1 else (shifted / temperature).exp()
-    if top_p < 1:
-        whole = _nucleus(_gather_vocabulary(mass, group), top_p)
-        mass = whole[:, vocab_start : vocab_start + mass.shape[-1]]
-    index, total = _invert(mass, numbers.to(mass.device), group)
-    chosen = mass.gather(-1, index.clamp_min(0)[:, None]).squeeze(-1).double()
-    picked = torch.where(index >= 0, torch.stack(((index + vocab_start).double(), chosen)), 0.0)
+    if weight is None and top_p == 1:
+        blocks, in_block = _in_blocks_at_once(z, peak, temperature)
+    else:
+        mass = ((z - peak[:, None]) / temperature).exp() if weight is None or temperature != 1 else weight
+        if top_p < 1:
+            whole = _nucleus(_gather_vocabulary(mass, group), top_p)
+            mass = whole[:, vocab_start : vocab_start + mass.shape[-1]]
+        blocks, in_block = _in_blocks(mass)
+    index, chosen, total = _invert(blocks, in_block, numbers.to(z.device), group)
+    picked = torch.where(index >= 0, torch.stack(((index + vocab_start).double(), chosen.double())), 0.0)
     token, token_mass = _all_reduce(picked, dist.ReduceOp.SUM, group)
     return Sampled(token.long(), (token_mass.log() - total.log()).float(), entropies)
+
+
+def _statistics(z: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of logits [B, V]: the peak of the whole vocabulary [B]; the sums of exp(z - peak), and of that times (z - peak),
+    over it [2, B]; and exp(z - peak) of this shard where it has been written, else None."""
+    if kernels.usable(z):
+        from fire_megatron.kernels.softmax import softmax_sums
+
+        local_peak, total, moment = softmax_sums(z)
+        peak = _all_reduce(local_peak.clone(), dist.ReduceOp.MAX, group)
+        drop = local_peak - peak
+        sums, weight = drop.exp() * torch.stack((total, moment + drop * total)), None
+    else:
+        peak = _all_reduce(z.amax(-1), dist.ReduceOp.MAX, group)
+        shifted = z - peak[:, None]
+        weight = shifted.exp()
+        # exp(-inf) * -inf is NaN, so padding is taken out of the product.
+        product = (weight * shifted.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+        sums = torch.stack((weight.sum(-1), product))
+    return peak, _all_reduce(sums, dist.ReduceOp.SUM, group), weight

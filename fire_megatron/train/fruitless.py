@@ -60,9 +60,10 @@ class Fruitless:
             self._teachers[name].add(rows[name], nonfinite[name], trained=trained)
             if nonfinite[name] and name not in self._told:
                 self._told.add(name)
+                share = f"{nonfinite[name]:.0f} of {rows[name]:.0f} rows"
                 yield (
-                    f"WARNING: {_role(name)}: log-probabilities or entropies of {nonfinite[name]:.0f} of {rows[name]:.0f} "
-                    "rows are not finite; such rows are dropped"
+                    f"WARNING: {_role(name)}: log-probabilities or entropies of {share} are not finite; such rows are "
+                    "dropped"
                 )
 
     def problem(self, *, ended: bool = False) -> str | None:

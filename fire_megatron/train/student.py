@@ -90,6 +90,9 @@ class Student:
             model,
             pg_collection=grid.pg,
         )
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's: products that add to float32 sums
+                module.fuse_wgrad_accumulation = True
         self.optimizer = build_optimizer(self.ddp, optimizer, grid=grid)
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = self.ddp.no_sync

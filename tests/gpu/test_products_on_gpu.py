@@ -35,7 +35,8 @@ def test_log_probs(factors):
     log_p = exact.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
     ours, _ = score_log_prob_and_entropy(logits, target, group=None, vocab_start=0)
     assert logits.dtype == torch.float32 and 16 < exact.abs().max() < 40
-    assert (logits - exact).abs().max() < 1e-4 and (ours - log_p).abs().max() < 1e-4
+    # Tensor cores sum 2,560 products of up to 22 in float32; rounded to bfloat16, logits would be off by 0.06.
+    assert (logits - exact).abs().max() < 5e-4 and (ours - log_p).abs().max() < 5e-4
 
 
 def test_gradients(factors):

@@ -17,6 +17,7 @@ PACKAGE = "fire_megatron"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("platform",),
+    ("kernels",),
     ("metrics",),
     ("parallel",),
     ("losses",),

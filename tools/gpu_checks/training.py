@@ -54,7 +54,7 @@ def training_step(context: Context, fp8: str | None = None) -> Findings:
         model = here.model(size.model, dtype="bfloat16", fp8=precision.fp8)
         optimizer = OptimizerConfig(micro_batch_tokens=size.micro_batch_tokens)
         student = Student(model, here.grid, loss=LossConfig(), optimizer=optimizer, precision=precision)
-        rows = as_training_rows(_rollouts(size, model.used_vocab_size))
+        rows = as_training_rows(random_rollouts(size, model.used_vocab_size))
         losses, norms = [], []
 
         def step() -> None:
@@ -65,7 +65,7 @@ def training_step(context: Context, fp8: str | None = None) -> Findings:
         times = 2 if context.gpu else 1
         spent = measure.seconds(step, device, times=times)
         gradients = measure.seconds(lambda: student.accumulate_gradients(rows, tokens=1.0), device, times=1, first=True)
-        flops = _flops(here.shape(size.model), size)
+        flops = training_flops(here.shape(size.model), size)
         memory = round(peak_memory_mb(device)) if context.gpu else None
     figures = {
         "tokens": size.tokens,
@@ -95,7 +95,7 @@ def _judged(figures: dict[str, float | None], bf16: dict[str, float | None]) -> 
     return Findings(told, figures, problems)
 
 
-def _rollouts(size: Sizes, vocabulary: int) -> Rollouts:
+def random_rollouts(size: Sizes, vocabulary: int) -> Rollouts:
     """Random answers of one length."""
     draw = torch.Generator().manual_seed(1)
     responses = tuple(torch.randint(vocabulary, (size.response,), generator=draw) for _ in range(size.rows))
@@ -111,7 +111,7 @@ def _rollouts(size: Sizes, vocabulary: int) -> Rollouts:
     )
 
 
-def _flops(shape: ModelShape, size: Sizes) -> float:
+def training_flops(shape: ModelShape, size: Sizes) -> float:
     """Of the model, forward and backward: two a weight and token, twice that backward; causal attention at half."""
     heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
     layer = shape.hidden * (heads + 3 * shape.ffn)

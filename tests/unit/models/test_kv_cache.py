@@ -13,8 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fire_megatron.data.packing import pack_rows
 from fire_megatron.models import layers
 from fire_megatron.models.kv_cache import KVCache, length_bucket
-from fire_megatron.models.layers import CoreAttention, rotate
+from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import packed_seq_params
+from fire_megatron.models.rotary import rotate
 
 HEADS, GROUPS, DIM = 4, 2, 8
 

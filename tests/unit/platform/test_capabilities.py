@@ -231,11 +231,11 @@ def test_setup_never_asks_for_apex():
 def test_the_report(site):
     install(site, "flash-attn", "2.8.3", flash_attn="")
     lines = capability_report(CPU).splitlines()
-    assert [line.split()[0].rstrip(",") for line in lines] == ["device", "torch", *NAMES, "nvidia-ml-py"]
+    assert [line.split()[0].rstrip(",") for line in lines] == ["device", "torch", *NAMES, "triton", "nvidia-ml-py"]
     assert lines[0].split(maxsplit=1)[1].startswith("cpu (gloo, ")
     assert f"torch {importlib.metadata.version('torch')}".split() == lines[1].split(",")[0].split()
     assert f"megatron-core {importlib.metadata.version('megatron-core')}" in lines[1]
-    assert "2.8.3 installed, needs a GPU" in lines[-2]
+    assert "2.8.3 installed, needs a GPU" in lines[-3]
     assert lines[-1].endswith("installed, needs a GPU; no gpu/... metrics")
 
 

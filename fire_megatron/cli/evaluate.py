@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
 from fire_megatron.config.data import DataConfig, EvaluationConfig, SourceConfig
 from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
-from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem
+from fire_megatron.config.kinds import MOST
+from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, inside_model
 from fire_megatron.config.section import build
 
 if TYPE_CHECKING:
@@ -114,13 +115,21 @@ def _sections(args: argparse.Namespace) -> tuple[EvaluationConfig, schema.Parall
         _refuse(RecipeProblem(_option(problem.key), problem.text) for problem in error.problems)
         raise
     _refuse(RecipeProblem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
+    inside = inside_model(_out(args))
+    _refuse([RecipeProblem(f"--out {_out(args)}", inside)] if inside else [])
     named = [(f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark]
     _refuse(benchmark_names(named, "rename one of the files"))
     return evaluation, parallel
 
 
-def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
-    """Everything but the weights.
+def _out(args: argparse.Namespace) -> Path:
+    """Where the results go."""
+    folder = Path(args.hf or args.checkpoint).absolute()
+    return args.out or folder.parent / "evaluation" / folder.name
+
+
+def _read(args: argparse.Namespace, device: Device, begun: datetime) -> EvaluationJob:
+    """Everything but the weights. Args: begun: when the evaluation was, the same on every rank.
 
     Raises:
         UserError: what is wrong.
@@ -128,6 +137,7 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     from fire_megatron.config.checks import role_problems
     from fire_megatron.config.rules.data import template
     from fire_megatron.config.rules.facts import Role
+    from fire_megatron.data.chat_time import chat_time
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
     from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
@@ -146,7 +156,7 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
         train=tuple(SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
         system_prompt=args.system_prompt,
-        max_prompt_tokens=sys.maxsize,
+        max_prompt_tokens=MOST,
         too_long="error",
     )
     precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(device.kind)
@@ -162,18 +172,19 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
         print(warning)
     common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
     read = zip(benchmarks, config.benchmarks, strict=True)
-    tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
+    with chat_time(begun):
+        tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
     fixed += ("chat_template_kwargs",) if args.chat_template_kwargs else ()
-    folder = source.folder.absolute()
     return EvaluationJob(
         source=source,
         role=role,
         tokenizer=tokenizer,
         tasks=tasks,
         settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},
-        out=args.out or folder.parent / "evaluation" / folder.name,
+        out=_out(args),
         timeout=args.timeout,
+        begun=begun,
     )
 
 
@@ -181,12 +192,14 @@ def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
     """Read, sample, score. Raises UserError on every rank, if any finds something wrong."""
     import torch.distributed as dist
 
+    from fire_megatron.evaluation.generations import begun_at
     from fire_megatron.evaluation.standalone import Evaluation
-    from fire_megatron.parallel.collectives import on_all_ranks
+    from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
     from fire_megatron.train.interrupt import StopRequest
 
     stop = StopRequest().install()
-    job = on_all_ranks(_read, args, world.device, group=dist.group.WORLD)
+    begun = all_gather_objects(begun_at(_out(args)), group=dist.group.WORLD)[0]
+    job = on_all_ranks(_read, args, world.device, begun, group=dist.group.WORLD)
     Evaluation(job, world, watch, lambda: stop.signal_name).run()
     stop.restore()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.schema import Recipe
 
 MARKER = "fire_checkpoint.json"
 """Written last into a converted checkpoint, so that a folder that has it is complete."""
@@ -21,6 +22,11 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return read_json_object(folder / MARKER) if (folder / _METADATA).is_file() else None
 
 
+def checkpoint_folder(recipe: Recipe) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(recipe.checkpoint.dir or Path(recipe.run.dir) / "checkpoints")
+
+
 def read_json_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is no such file or it holds anything else."""
     try:
@@ -33,6 +39,11 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 def is_hf_folder(folder: Path) -> bool:
     """Whether a folder holds a Hugging Face model."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model of either kind, complete or not."""
+    return (folder / MARKER).exists() or (folder / WEIGHTS / _METADATA.name).exists() or is_hf_folder(folder)
 
 
 def adapter_problem(folder: Path) -> str | None:

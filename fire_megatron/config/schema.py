@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import field_validator
 
 from fire_megatron.config import kinds
@@ -34,7 +34,7 @@ class RunConfig(Section):
     """Seeds the order of prompts and the sampling. The same seed gives the same samples in any layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA when there is a GPU."""
-    collective_timeout: Positive = 600.0
+    collective_timeout: Annotated[float, Gt(0), Le(1e6)] = 600.0
     """Seconds that a rank may wait for others, or show no progress, before the run ends with an error that names it and
     says where each rank is. Sampling may take longer while it makes progress. Loading the largest model must
     take less, since roles with less to load wait for it."""
@@ -42,8 +42,8 @@ class RunConfig(Section):
     """`auto` continues from the newest whole checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""
     max_restarts: Count = 3
-    """Automatic restarts (by the scripts in `slurm`, by torchrun, or by Slurm from its queue) in a row without a new
-    checkpoint, after which the run refuses to be restarted. A start by hand counts from 0."""
+    """Automatic restarts (by the scripts in `slurm`, by torchrun, by Slurm from its queue) in a row without a new
+    checkpoint, also after a stop, after which the run refuses to be restarted. A start by hand counts from 0."""
     threads: Annotated[int, Ge(0), Le(1024)] = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: List[Text] = ()
@@ -79,11 +79,11 @@ class FP8Config(Section):
     Blackwell), `mxfp8` of 32 values (Blackwell)."""
     first_last_bf16: Count = 0
     """Layers at each end of the model that stay in `precision.dtype`; not with `delayed`."""
-    amax_history: Size = 1024
+    amax_history: Annotated[int, Ge(1), Le(2**16)] = 1024
     """Passes whose largest magnitudes `delayed` considers: micro-batches on a GPU, updates where emulated."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """Which of them `delayed` scales by."""
-    margin: Count = 0
+    margin: Annotated[int, Ge(0), Le(32)] = 0
     """Powers of two that `delayed` leaves free above the largest magnitude."""
     param_gather: bool = False
     """Whether the weights of these layers are themselves FP8: a byte a weight in memory, and on the wire where replicas
@@ -141,7 +141,7 @@ class RoleConfig(Section):
     layer_spec: Literal["auto", "local", "te"] = "auto"
     """Implementation of the layers: `te` is Transformer Engine (CUDA only), `local` needs megatron-core alone,
     `auto` takes `te` where it works. Checkpoints fit either."""
-    vocab_multiple: Size = 128
+    vocab_multiple: Annotated[int, Ge(1), Le(2**16)] = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: Options = {}  # noqa: RUF012 - each section gets its own
     """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
@@ -174,9 +174,9 @@ class RolloutConfig(Section):
 
     engine: Literal["megatron"] = "megatron"
     """What generates: `megatron` is the training model itself, in process, with a key/value cache."""
-    prompts_per_step: Size
+    prompts_per_step: Annotated[int, Ge(1), Le(2**20)]
     """Prompts a step, over all ranks."""
-    samples_per_prompt: Size = 1
+    samples_per_prompt: kinds.Samples = 1
     """Answers sampled for each prompt."""
     max_new_tokens: Size
     """Longest answer, in tokens; longer ones are cut and counted as truncated."""
@@ -209,12 +209,14 @@ class GuardConfig(Section):
 
     max_skipped: Count = 3
     """Updates skipped in a row after which the run ends with an error; 0 ends it at the first. An update whose loss or
-    gradient is not finite is always skipped, and nothing is saved until one has been made again."""
+    gradient is not finite is always skipped, and nothing is saved until one has been made again. As many steps in a row
+    may train no row, or none of a teacher's: its scores are not finite, or hooks drop 8 or more of its rows and keep
+    none."""
     spike_factor: NonNegative = 0.0
     """Skip an update whose loss or gradient norm (before clipping) is above the median of the last `spike_window`
     updates by more than so many times their spread (1.4826 median absolute deviations, one standard deviation of a
     normal distribution); 0 never does. 10 is a jump by any standard."""
-    spike_window: Size = 64
+    spike_window: Annotated[int, Ge(1), Le(2**20)] = 64
     """Updates that are looked back on; nothing is a spike before 16 of them, or as many as this if it is fewer."""
 
 
@@ -289,7 +291,7 @@ class MetricsConfig(Section):
     samples: Count = 0
     """Answers of each step written to `samples.jsonl` in the run's folder, up to half of them dropped ones; see
     docs/metrics.md."""
-    gpu_interval: NonNegative = 1.0
+    gpu_interval: Annotated[float, Ge(0), Le(86400)] = 1.0
     """Seconds between samples of each rank's GPU (utilisation, memory, power and so on, by nvidia-ml-py); 0 takes none.
     Without a GPU nothing is sampled."""
 

@@ -80,13 +80,13 @@ def launched_rank() -> int:
     return _variable("RANK", "SLURM_PROCID", default=0)
 
 
-def report_mistake(error: UserError) -> None:
+def report_mistake(text: str) -> None:
     """Let the script that started this process know of an error that another start would meet again, in the file that
     it has named; exit codes do not come through torchrun."""
     path = os.environ.get("FIRE_MEGATRON_MISTAKE")
-    if path and not error.passing:
+    if path:
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as stream:
-            stream.write(f"{error}\n")
+            stream.write(f"{text}\n")
 
 
 class Restart(enum.Enum):
@@ -165,8 +165,10 @@ def raise_on_any_rank(problem: str | None, *, timeout: float = 600.0) -> None:
     raised.everywhere = True
     if store.add("told", 1) == size:
         store.set("all_told", "")
-    with contextlib.suppress(RuntimeError):  # the store may live in rank 0, which must not leave before the others
-        store.wait(["all_told"], patience)
+    # The store may live in rank 0, which therefore leaves last; the others ask nothing of it any more.
+    with contextlib.suppress(RuntimeError):
+        if rank == 0:
+            store.wait(["all_told"], patience)
     raise raised
 
 

@@ -9,7 +9,6 @@ import glob
 import hashlib
 import json
 import re
-import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from fire_megatron.config.data import DataConfig, SourceConfig
 from fire_megatron.config.errors import DataError
+from fire_megatron.config.kinds import MOST
 from fire_megatron.data.encoder import Encoder, surely_longer
 from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages, shown
 from fire_megatron.data.tokenizer import load_tokenizer
@@ -157,7 +157,7 @@ class _Preparation:
         self.tally = Tally()
         self.encode: Encoder | None = None
         if options.tokenizer is not None:
-            unlimited = DataConfig(train=(SourceConfig(path="-"),), max_prompt_tokens=sys.maxsize)
+            unlimited = DataConfig(train=(SourceConfig(path="-"),), max_prompt_tokens=MOST)
             self.encode = Encoder(unlimited, load_tokenizer(options.tokenizer))
         self._seen = _Seen()
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checks import ask, check_recipe
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
+from fire_megatron.config.kinds import MOST
 from fire_megatron.config.roles import longest_row, roles, routes
 from fire_megatron.config.rope import BY_LENGTH
 from fire_megatron.config.rules.facts import Facts, Machine
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
+from fire_megatron.data.chat_time import chat_time
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
@@ -101,12 +103,21 @@ def check_settings(
     return hooks, facts
 
 
-def read_inputs(facts: Facts) -> Inputs:
+def read_inputs(facts: Facts, now: datetime | None = None) -> Inputs:
     """Read tokenizers, prompts and benchmarks.
+
+    Args:
+        facts: all rules have been asked.
+        now: the time that chat templates are told; None is the present.
 
     Raises:
         UserError: anything in them that the recipe cannot train on.
     """
+    with chat_time(now or datetime.now()):
+        return _read_inputs(facts)
+
+
+def _read_inputs(facts: Facts) -> Inputs:
     recipe, shapes = facts.recipe, facts.shapes
     tokenizer = load_tokenizer(recipe.student.checkpoint)
     teachers = {f"teachers.{name}": load_tokenizer(teacher.checkpoint) for name, teacher in recipe.teachers.items()}
@@ -203,7 +214,7 @@ def _read_benchmarks(
         return ()
     require_math_verify()
     benchmarks = [read_benchmark(config) for config in configs]
-    unlimited = recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error")
+    unlimited = recipe.data.replace(max_prompt_tokens=MOST, too_long="error")
     options = recipe.evaluation.chat_template_kwargs
     section = "data" if options is None else "evaluation"
     encode = Encoder(unlimited, tokenizer, options, key=f"{section}.chat_template_kwargs")
@@ -233,13 +244,16 @@ def _engine_notes(recipe: Recipe, device: Device) -> list[str]:
     ]
 
 
-def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook], dict[str, ModelShape], Inputs]:
+def check(
+    recipe: Recipe, *, device: Device, num_ranks: int, now: datetime | None = None
+) -> tuple[list[Hook], dict[str, ModelShape], Inputs]:
     """Everything that can be checked before a model is built, on this process alone.
 
     Args:
         recipe: as loaded and checked by config/.
         device: where the run computes.
         num_ranks: ranks of the run.
+        now: see :func:`read_inputs`.
 
     Returns:
         The hooks, the architecture of each role by recipe path, and what the run reads besides weights.
@@ -249,5 +263,5 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     """
     hooks, facts = check_settings(recipe, machine=this_machine(device), num_ranks=num_ranks)
     check_models(recipe, facts, device=device)
-    inputs = read_inputs(facts)
+    inputs = read_inputs(facts, now)
     return hooks, dict(facts.shapes), replace(inputs, notes=(*_engine_notes(recipe, device), *inputs.notes))

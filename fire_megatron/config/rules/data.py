@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fire_megatron.config.checkpoints import looked_in
+from fire_megatron.config.checkpoints import holds_model, looked_in
 from fire_megatron.config.data import DataConfig
 from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import BENCHMARK_NAME
@@ -111,10 +111,20 @@ def chat_template(facts: Facts) -> Iterator[RecipeProblem]:
     yield from template(facts.recipe.data, facts.tokenizer, "data.{}".format)
 
 
+def inside_model(path: Path) -> str | None:
+    """What is wrong with a folder to write in that is a model's, or within one; None where it is not."""
+    whole = path.resolve()
+    model = next((folder for folder in (whole, *whole.parents) if holds_model(folder)), None)
+    return model and f"is inside {model}, which holds a model; choose another folder"
+
+
 def writable(facts: Facts) -> Iterator[RecipeProblem]:
     for key, name in (("run.dir", facts.recipe.run.dir), ("checkpoint.dir", facts.recipe.checkpoint.dir)):
         if name is None or facts.elsewhere:
             continue
+        inside = inside_model(Path(name))
+        if inside:
+            yield RecipeProblem(key, f"{name} {inside}")
         folder = Path(name).absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent

@@ -9,6 +9,9 @@ from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts
 
+_MOST_ANSWERS = 2**22
+"""Of a step: every rank keeps a few numbers of each."""
+
 
 def hook_names(facts: Facts) -> Iterator[RecipeProblem]:
     known = facts.hooks if facts.hooks is not None else None if facts.recipe.run.plugins else BUILTIN_HOOKS
@@ -40,6 +43,12 @@ def micro_batches(facts: Facts) -> Iterator[RecipeProblem]:
 def counts(facts: Facts) -> Iterator[RecipeProblem]:
     recipe = facts.recipe
     answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
+    if answers > _MOST_ANSWERS:
+        yield RecipeProblem(
+            "rollout.prompts_per_step",
+            f"{recipe.rollout.prompts_per_step} x samples_per_prompt {recipe.rollout.samples_per_prompt} are {answers} "
+            f"answers a step, more than {_MOST_ANSWERS}; lower one of them",
+        )
     if recipe.optimizer.mini_batches > answers:
         yield RecipeProblem(
             "optimizer.mini_batches",

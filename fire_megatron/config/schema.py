@@ -142,9 +142,11 @@ class RoleConfig(Section):
     vocab_multiple: Size = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: Options = {}  # noqa: RUF012 - each section gets its own
-    """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
-    also the switch of the routers' auxiliary losses, which are off unless set: `moe_aux_loss_coeff` and
-    `moe_z_loss_coeff`."""
+    """Fields of megatron-core's TransformerConfig, passed through as they are: [which](#fields-of-megatron). For a
+    student with experts these are also the switch of the routers' auxiliary losses, which are off unless set:
+    `moe_aux_loss_coeff` and `moe_z_loss_coeff`."""
+    megatron_untested: bool = False
+    """Whether `megatron` may hold fields that nobody has tried here, or that only a newer release has."""
     offload: bool = False
     """Whether the role leaves its device memory to the others on its ranks while it is idle: a teacher's weights wait
     in (pinned) host memory between scorings, the student's weights, gradients and optimizer state while teachers on its

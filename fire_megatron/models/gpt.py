@@ -155,13 +155,12 @@ class FireGPT(GPTModel):
             assert self._cache is not None, "a forward pass without a pack is a decode step and needs a cache"
             self._cache.rotary = self._rotary(position_ids.t().unsqueeze(-1))
         else:
-            packed.rotary = self._rotary(position_ids[0, :, None])
+            packed.rotary, packed.padding = self._rotary(position_ids[0, :, None]), padding
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=None,  # the core attention rotates
             packed_seq_params=packed,
-            padding_mask=padding,
         )
         if not self.post_process:
             return hidden

@@ -37,6 +37,9 @@ class PackParams(PackedSeqParams):
     """[whole T] int64: for each token of the whole pack, its place in the ranks' parts laid end to end."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosines and sines [T, 1, D] of this rank's tokens; the model fills them in, once for all of its layers."""
+    padding: torch.Tensor | None = None
+    """[1, T] bool, tokens that routers leave out of their losses, under sequence parallelism this tensor rank's; the
+    model fills it in."""
 
 
 def packed_seq_params(pack: Pack) -> PackParams:

@@ -62,6 +62,24 @@ def megatron(field: str, value: Any, role: str = "student") -> Values:
     return {f"{role}.megatron": {field: value}}
 
 
+def untried(field: str, value: Any, role: str = "student") -> Values:
+    """The same for one that needs to be called untested."""
+    return megatron(field, value, role) | {f"{role}.megatron_untested": True}
+
+
+def recompute(*, experts: bool = False, pipeline: int = 1, **fields: Any) -> Values:
+    """Recomputation of a student of 4 layers."""
+    settings = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} | fields
+    model: Values = {"student/config.json": EXPERTS} if experts else {}
+    return {"student.megatron": settings, "student.parallel.pipeline": pipeline} | model
+
+
+def parts(*modules: str, **more: Any) -> Values:
+    """Recomputation of parts of layers."""
+    fields = {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    return recompute(recompute_method=None, recompute_num_layers=None, **fields, **more)
+
+
 def hooked(*names: str, **known: Any) -> Values:
     """Hooks of the loss."""
     return {"loss.hooks": [{"name": name} for name in names], "known": known}
@@ -75,7 +93,7 @@ PASSES: dict[str, Values] = {
         "student.parallel": {"tensor": 4, "pipeline": 4, "sequence": True},
         "teachers.math.parallel": {"tensor": 2, "pipeline": 8},
         "teachers.code.parallel": {"context": 2, "tensor": 2},
-        "teachers.code.megatron": {"cp_comm_type": "a2a"},
+        "teachers.code.megatron": {"cp_comm_type": "a2a"}, "teachers.code.megatron_untested": True,
         "teachers.code.layer_spec": "te",
         "optimizer.micro_batch_tokens": 4096,
         "evaluation": {"every": 2, "prompts": [{"path": FILE, "label": "sql"}]},
@@ -108,7 +126,16 @@ PASSES: dict[str, Values] = {
     "a system prompt": {"data.system_prompt": "Be brief.", "known": {"tokenizer": Tokens(has_chat_template=True)}},
     "one teacher a row": {"loss": {"estimator": "topk"}},
     "several teachers a row": {"loss": {"estimator": "full"}, "known": {"mixed": ("code+math",)}},
-    "megatron": {"student.megatron": {"recompute_granularity": "full", "recompute_modules": ["core_attn"]}},
+    "megatron": {"student.megatron": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}},
+    "a null field of megatron": {
+        "student.megatron": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+                             "recompute_modules": None},
+    },
+    "parts that nobody has tried": {
+        "student/config.json": EXPERTS, "student.megatron_untested": True, "known": {"machine": GPU},
+        "student.megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]},
+    },
+    "a field of a newer release": {"student.megatron": {"warp_drive": 9}, "student.megatron_untested": True},
     "megatron for experts": {
         "student/config.json": EXPERTS,
         "student.megatron": {
@@ -116,9 +143,12 @@ PASSES: dict[str, Values] = {
         },
         "teachers.math/config.json": EXPERTS,
         "teachers.math.megatron": {"moe_grouped_gemm": False, "moe_router_dtype": "fp64"},
+        "teachers.math.megatron_untested": True,
         "known": {"machine": BARE_GPU},
     },
-    "values of types that megatron-core will refuse": fp8() | {"student.megatron": {"recompute_modules": 5}},
+    "values of types that megatron-core will refuse": fp8() | {
+        "student.megatron": {"recompute_granularity": "selective", "recompute_modules": 5}
+    },
     "a plan for a CPU recipe on GPUs": {**fp8(device="cpu"), "known": {"machine": GPU}},
 }  # fmt: skip
 
@@ -262,25 +292,25 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     ({"rollout.group_size": 2, "world_size": 4}, "rollout.group_size: 2, but every teacher shares the student's ranks"),
     (
-        megatron("cp_comm_type", "all_gather"),
+        untried("cp_comm_type", "all_gather"),
         "student.megatron.cp_comm_type: 'all_gather' has no effect, since student.parallel.context is 1; leave it",
     ),
     (
-        megatron("cp_comm_type", "all_gather") | {"student.parallel.context": 2, "student.layer_spec": "local"},
+        untried("cp_comm_type", "all_gather") | {"student.parallel.context": 2, "student.layer_spec": "local"},
         "'all_gather' is read by Transformer Engine's layers and student.layer_spec is local; leave it out",
     ),
     (
-        megatron("cp_comm_type", "a2a", "teachers.code") | {"teachers.code.parallel": {"context": 4, "tensor": 2}},
+        untried("cp_comm_type", "a2a", "teachers.code") | {"teachers.code.parallel": {"context": 4, "tensor": 2}},
         "teachers.code.megatron.cp_comm_type: 'a2a' shares out the model's 4 key/value heads over tensor 2 x context 4 "
         "= 8 ranks, which does not divide them; use 'p2p' or 'all_gather'",
     ),
     (
-        megatron("cp_comm_type", "p2p") | {
+        untried("cp_comm_type", "p2p") | {
             "student/config.json": {"model_type": "mistral", "sliding_window": 7}, "student.parallel.context": 2
         },
         "student.megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is 7 tokens; leave it out, or",
     ),
-    (megatron("cp_comm_type", "a2a+p2p"), "student.megatron.cp_comm_type: 'a2a+p2p' is not one of p2p, all_gather"),
+    (untried("cp_comm_type", "a2a+p2p"), "student.megatron.cp_comm_type: 'a2a+p2p' is not one of p2p, all_gather"),
     # FP8
     (fp8(first_last_bf16=2), "student.precision.fp8.first_last_bf16: 2 layers at each end of the model's 4, over 1"),
     (fp8("teachers.math", first_last_bf16=4), "teachers.math.precision.fp8.first_last_bf16: 4 layers at each end"),
@@ -340,7 +370,7 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     (
         {"student/config.json": EXPERTS} | megatron("moe_token_dispatcher_type", "allgather"),
-        "'allgather', but micro-batches differ in length, which allgather refuses; use alltoall or flex",
+        "'allgather', but micro-batches differ in length, which allgather refuses; use alltoall",
     ),
     ({"student/config.json": EXPERTS} | megatron("moe_aux_loss_coeff", [0.1]), "[0.1] is not allowed; give one number"),
     ({"student/config.json": EXPERTS} | megatron("moe_z_loss_coeff", -1.0), "-1.0 is not allowed; give one number of"),
@@ -349,16 +379,78 @@ REFUSED: list[tuple[Values, str]] = [
         "teachers.math.megatron.moe_aux_loss_coeff: a teacher is not trained, so it has no effect; leave it out",
     ),
     (
-        {"student/config.json": EXPERTS, "student.layer_spec": "local"} | megatron("moe_permute_fusion", True),
+        {"student/config.json": EXPERTS, "student.layer_spec": "local"} | untried("moe_permute_fusion", True),
         "True needs Transformer Engine's kernels and student.layer_spec is local; leave it out",
     ),
     (
-        megatron("fp4", "e2m1") | {"known": {"machine": BARE_GPU}},
+        untried("fp4", "e2m1") | {"known": {"machine": BARE_GPU}},
         "student.megatron.fp4: 'e2m1' needs Transformer Engine's kernels and Transformer Engine cannot be",
     ),
     (
-        fp8() | megatron("recompute_modules", ["moe"]),
+        fp8() | parts("moe", experts=True),
         "student.megatron.recompute_modules: 'moe' with student.precision.fp8 reads process groups that only",
+    ),
+    (
+        megatron("tp_comm_overlap", True),
+        "student.megatron.tp_comm_overlap: nobody has tried it here (communication of tensor-parallel layers behind "
+        "their products); leave it out, or set student.megatron_untested=true to try it",
+    ),
+    (
+        megatron("recompute_granularty", "full", "teachers.math"),
+        "teachers.math.megatron.recompute_granularty: megatron-core 0.16 to 0.19 have no such field; did you mean "
+        "'recompute_granularity'? one of a newer release needs teachers.math.megatron_untested=true",
+    ),
+    (
+        untried("recompute_granularity", "selective"),
+        "student.megatron_untested: true, but no field of student.megatron needs it; leave it out",
+    ),
+    (megatron("init_method_std", 0.1), "init_method_std: has no effect: every weight comes from the checkpoint; leave"),
+    (megatron("rotary_interleaved", True), "this is set by student.checkpoint (the model's own config.json)"),
+    (megatron("deallocate_pipeline_outputs", True), "has no effect, since student.parallel.pipeline is 1; leave it"),
+    (megatron("tp_only_amax_red", True), "has no effect without student.precision.fp8 on a GPU; leave it out"),
+    ({"student/config.json": EXPERTS} | megatron("moe_router_dtype", None), "None, but other formats route a token in"),
+    # recomputation
+    (megatron("recompute_granularity", "full", "teachers.math"), "a teacher is not trained, so it has no effect;"),
+    (
+        megatron("recompute_granularity", "full"),
+        "student.megatron.recompute_granularity: full needs recompute_method and recompute_num_layers beside it; ",
+    ),
+    *(
+        (
+            megatron(field, value),
+            f"student.megatron.{field}: has no effect unless student.megatron.recompute_granularity is {needed};",
+        )
+        for field, value, needed in (
+            ("recompute_method", "block", "full"), ("recompute_num_layers", 2, "full"),
+            ("recompute_modules", ["mlp"], "selective"),
+        )
+    ),
+    (
+        recompute(recompute_num_layers=3),
+        "student.megatron.recompute_num_layers: 3 does not divide the 4 layers of each of the pipeline stages; take 1 "
+        "or 2 or 4",
+    ),
+    (
+        recompute(recompute_num_layers=2, pipeline=3),
+        "2 does not divide the 1 and 2 layers of the pipeline stages; take 1",
+    ),
+    (recompute(recompute_num_layers=0, recompute_method="block"), "0 is below 1; give a number of layers"),
+    (recompute(recompute_num_layers=5, recompute_method="block"), "5 exceeds the 4 layers of each of the pipeline"),
+    (parts(), "student.megatron.recompute_modules: names nothing to recompute; leave it out for core_attn"),
+    (parts("core_attention"), "'core_attention' is no part of these models; did you mean core_attn?"),
+    (parts("moe"), "'moe' has no effect: the model has no experts; leave it out"),
+    (parts("mlp", experts=True), "'mlp' has no effect: every layer has experts; leave it out"),
+    (
+        parts("layernorm") | {"known": {"machine": GPU}},
+        "'layernorm' has no effect: norms are part of Transformer Engine's linear layers; leave it out",
+    ),
+    (
+        parts("moe_act", experts=True) | {"known": {"machine": CPU}},
+        "'moe_act' needs Transformer Engine and there is no GPU; leave it out, or take another part",
+    ),
+    (
+        parts("moe_act", experts=True) | {"known": {"machine": GPU}},
+        "nobody has tried 'moe_act' here; leave it out, or set student.megatron_untested=true",
     ),
     # the loss's hooks, counts
     (

@@ -47,6 +47,7 @@ RECIPE_RULES: tuple[Callable[[Facts], Iterator[RecipeProblem]], ...] = (
     training.hook_names,
     training.micro_batches,
     training.counts,
+    training.label_key,
     data.writable,
     data.home,
 )

@@ -60,9 +60,6 @@ _WORKS = {
     "moe_router_load_balancing_type": Field("works", "which load-balancing loss", ("aux_loss",)),
     "moe_router_dtype": Field("works", "format of the routers' products", ("fp32", "fp64")),
     "moe_token_dispatcher_type": Field("works", "how tokens reach their experts", ("alltoall",)),
-    "tp_only_amax_red": Field(
-        "works", "with `precision.fp8`: largest magnitudes are those of the tensor and context ranks alone"
-    ),
 }
 
 _CHECKPOINT = """
@@ -157,7 +154,9 @@ _UNSUPPORTED = {
     "a pipeline stage is one piece of consecutive layers": """
         virtual_pipeline_model_parallel_size microbatch_group_size_per_vp_stage
     """,
-    "it reads process groups that only megatron-core's own set-up makes": "distribute_saved_activations",
+    "it reads process groups that only megatron-core's own set-up makes": """
+        distribute_saved_activations config_logger_dir
+    """,
     "the pipeline's forward pass takes no such argument; recompute_granularity saves activations": """
         num_microbatches_with_partial_activation_checkpoints
     """,
@@ -208,7 +207,8 @@ _UNTESTED = {
         deterministic_mode batch_invariant_mode
     """,
     "formats of less than 16 bits": """
-        fp8_wgrad fp8_dot_product_attention fp8_multi_head_attention fp4 fp4_recipe fp4_param fp4_quantizer_factory
+        tp_only_amax_red fp8_wgrad fp8_dot_product_attention fp8_multi_head_attention fp4 fp4_recipe fp4_param
+        fp4_quantizer_factory
         moe_router_padding_for_quantization moe_router_padding_for_fp8
     """,
     "communication of tensor-parallel layers behind their products": """
@@ -228,7 +228,6 @@ _UNTESTED = {
     """,
     "others": """
         disable_bf16_reduced_precision_matmul mlp_chunks_for_training clone_scatter_output_in_embedding
-        config_logger_dir
     """,
 }
 

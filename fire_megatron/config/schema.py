@@ -92,6 +92,9 @@ class FP8Config(Section):
     without. Refused on a GPU."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
+        if self.recipe != "delayed":
+            keys = ("amax_history", "amax_algorithm", "margin")
+            yield from self._idle(keys, f"with recipe {self.recipe}", "take recipe delayed")
         if self.recipe == "delayed" and self.first_last_bf16:
             yield RecipeProblem(
                 "first_last_bf16",
@@ -234,6 +237,10 @@ class RolloutConfig(Section):
     """Answers of a data-parallel replica that go to teachers on other ranks together, as soon as they are finished and
     while the rest is being sampled; 0 sends a quarter of them at a time."""
 
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.temperature == 0:
+            yield from self._idle(("top_p",), "at temperature 0, which takes the likeliest token", "raise temperature")
+
 
 class GuardConfig(Section):
     """Updates that are skipped, so that they spoil neither weights nor optimizer state."""
@@ -247,6 +254,10 @@ class GuardConfig(Section):
     normal distribution); 0 never does. 10 is a jump by any standard."""
     spike_window: Size = 64
     """Updates that are looked back on; nothing is a spike before 16 of them, or as many as this if it is fewer."""
+
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.spike_factor == 0:
+            yield from self._idle(("spike_window",), "with spike_factor 0", "set spike_factor")
 
 
 class OptimizerConfig(Section):
@@ -282,7 +293,9 @@ class OptimizerConfig(Section):
     """Updates that are skipped."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
-        if self.min_lr > self.lr:
+        if self.schedule == "constant":
+            yield from self._idle(("min_lr",), "with schedule constant", "use linear or cosine")
+        elif self.min_lr > self.lr:
             yield RecipeProblem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
         if self.micro_batch_tokens and self.micro_batch_size != 1:
             yield RecipeProblem(
@@ -330,6 +343,8 @@ class BenchmarkConfig(Section):
     answer that ends makes room for the next."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
+        if self.temperature == 0:
+            yield from self._idle(("top_p",), "at temperature 0, which takes the likeliest token", "raise temperature")
         if self.temperature == 0 and self.samples > 1:
             yield RecipeProblem(
                 "samples",
@@ -356,6 +371,15 @@ class EvaluationConfig(Section):
     """Whether to evaluate after the last step."""
     seed: LongSeed = 7
     """Seeds the sampling, in the same way at every evaluation."""
+
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if not self.prompts:
+            yield from self._idle(("num_prompts", "max_new_tokens"), "without prompts", "give prompts")
+        if not self.prompts and not self.benchmarks:
+            keys = ("every", "at_start", "at_end", "seed")
+            yield from self._idle(keys, "without prompts or benchmarks", "give some")
+        elif not self.prompts and all(benchmark.temperature == 0 for benchmark in self.benchmarks):
+            yield from self._idle(("seed",), "where every benchmark has temperature 0", "raise one")
 
 
 class MetricsConfig(Section):

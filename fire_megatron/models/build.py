@@ -182,7 +182,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
     settings |= fp8_settings(role)
     try:
         return TransformerConfig(**{**settings, **role.megatron})
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise RecipeError(f"megatron-core rejects this model configuration: {error}") from error
 
 

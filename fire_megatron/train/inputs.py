@@ -14,6 +14,7 @@ from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.rules.facts import Facts, Machine
+from fire_megatron.config.rules.training import without_effect
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
@@ -117,7 +118,7 @@ def read_inputs(facts: Facts) -> Inputs:
     prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), each_row=tick)
     mixed = [prompt.label for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     ask(replace(facts, mixed=mixed))
-    notes = [*_vocabulary_notes(shapes), f"data.train: {report}"]
+    notes = [*without_effect(facts), *_vocabulary_notes(shapes), f"data.train: {report}"]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
         held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)

@@ -407,7 +407,7 @@ REFUSED: list[tuple[Values, str]] = [
     (megatron("init_method_std", 0.1), "init_method_std: has no effect: every weight comes from the checkpoint; leave"),
     (megatron("rotary_interleaved", True), "this is set by student.checkpoint (the model's own config.json)"),
     (megatron("deallocate_pipeline_outputs", True), "has no effect, since student.parallel.pipeline is 1; leave it"),
-    (megatron("tp_only_amax_red", True), "has no effect without student.precision.fp8 on a GPU; leave it out"),
+    (untried("tp_only_amax_red", True), "has no effect without student.precision.fp8 on a GPU; leave it out"),
     ({"student/config.json": EXPERTS} | megatron("moe_router_dtype", None), "None, but other formats route a token in"),
     # recomputation
     (megatron("recompute_granularity", "full", "teachers.math"), "a teacher is not trained, so it has no effect;"),
@@ -478,8 +478,16 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     ({"optimizer.mini_batches": 5}, "optimizer.mini_batches: 5 updates from 4 answers a step"),
     (
-        {"evaluation.every": 5},
-        "evaluation.every: 5, but evaluation.prompts and evaluation.benchmarks name no file; give one",
+        {"optimizer.warmup_steps": 4},
+        "optimizer.warmup_steps: 4 exceeds run.steps, 3, so the rate would never reach optimizer.lr; lower it",
+    ),
+    (
+        {"data.label_key": "topic", "data.train.1.label": "sql"},
+        "data.label_key: has no effect, since every file is given a label; leave it out, or the labels",
+    ),
+    (
+        {"loss": {"mixture": "log_probs"}, "known": {"mixed": ()}},
+        "loss.mixture: has no effect, since no row names several teachers; leave it out",
     ),
 ]  # fmt: skip
 

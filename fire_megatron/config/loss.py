@@ -119,7 +119,8 @@ class LossConfig(Section):
     """Tokens whose logits exist at a time in the loss; 0 picks a number for the device. Lower it when the update runs
     out of memory."""
     clip: Positive = 0.2
-    """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
+    """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip: from the second of
+    `optimizer.mini_batches` on."""
     importance: ImportanceConfig = ImportanceConfig()
     """Correction between rollout engine and trainer, in `sampled`."""
     hooks: List[HookConfig] = (HookConfig("filter"), HookConfig("reweight"))

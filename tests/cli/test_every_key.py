@@ -233,6 +233,7 @@ class Observed:
         metrics = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
         timeless = [{k: v for k, v in row.items() if not re.match("time|memory|.*per_second", k)} for row in metrics]
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "events" not in path.name)
+        files += [path.read_text() for path in sorted(folder.glob("evaluation/*/*.jsonl"))]
         return {"code": code, "text": text, "metrics": timeless, "files": files, "calls": calls, "seen": seen}
 
     def _yaml(self, value: Any) -> str:

@@ -46,6 +46,12 @@ def counts(facts: Facts) -> Iterator[RecipeProblem]:
             f"{recipe.optimizer.mini_batches} updates from {answers} answers a step "
             "(rollout.prompts_per_step x samples_per_prompt); lower it",
         )
+    if recipe.loss.estimator == "sampled" and not recipe.loss.is_default("clip") and recipe.optimizer.mini_batches == 1:
+        yield RecipeProblem(
+            "loss.clip",
+            "has no effect with one update from each step's answers, where new and old probabilities are the same; leave "
+            "it out, or raise optimizer.mini_batches",
+        )
     if recipe.optimizer.warmup_steps > recipe.run.steps:
         yield RecipeProblem(
             "optimizer.warmup_steps",

@@ -318,6 +318,7 @@ REFUSED: list[tuple[Values, str]] = [
         fp8("teachers.math", first_last_bf16=3) | {"teachers.math.parallel.pipeline": 4},
         "over 4 pipeline stages; at most 2",
     ),
+    (fp8("teachers.math", format="e4m3"), "format: has no effect, since formats differ in gradients and a teacher has"),
     (fp8() | {"student.precision.dtype": "float32"}, "student.precision.dtype: float32, but between FP8 products"),
     (fp8("teachers.math", recipe="delayed"), "teachers.math.precision.fp8.recipe: delayed takes its scales from"),
     (fp8(recipe="delayed", param_gather=True), "student.precision.fp8.param_gather: true with recipe delayed would"),
@@ -477,6 +478,10 @@ REFUSED: list[tuple[Values, str]] = [
         "loss.hooks.1: the scope of mine, 'microbatch', takes its statistics over micro-batches",
     ),
     ({"optimizer.mini_batches": 5}, "optimizer.mini_batches: 5 updates from 4 answers a step"),
+    (
+        {"loss": {"clip": 0.3}},
+        "loss.clip: has no effect with one update from each step's answers, where new and old probabilities are the same",
+    ),
     (
         {"optimizer.warmup_steps": 4},
         "optimizer.warmup_steps: 4 exceeds run.steps, 3, so the rate would never reach optimizer.lr; lower it",

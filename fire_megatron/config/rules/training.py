@@ -46,7 +46,8 @@ def counts(facts: Facts) -> Iterator[RecipeProblem]:
             f"{recipe.optimizer.mini_batches} updates from {answers} answers a step "
             "(rollout.prompts_per_step x samples_per_prompt); lower it",
         )
-    if recipe.loss.estimator == "sampled" and not recipe.loss.is_default("clip") and recipe.optimizer.mini_batches == 1:
+    once = recipe.optimizer.mini_batches == 1
+    if once and recipe.loss.estimator == "sampled" and not recipe.loss.is_default("clip"):
         yield RecipeProblem(
             "loss.clip",
             "has no effect with one update from each step's answers, where new and old probabilities are the same; leave "

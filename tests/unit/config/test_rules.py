@@ -480,7 +480,7 @@ REFUSED: list[tuple[Values, str]] = [
     ({"optimizer.mini_batches": 5}, "optimizer.mini_batches: 5 updates from 4 answers a step"),
     (
         {"loss": {"clip": 0.3}},
-        "loss.clip: has no effect with one update from each step's answers, where new and old probabilities are the same",
+        "loss.clip: has no effect with one update from each step's answers, where new and old probabilities",
     ),
     (
         {"optimizer.warmup_steps": 4},

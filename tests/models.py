@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+ORIGINAL = 16
+"""Longest row of the models below before their frequencies are scaled."""
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.4, 1.5],
+    "long_factor": [1.0, 1.3, 2.0, 4.0, 9.0, 20.0],
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama3-tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
@@ -68,6 +78,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7}),
+    "qwen2-windows": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": False,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "tie_word_embeddings": False,
+            "original_max_position_embeddings": ORIGINAL,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "llama-dynamic": (
+        "Llama",
+        {
+            "tie_word_embeddings": False,
+            "max_position_embeddings": ORIGINAL,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0},
+        },
+    ),
 }
 
 
@@ -79,12 +116,39 @@ def _seeded(seed: int) -> Iterator[None]:
     torch.set_rng_state(state)
 
 
+def in_release(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the installed transformers has them: before 5, scaling and base of the frequencies were two."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) >= 5 or "rope_parameters" not in settings:
+        return settings
+    scaling = dict(settings["rope_parameters"])
+    kind, base = scaling.pop("rope_type", "default"), scaling.pop("rope_theta", 10000.0)
+    old = {"rope_theta": base, "rope_scaling": None if kind == "default" else {"type": kind, **scaling}}
+    return {key: value for key, value in settings.items() if key != "rope_parameters"} | old
+
+
+def stacked_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of a layer in one tensor for each matrix, as transformers 5 has them in memory; 4 has them one by
+    one, as both write them."""
+    found = [re.fullmatch(r"(.*\.experts)\.0\.down_proj\.weight", name) for name in weights]
+    stacked = {name: tensor for name, tensor in weights.items() if not re.search(r"\.experts\.\d+\.", name)}
+    for at in [match[1] for match in found if match]:
+        count = len({name.removeprefix(at).split(".")[1] for name in weights if name.startswith(f"{at}.")})
+        gate, up, down = (
+            torch.stack([weights[f"{at}.{j}.{part}_proj.weight"] for j in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        stacked |= {f"{at}.gate_up_proj": torch.cat([gate, up], dim=1), f"{at}.down_proj": down}
+    return stacked
+
+
 def make_hf(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random transformers model of a family; norms and biases are random too, so that none can be forgotten."""
     import transformers
 
     prefix, settings = FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **settings, **changes})
+    config = getattr(transformers, f"{prefix}Config")(**in_release({**_SMALL, **settings, **changes}))
     with _seeded(seed):
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         for parameter in model.parameters():

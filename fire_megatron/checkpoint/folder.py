@@ -17,13 +17,16 @@ _CARRIED = (
     "config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and licence files (not weights) from one checkpoint folder to another."""
+    """Copy configuration, tokenizer, templates and licences (not weights) from one checkpoint folder to another."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _CARRIED):
             shutil.copyfile(path, target / path.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
 
 
 def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
+from fire_megatron.config.data import DataConfig, EvaluationConfig, SourceConfig
 from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
 from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem
 from fire_megatron.config.section import build
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
     from fire_megatron.platform.device import Device
     from fire_megatron.platform.launch import World
     from fire_megatron.platform.watch import Watch
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a JSON object")
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", metavar="DIR", help="converted checkpoint, or a step of a run")
     model.add_argument("--hf", metavar="DIR", help="Hugging Face folder; converted for the time of loading")
     add = parser.add_argument
-    add("--benchmark", nargs="+", action="extend", required=True, metavar="FILE", help="JSON Lines: problem, answer")
+    add(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="problems with answers: .jsonl, .json, .csv, .parquet",
+    )
+    add("--problem-key", metavar="KEY", help="of a problem's text (problem, question, query, prompt)")
+    add("--answer-key", metavar="KEY", help="of the right answer (answer, final_answer, expected_answer, ...)")
     add("--samples", type=int, default=1, metavar="K", help="answers to each problem (1)")
     add("--limit", type=int, default=0, metavar="N", help="problems of each file, from its start (all)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
@@ -45,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--chat-template", choices=("auto", "on", "off"), default="auto", help="auto uses the tokenizer's if it has one"
     )
+    add(
+        "--chat-template-kwargs", type=_mapping, default={}, metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )  # fmt: skip
     add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel ranks of a replica (1)")
     add("--pipeline", type=int, default=1, metavar="N", help="pipeline stages of a replica (1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA if there")
@@ -77,13 +102,13 @@ def _refuse(problems: Iterable[RecipeProblem]) -> None:
         raise RecipeError(text)
 
 
-def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema.ParallelConfig]:
+def _sections(args: argparse.Namespace) -> tuple[EvaluationConfig, schema.ParallelConfig]:
     """What a recipe would say. Raises RecipeError: an option out of its range."""
-    names = ("samples", "limit", "temperature", "top_p", "max_new_tokens", "batch_size")
+    names = ("samples", "limit", "temperature", "top_p", "max_new_tokens", "batch_size", "problem_key", "answer_key")
     benchmarks = [{"path": path, **{name: getattr(args, name) for name in names}} for path in args.benchmark]
     try:
         build(schema.RunConfig, {"name": "-", "dir": "-", "steps": 1, "collective_timeout": args.timeout})
-        evaluation = build(schema.EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
+        evaluation = build(EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
         parallel = build(schema.ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
     except RecipeProblems as error:
         _refuse(RecipeProblem(_option(problem.key), problem.text) for problem in error.problems)
@@ -104,7 +129,7 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     from fire_megatron.config.rules.data import template
     from fire_megatron.config.rules.facts import Role
     from fire_megatron.data.encoder import Encoder
-    from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
+    from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
     from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
     from fire_megatron.evaluation.judge import require_math_verify
     from fire_megatron.evaluation.source import open_source
@@ -114,11 +139,11 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
 
     require_math_verify()
     config, parallel = _sections(args)
-    benchmarks = [read_benchmark(entry.path, limit=entry.limit) for entry in config.benchmarks]
+    benchmarks = [read_benchmark(entry) for entry in config.benchmarks]
     source = open_source(args.hf or args.checkpoint, is_hf=args.hf is not None)
     tokenizer = load_tokenizer(source.folder)
-    data = schema.DataConfig(
-        train=tuple(schema.SourceConfig(path=path) for path in args.benchmark),
+    data = DataConfig(
+        train=tuple(SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
         system_prompt=args.system_prompt,
         max_prompt_tokens=sys.maxsize,
@@ -129,12 +154,17 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     known = {"ranks": launch.launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
     model = Role(_option, role, trains=False, shape=source.shape, tokenizer=tokenizer, **known)
     _refuse([*role_problems(model), *template(data, tokenizer, _option)])
-    encode = Encoder(data, tokenizer)
+    encode = Encoder(data, tokenizer, args.chat_template_kwargs, key="--chat-template-kwargs")
     ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
+    endings = {"the chat template": [tokenizer.turn_end() if encode.use_template else None]}
+    warning = missing_stops(tokenizer, ends, endings, "--stop-token")
+    if warning and launch.launched_rank() == 0:
+        print(warning)
     common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
     read = zip(benchmarks, config.benchmarks, strict=True)
     tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
+    fixed += ("chat_template_kwargs",) if args.chat_template_kwargs else ()
     folder = source.folder.absolute()
     return EvaluationJob(
         source=source,

@@ -35,6 +35,19 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
+def adapter_problem(folder: Path) -> str | None:
+    """What to do with a folder that holds a PEFT adapter; None where it holds none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = (read_json_object(path) or {}).get("base_model_name_or_path") or "its base model"
+    return (
+        f"{folder} holds a PEFT adapter (adapter_config.json), which is no model without {base}; merge them "
+        "(peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(OUT)), add its "
+        "tokenizer and give OUT"
+    )
+
+
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a folder is no converted checkpoint and what to give instead; None when it is one."""
     if not folder.exists():
@@ -43,6 +56,9 @@ def checkpoint_problem(folder: Path) -> str | None:
         return f"{folder} is a file; give the folder of a converted checkpoint"
     if read_marker(folder) is not None:
         return None
+    adapter = adapter_problem(folder)
+    if adapter:
+        return adapter
     if is_hf_folder(folder) and not (folder / MARKER).exists():
         converted = folder.with_name(f"{folder.name}-megatron")
         if read_marker(converted) is not None:

@@ -43,6 +43,8 @@ class Generation:
     right: str
     """The right answer."""
     correct: bool
+    math_verify: bool
+    """Whether math-verify, by its defaults, finds the right answer in the text."""
     tokens: int
     """Tokens sampled, the stop token included."""
     truncated: bool

@@ -12,7 +12,8 @@ from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checks import ask, check_recipe
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
-from fire_megatron.config.roles import roles, routes
+from fire_megatron.config.roles import longest_row, roles, routes
+from fire_megatron.config.rope import BY_LENGTH
 from fire_megatron.config.rules.facts import Facts, Machine
 from fire_megatron.config.rules.training import without_effect
 from fire_megatron.config.schema import Recipe, RoleConfig
@@ -20,7 +21,7 @@ from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
+from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, missing_stops, stop_ids
 from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks, registered_hooks
@@ -109,22 +110,37 @@ def read_inputs(facts: Facts) -> Inputs:
     """
     recipe, shapes = facts.recipe, facts.shapes
     tokenizer = load_tokenizer(recipe.student.checkpoint)
-    teachers = {f"teachers.{name}": teacher.checkpoint for name, teacher in recipe.teachers.items()}
-    prints = {path: load_tokenizer(folder).fingerprint() for path, folder in teachers.items()}
-    prints["student"] = tokenizer.fingerprint()
+    teachers = {f"teachers.{name}": load_tokenizer(teacher.checkpoint) for name, teacher in recipe.teachers.items()}
+    prints = {path: each.fingerprint() for path, each in (teachers | {"student": tokenizer}).items()}
     facts = replace(facts, tokenizer=tokenizer, fingerprints=prints)
     ask(facts)
     route = routes(recipe)
-    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), each_row=tick)
+    views = {
+        name: Encoder(recipe.data, tokenizer, options, key=f"teachers.{name}.chat_template_kwargs")
+        for name, teacher in recipe.teachers.items()
+        if (options := teacher.chat_template_kwargs) is not None
+    }
+    common = {"views": views, "each_row": tick}
+    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), **common)
     mixed = [prompt.label for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     ask(replace(facts, mixed=mixed))
-    notes = [*without_effect(facts), *_vocabulary_notes(shapes), f"data.train: {report}"]
+    notes = [
+        *without_effect(facts),
+        *_vocabulary_notes(shapes),
+        *_rotary_notes(recipe, shapes),
+        f"data.train: {report}",
+    ]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
-        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
+        common["options"] = recipe.evaluation.chat_template_kwargs
+        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), **common)
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
     ends = stop_ids(tokenizer, recipe.rollout.stop_tokens, "rollout.stop_tokens")
+    endings = {path: teacher.eos_ids for path, teacher in teachers.items()}
+    if recipe.data.chat_template != "off":
+        endings["the chat template"] = (tokenizer.turn_end(),)
+    notes += filter(None, [missing_stops(tokenizer, ends, endings, "rollout.stop_tokens")])
     benchmarks = _read_benchmarks(recipe, shapes["student"], tokenizer, ends)
     notes += [f"benchmark {task.name}: {len(task.prompts)} problems" for task in benchmarks]
     return Inputs(tokenizer, prompts, held_out, ends, route, tuple(notes), benchmarks)
@@ -170,6 +186,20 @@ def _vocabulary_notes(shapes: Mapping[str, ModelShape]) -> list[str]:
     return [f"vocabularies differ in unused entries at the end ({listed}): the first {used} are used"]
 
 
+def _rotary_notes(recipe: Recipe, shapes: Mapping[str, ModelShape]) -> list[str]:
+    """Where angles depend on a row's length, and rows may be longer than before the scaling."""
+    notes, longest = [], longest_row(recipe)
+    for path, shape in shapes.items():
+        scaling = shape.rope_scaling or {}
+        if scaling.get("rope_type") in BY_LENGTH and longest > scaling["original_max_position_embeddings"]:
+            notes.append(
+                f"{path}: its {scaling['rope_type']} scaling has other rotary angles for rows of more than "
+                f"{scaling['original_max_position_embeddings']:.0f} tokens, and this run's may have {longest}: all "
+                f"rows have the angles of {longest} tokens, so that sampling and scoring agree"
+            )
+    return notes
+
+
 def _read_benchmarks(
     recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer, stop_ids: Sequence[int]
 ) -> tuple[BenchmarkTask, ...]:
@@ -178,8 +208,11 @@ def _read_benchmarks(
     if not configs:
         return ()
     require_math_verify()
-    benchmarks = [read_benchmark(config.path, name=config.name, limit=config.limit) for config in configs]
-    encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    benchmarks = [read_benchmark(config) for config in configs]
+    unlimited = recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error")
+    options = recipe.evaluation.chat_template_kwargs
+    section = "data" if options is None else "evaluation"
+    encode = Encoder(unlimited, tokenizer, options, key=f"{section}.chat_template_kwargs")
     common = {"positions": shape.max_positions, "seed": recipe.evaluation.seed, "stop_ids": stop_ids}
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):

@@ -51,6 +51,7 @@ ROLE: dict[str, tuple[Any, Changes]] = {
     "megatron": ({"recompute_granularity": "selective"}, {}),
     "megatron_untested": (True, {}),
     "offload": (True, {}),
+    "chat_template_kwargs": ({"brief": True}, {}),
     "labels": (["algebra"], {}),
     "micro_batch_tokens": (8, {}),
 }
@@ -74,6 +75,7 @@ TURNS: dict[str, tuple[Any, Changes]] = {
     "data.label_key": ("topic", {}),
     "data.chat_template": ("on", {}),
     "data.system_prompt": ("w7", {}),
+    "data.chat_template_kwargs": ({"brief": True}, {}),
     "data.max_prompt_tokens": (5, {}),
     "data.too_long": ("error", {"data.max_prompt_tokens": 5}),
     "data.shuffle": (False, {}),
@@ -137,6 +139,8 @@ TURNS: dict[str, tuple[Any, Changes]] = {
     "evaluation.every": (1, {}),
     "evaluation.benchmarks": (PROBLEMS["evaluation.benchmarks"], {}),
     "evaluation.benchmarks.0.path": ("{inputs}/others.jsonl", PROBLEMS),
+    "evaluation.benchmarks.0.problem_key": ("text", PROBLEMS),
+    "evaluation.benchmarks.0.answer_key": ("text", PROBLEMS),
     "evaluation.benchmarks.0.name": ("sums", PROBLEMS),
     "evaluation.benchmarks.0.samples": (2, PROBLEMS),
     "evaluation.benchmarks.0.limit": (1, PROBLEMS),
@@ -144,6 +148,7 @@ TURNS: dict[str, tuple[Any, Changes]] = {
     "evaluation.benchmarks.0.temperature": (0.5, PROBLEMS),
     "evaluation.benchmarks.0.top_p": (0.2, PROBLEMS),
     "evaluation.benchmarks.0.batch_size": (1, PROBLEMS),
+    "evaluation.chat_template_kwargs": ({"brief": True}, {}),
     "evaluation.prompts": ([], {}),
     "evaluation.prompts.0.path": ("{inputs}/code.jsonl", {}),
     "evaluation.prompts.0.label": ("code", {}),
@@ -173,7 +178,7 @@ def turns() -> dict[str, tuple[Any, Changes]]:
         for key, (value, fp8) in ROLE.items():
             late = role == "student" and key.rpartition(".")[2] in ("amax_history", "amax_algorithm", "margin")
             base = {f"{role}.precision.fp8": fp8 | ({"recipe": "delayed"} if late else {})} if fp8 else {}
-            if role != "student" or key not in ("labels", "micro_batch_tokens"):
+            if role != "student" or key not in ("chat_template_kwargs", "labels", "micro_batch_tokens"):
                 every[f"{role}.{key}"] = (value, base)
     return every
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fire_megatron.config.checkpoints import looked_in
+from fire_megatron.config.data import DataConfig
 from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import BENCHMARK_NAME
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts, Vocabulary
-from fire_megatron.config.schema import DataConfig
 
 
 def labels(facts: Facts) -> Iterator[RecipeProblem]:
@@ -50,7 +51,7 @@ def file_problem(path: Path) -> str | None:
     if not path.exists():
         return f"{path} does not exist{looked_in(path)}; correct the path"
     if not path.is_file():
-        return f"{path} is a folder; give a file (JSON Lines or a JSON list)"
+        return f"{path} is a folder; give a file (JSON Lines, a JSON list, CSV or Parquet)"
     return None if os.access(path, os.R_OK) else f"{path} may not be read; change its permissions"
 
 
@@ -63,7 +64,7 @@ def files(facts: Facts) -> Iterator[RecipeProblem]:
 
 def benchmark_name(path: str | Path) -> str:
     """The name of a benchmark that is given none: its file's without the ending."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    return re.sub(r"\.(?:jsonl|json|csv|tsv|parquet|pq)$", "", Path(path).name.removesuffix(".gz"))
 
 
 def benchmark_code(name: str) -> int:

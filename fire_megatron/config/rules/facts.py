@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from fire_megatron.config.data import BenchmarkConfig, SourceConfig
 from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import roles
-from fire_megatron.config.schema import BenchmarkConfig, Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span, span_problems
 
 

@@ -50,8 +50,8 @@ def counts(facts: Facts) -> Iterator[RecipeProblem]:
     if once and recipe.loss.estimator == "sampled" and not recipe.loss.is_default("clip"):
         yield RecipeProblem(
             "loss.clip",
-            "has no effect with one update from each step's answers, where new and old probabilities are the same; leave "
-            "it out, or raise optimizer.mini_batches",
+            "has no effect with one update from each step's answers, where new and old probabilities are the same; "
+            "leave it out, or raise optimizer.mini_batches",
         )
     if recipe.optimizer.warmup_steps > recipe.run.steps:
         yield RecipeProblem(

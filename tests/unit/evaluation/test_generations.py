@@ -18,7 +18,7 @@ SETTINGS = {"temperature": 1.0, "max_new_tokens": 16, "seed": 7}
 
 
 def generation(problem, sample, text="so \\boxed{2}"):
-    return Generation(problem, sample, 7, text, "2", "2", True, 5, False)
+    return Generation(problem, sample, 7, text, "2", "2", True, True, 5, False)
 
 
 def write(folder, rank, *generations):

@@ -75,6 +75,8 @@ class BenchmarkConfig(Section):
     answer that ends makes room for the next."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
+        if self.temperature == 0:
+            yield from self._idle(("top_p",), "at temperature 0, which takes the likeliest token", "raise temperature")
         if self.temperature == 0 and self.samples > 1:
             yield RecipeProblem(
                 "samples",
@@ -103,3 +105,12 @@ class EvaluationConfig(Section):
     """Whether to evaluate after the last step."""
     seed: LongSeed = 7
     """Seeds the sampling, in the same way at every evaluation."""
+
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if not self.prompts:
+            yield from self._idle(("num_prompts", "max_new_tokens"), "without prompts", "give prompts")
+        if not self.prompts and not self.benchmarks:
+            keys = ("every", "at_start", "at_end", "seed", "chat_template_kwargs")
+            yield from self._idle(keys, "without prompts or benchmarks", "give some")
+        elif not self.prompts and all(benchmark.temperature == 0 for benchmark in self.benchmarks):
+            yield from self._idle(("seed",), "where every benchmark has temperature 0", "raise one")

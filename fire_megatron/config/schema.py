@@ -94,6 +94,9 @@ class FP8Config(Section):
     without. Refused on a GPU."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
+        if self.recipe != "delayed":
+            keys = ("amax_history", "amax_algorithm", "margin")
+            yield from self._idle(keys, f"with recipe {self.recipe}", "take recipe delayed")
         if self.recipe == "delayed" and self.first_last_bf16:
             yield RecipeProblem(
                 "first_last_bf16",
@@ -144,9 +147,11 @@ class RoleConfig(Section):
     vocab_multiple: Annotated[int, Ge(1), Le(2**16)] = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: Options = {}  # noqa: RUF012 - each section gets its own
-    """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
-    also the switch of the routers' auxiliary losses, which are off unless set: `moe_aux_loss_coeff` and
-    `moe_z_loss_coeff`."""
+    """Fields of megatron-core's TransformerConfig, passed through as they are: [which](#fields-of-megatron). For a
+    student with experts these are also the switch of the routers' auxiliary losses, which are off unless set:
+    `moe_aux_loss_coeff` and `moe_z_loss_coeff`."""
+    megatron_untested: bool = False
+    """Whether `megatron` may hold fields that nobody has tried here, or that only a newer release has."""
     offload: bool = False
     """Whether the role leaves its device memory to the others on its ranks while it is idle: a teacher's weights wait
     in (pinned) host memory between scorings, the student's weights, gradients and optimizer state while teachers on its
@@ -203,6 +208,10 @@ class RolloutConfig(Section):
     """Answers of a data-parallel replica that go to teachers on other ranks together, as soon as they are finished and
     while the rest is being sampled; 0 sends a quarter of them at a time."""
 
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.temperature == 0:
+            yield from self._idle(("top_p",), "at temperature 0, which takes the likeliest token", "raise temperature")
+
 
 class GuardConfig(Section):
     """Updates that are skipped, so that they spoil neither weights nor optimizer state."""
@@ -218,6 +227,10 @@ class GuardConfig(Section):
     normal distribution); 0 never does. 10 is a jump by any standard."""
     spike_window: Annotated[int, Ge(1), Le(2**20)] = 64
     """Updates that are looked back on; nothing is a spike before 16 of them, or as many as this if it is fewer."""
+
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.spike_factor == 0:
+            yield from self._idle(("spike_window",), "with spike_factor 0", "set spike_factor")
 
 
 class OptimizerConfig(Section):
@@ -253,7 +266,9 @@ class OptimizerConfig(Section):
     """Updates that are skipped."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
-        if self.min_lr > self.lr:
+        if self.schedule == "constant":
+            yield from self._idle(("min_lr",), "with schedule constant", "use linear or cosine")
+        elif self.min_lr > self.lr:
             yield RecipeProblem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
         if self.micro_batch_tokens and self.micro_batch_size != 1:
             yield RecipeProblem(

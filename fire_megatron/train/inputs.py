@@ -16,6 +16,7 @@ from fire_megatron.config.kinds import MOST
 from fire_megatron.config.roles import longest_row, roles, routes
 from fire_megatron.config.rope import BY_LENGTH
 from fire_megatron.config.rules.facts import Facts, Machine
+from fire_megatron.config.rules.training import without_effect
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.chat_time import chat_time
@@ -134,7 +135,12 @@ def _read_inputs(facts: Facts) -> Inputs:
     prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), **common)
     mixed = [prompt.label for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     ask(replace(facts, mixed=mixed))
-    notes = [*_vocabulary_notes(shapes), *_rotary_notes(recipe, shapes), f"data.train: {report}"]
+    notes = [
+        *without_effect(facts),
+        *_vocabulary_notes(shapes),
+        *_rotary_notes(recipe, shapes),
+        f"data.train: {report}",
+    ]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
         common["options"] = recipe.evaluation.chat_template_kwargs

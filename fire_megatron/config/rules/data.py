@@ -35,6 +35,9 @@ def labels(facts: Facts) -> Iterator[RecipeProblem]:
 
 
 def mixtures(facts: Facts) -> Iterator[RecipeProblem]:
+    loss = facts.recipe.loss
+    if not loss.is_default("mixture") and facts.mixed is not None and not facts.mixed:
+        yield RecipeProblem("loss.mixture", "has no effect, since no row names several teachers; leave it out")
     if facts.recipe.loss.estimator == "topk" and facts.mixed:
         yield RecipeProblem(
             "loss.estimator",

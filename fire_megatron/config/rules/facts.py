@@ -91,8 +91,8 @@ class Facts:
     """The student's, which all roles share."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Of every role's tokenizer, by the role's key: equal exactly when every id stands for the same token."""
-    mixed: Sequence[str] = ()
-    """Labels of the rows to train on that go to several teachers."""
+    mixed: Sequence[str] | None = None
+    """Labels of the rows to train on that go to several teachers; None until they are read."""
 
     @cached_property
     def roles(self) -> dict[str, Role]:

@@ -123,7 +123,9 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ("rollout.top_p", 0, "rollout.top_p: 0 is not allowed; it must be above 0 and at most 1"),
         ("rollout.top_p", 1.1, "rollout.top_p: 1.1 is not allowed"),
         ("loss.clip", 0, "loss.clip: 0 is not allowed; it must be above 0"),
-        ("loss.importance.low", 2, "loss.importance.low: 2.0 is not below high, which is 2.0"),
+        ("loss.importance.low", 2, "loss.importance.low: has no effect with mode truncate; leave it out, or use mask"),
+        ("loss.importance", {"mode": "mask", "low": 2}, "loss.importance.low: 2.0 is not below high, which is 2.0"),
+        ("loss.importance", {"mode": "off", "high": 3}, "loss.importance.high: has no effect with mode off; leave it"),
         ("loss.hooks", [{"name": "filter", "percentile": 100}], "loss.hooks.0.percentile: 100 is not allowed"),
         (
             "loss.hooks",
@@ -132,7 +134,49 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ),
         ("loss.hooks", [{"name": "reweight", "alpha": -1}], "loss.hooks.0.alpha: -1 is not allowed"),
         ("optimizer.lr", 0, "optimizer.lr: 0 is not allowed; it must be above 0"),
-        ("optimizer.min_lr", 1, "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr"),
+        (
+            "optimizer",
+            {"min_lr": 1, "schedule": "linear"},
+            "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr",
+        ),
+        (
+            "optimizer.guard.spike_window",
+            9,
+            "optimizer.guard.spike_window: has no effect with spike_factor 0; leave it",
+        ),
+        ("evaluation.num_prompts", 9, "evaluation.num_prompts: has no effect without prompts; leave it out, or give"),
+        ("evaluation.at_end", False, "evaluation.at_end: has no effect without prompts or benchmarks; leave it out"),
+        (
+            "evaluation",
+            {"seed": 1, "benchmarks": [{"path": "a.jsonl", "temperature": 0}]},
+            "evaluation.seed: has no effect where every benchmark has temperature 0; leave it out, or raise one",
+        ),
+        (
+            "rollout",
+            {"prompts_per_step": 1, "max_new_tokens": 1, "temperature": 0, "top_p": 0.5},
+            "rollout.top_p: has no",
+        ),
+        (
+            "evaluation.benchmarks",
+            [{"path": "a.jsonl", "temperature": 0, "top_p": 0.5}],
+            "evaluation.benchmarks.0.top_p: has no effect at temperature 0, which takes the likeliest token; leave it",
+        ),
+        (
+            "loss.hooks",
+            [{"name": "filter", "percentile": 0, "group_by": "batch"}],
+            "loss.hooks.0.group_by: has no effect with percentile 0, which keeps all; leave it out, or raise",
+        ),
+        (
+            "loss.hooks",
+            [{"name": "reweight", "alpha": 0, "beta": 0, "normalise_over": "all"}],
+            "loss.hooks.0.normalise_over: has no effect with alpha and beta 0, where every weight is 1; leave it out",
+        ),
+        (
+            "student.precision.fp8",
+            {"amax_history": 16},
+            "student.precision.fp8.amax_history: has no effect with recipe tensorwise; leave it out, or take recipe",
+        ),
+        ("optimizer.min_lr", 1, "optimizer.min_lr: has no effect with schedule constant; leave it out, or use linear"),
         (
             "optimizer",
             {"micro_batch_size": 2, "micro_batch_tokens": 64},

@@ -14,6 +14,7 @@ from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
 from fire_megatron.config.roles import roles, routes
 from fire_megatron.config.rules.facts import Facts, Machine
+from fire_megatron.config.rules.training import sampling_notes
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.encoder import Encoder
@@ -222,4 +223,4 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     hooks, facts = check_settings(recipe, machine=this_machine(device), num_ranks=num_ranks)
     check_models(recipe, facts, device=device)
     inputs = read_inputs(facts)
-    return hooks, dict(facts.shapes), replace(inputs, notes=(*_engine_notes(recipe, device), *inputs.notes))
+    return hooks, dict(facts.shapes), replace(inputs, notes=(*sampling_notes(recipe), *_engine_notes(recipe, device), *inputs.notes))

@@ -1,4 +1,4 @@
-"""Rules on the loss's hooks and on counts."""
+"""Rules on the loss, its hooks and counts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,33 @@ from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.loss import BUILTIN_HOOKS
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts
+from fire_megatron.config.schema import Recipe
+
+
+def sampling_notes(recipe: Recipe) -> Iterator[str]:
+    """What to know of a recipe that trains another distribution than it samples from."""
+    rollout, loss = recipe.rollout, recipe.loss
+    if loss.estimator != "sampled" or (rollout.temperature == loss.temperature and rollout.top_p == 1):
+        return
+    parts = [
+        f"rollout.{key} is {value:g}" + (f" and loss.temperature {loss.temperature:g}" if key == "temperature" else "")
+        for key, value, other in (("temperature", rollout.temperature, loss.temperature), ("top_p", rollout.top_p, 1))
+        if value != other
+    ]
+    if loss.importance.mode == "off":
+        effect = "with loss.importance.mode off nothing corrects for that, so the gradient is not that of the reverse KL"
+    else:
+        effect = (
+            "importance correction takes the difference for one between engine and trainer, and cuts weights above "
+            f"loss.importance.high ({loss.importance.high:g})"
+        )
+    same = f"loss.temperature={rollout.temperature:g}" if rollout.temperature else "rollout.temperature=1"
+    advice = [same] if rollout.temperature != loss.temperature else []
+    advice += ["rollout.top_p=1"] if rollout.top_p != 1 else []
+    yield (
+        f"NOTE: {' and '.join(parts)}, so answers are not samples of the distribution that estimator sampled trains: "
+        f"{effect}; {' and '.join(advice)} makes them one distribution"
+    )
 
 
 def hook_names(facts: Facts) -> Iterator[RecipeProblem]:

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from fire_megatron.checkpoint.folder import carry_files, check_target
+from fire_megatron.checkpoint.folder import carry_files, check_conversion, check_export
 from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, is_ignored, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
-from fire_megatron.config.checkpoints import MARKER, WEIGHTS, is_hf_folder, read_marker, require_checkpoint
+from fire_megatron.config.checkpoints import MARKER, WEIGHTS
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.config.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.hf_config import ModelShape
+from fire_megatron.metrics.progress import progress_bar
 from fire_megatron.platform.files import new_folder, write_json
 from fire_megatron.platform.watch import tick
 
@@ -174,15 +174,15 @@ def hf_to_megatron(
         CheckpointError: the source is not a supported, complete model, or the target may not be written.
     """
     hf, out = Path(hf), Path(out)
-    shape, target_dtype = read_hf_config(hf), _require_dtype(dtype)
-    check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
+    target_dtype = _require_dtype(dtype)
+    shape = check_conversion(hf, out, overwrite=overwrite)
     reader = HFReader(hf)
     tensors = tensor_map(shape, fused=holds_fused_experts(reader.names, shape))
     _check_names(reader, tensors, shape)
     with new_folder(out) as temporary, ShardWriter(temporary / WEIGHTS, rank=0) as writer:
         (temporary / WEIGHTS).mkdir()
         stored: set[str] = set()
-        for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
+        for tensor in progress_bar(tensors, desc=f"converting {hf.name}", unit="tensor", show=progress):
             tick()
             kept = target_dtype or reader.dtype(tensor.sources)
             stored.add(str(kept).removeprefix("torch."))
@@ -209,7 +209,7 @@ def hf_to_megatron(
 def _export_tensors(
     reader: ShardReader, tensors: list[Tensor], shape: ModelShape, dtype: torch.dtype | None, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for tensor in tqdm(tensors, desc="exporting", unit="tensor", disable=not progress):
+    for tensor in progress_bar(tensors, desc="exporting", unit="tensor", show=progress):
         for where, piece in tensor.parts():
             whole = reader.read(tensor.key, at=where)
             for name, part in zip(piece.sources, unpack(piece, whole, shape), strict=True):
@@ -273,11 +273,10 @@ def megatron_to_hf(
         CheckpointError: the checkpoint is incomplete or damaged, or the target may not be written.
     """
     source, out = Path(checkpoint), Path(out)
-    require_checkpoint(source)
-    shape, target_dtype = read_hf_config(source), _require_dtype(dtype)
+    target_dtype = _require_dtype(dtype)
     if not 0 < shard_gb < float("inf"):
         raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")
-    check_target(out, overwrite=overwrite, is_ours=is_hf_folder, what="a Hugging Face model")
+    shape = check_export(source, out, overwrite=overwrite)
     reader, tensors = open_whole(source, shape), tensor_map(shape)
     with new_folder(out) as temporary:
         carry_files(source, temporary)

@@ -11,7 +11,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from fire_megatron.config.checkpoints import is_hf_folder, read_marker, require_checkpoint
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
 
 _CARRIED = (
     "config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
@@ -46,3 +48,26 @@ def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], boo
         raise CheckpointError(f"{target}: exists and is not {what}, so it is left alone; choose another --out")
     if not overwrite:
         raise CheckpointError(f"{target}: already holds {what}; pass --overwrite to replace it")
+
+
+def check_conversion(hf: Path, out: Path, *, overwrite: bool) -> ModelShape:
+    """The architecture of a Hugging Face folder that may be converted into ``out``; imports no torch.
+
+    Raises:
+        CheckpointError: the source is not of a supported architecture, or the target may not be written.
+    """
+    shape = read_hf_config(hf)
+    check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
+    return shape
+
+
+def check_export(checkpoint: Path, out: Path, *, overwrite: bool) -> ModelShape:
+    """The architecture of a converted checkpoint that may be exported to ``out``; imports no torch.
+
+    Raises:
+        CheckpointError: the source is no complete checkpoint, or the target may not be written.
+    """
+    require_checkpoint(checkpoint)
+    shape = read_hf_config(checkpoint)
+    check_target(out, overwrite=overwrite, is_ours=is_hf_folder, what="a Hugging Face model")
+    return shape

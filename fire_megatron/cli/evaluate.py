@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING
 
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
+from fire_megatron.config.checkpoints import require_checkpoint
+from fire_megatron.config.checks import role_problems
 from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
-from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem
+from fire_megatron.config.hf_config import read_hf_config
+from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, template
+from fire_megatron.config.rules.facts import Role
 from fire_megatron.config.section import build
+from fire_megatron.platform.launcher import launched_world_size
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import EvaluationJob
@@ -94,15 +99,28 @@ def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema
     return evaluation, parallel
 
 
+def _role(args: argparse.Namespace, parallel: schema.ParallelConfig, kind: str) -> schema.RoleConfig:
+    """The model as a recipe would name it, computed on a device of kind ``cpu`` or ``cuda``."""
+    precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(kind)
+    return schema.RoleConfig(checkpoint=args.hf or args.checkpoint, parallel=parallel, precision=precision)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What options and JSON files tell without torch, whose import takes seconds. Raises UserError: a mistake."""
+    _, parallel = _sections(args)
+    if args.hf is None:
+        require_checkpoint(Path(args.checkpoint))
+    shape = read_hf_config(args.hf or args.checkpoint)
+    role = _role(args, parallel, "cpu" if args.device == "cpu" else "cuda")
+    _refuse(role_problems(Role(_option, role, trains=False, shape=shape, ranks=launched_world_size())))
+
+
 def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     """Everything but the weights.
 
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.config.checks import role_problems
-    from fire_megatron.config.rules.data import template
-    from fire_megatron.config.rules.facts import Role
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
     from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
@@ -110,7 +128,6 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
     from fire_megatron.evaluation.source import open_source
     from fire_megatron.evaluation.standalone import EvaluationJob
     from fire_megatron.models.build import this_machine
-    from fire_megatron.platform import launch
 
     require_math_verify()
     config, parallel = _sections(args)
@@ -124,9 +141,8 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
         max_prompt_tokens=sys.maxsize,
         too_long="error",
     )
-    precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(device.kind)
-    role = schema.RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision)
-    known = {"ranks": launch.launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
+    role = _role(args, parallel, device.kind)
+    known = {"ranks": launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
     model = Role(_option, role, trains=False, shape=source.shape, tokenizer=tokenizer, **known)
     _refuse([*role_problems(model), *template(data, tokenizer, _option)])
     encode = Encoder(data, tokenizer)
@@ -141,7 +157,7 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
         role=role,
         tokenizer=tokenizer,
         tasks=tasks,
-        settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},
+        settings={name: getattr(args, name) for name in fixed} | {"dtype": role.precision.dtype},
         out=args.out or folder.parent / "evaluation" / folder.name,
         timeout=args.timeout,
     )
@@ -168,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed, 130 interrupted twice.
     """
     args = _parser().parse_args(argv)
-    # torch takes seconds to import; mistakes in options should not.
-    from fire_megatron.platform import launch
 
     def work(_: object) -> None:
+        from fire_megatron.platform import launch
+
         world = launch.start(args.device, timeout=args.timeout)
         supervised(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
 
-    return run_command(lambda: _sections(args), work)
+    return run_command(lambda: _check(args), work)

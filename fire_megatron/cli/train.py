@@ -12,6 +12,7 @@ from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
+from fire_megatron.platform import launcher
 
 if TYPE_CHECKING:
     from fire_megatron.platform.launch import World
@@ -35,11 +36,10 @@ def _check(path: str, recipe: Recipe) -> None:
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.platform import launch
     from fire_megatron.platform.device import select_device
     from fire_megatron.train import inputs
 
-    ranks = launch.launched_world_size()
+    ranks = launcher.launched_world_size()
     _, _, read = inputs.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks)
     for note in read.notes:
         print(note)
@@ -72,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank has died or failed, 130 interrupted twice or before there was anything to save.
     """
     args = _parser().parse_intermixed_args(argv)
-    # torch takes seconds to import; mistakes in a recipe should not.
-    from fire_megatron.platform import launch
 
     def read() -> Recipe:
         recipe = load_recipe(args.recipe, args.overrides)
-        check_recipe(recipe, world_size=launch.launched_world_size())
+        check_recipe(recipe, world_size=launcher.launched_world_size())
         return recipe
 
     def work(recipe: Recipe) -> None:
+        from fire_megatron.platform import launch  # torch takes seconds to import; mistakes in a recipe should not
+
         if not args.check:
             settings = recipe.run
             world = launch.start(
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records=Path(settings.dir) / "flight_recorder",
             )
             _train(recipe, world)
-        elif launch.launched_rank() == 0:
+        elif launcher.launched_rank() == 0:
             _check(args.recipe, recipe)
 
     return run_command(read, work)

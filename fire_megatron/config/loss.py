@@ -97,9 +97,10 @@ class LossConfig(Section):
     top_k: Size = 64
     """Tokens that a teacher sends for `topk`."""
     temperature: Positive = 1.0
-    """Divides the logits of student and teachers wherever a step takes log-probabilities: in the loss, in the filter and
-    in the reverse KL that is reported. With `sampled` it should be `rollout.temperature`, so that the answers are samples
-    of the distribution that is trained. Entropies, and so the weights of `reweight`, are those of temperature 1."""
+    """Divides the logits of student and teachers wherever a step takes log-probabilities: in the loss, in the filter
+    and in the reverse KL that is reported. With `sampled` it should be `rollout.temperature`, so that the answers are
+    samples of the distribution that is trained. Entropies, and so the weights of `reweight`, are those of
+    temperature 1."""
     student_temperature: Positive | None = None
     """Divides the student's logits in the divergence of `full` and `topk`; null is `temperature`."""
     teacher_temperature: Positive | None = None

@@ -223,4 +223,8 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     hooks, facts = check_settings(recipe, machine=this_machine(device), num_ranks=num_ranks)
     check_models(recipe, facts, device=device)
     inputs = read_inputs(facts)
-    return hooks, dict(facts.shapes), replace(inputs, notes=(*sampling_notes(recipe), *_engine_notes(recipe, device), *inputs.notes))
+    return (
+        hooks,
+        dict(facts.shapes),
+        replace(inputs, notes=(*sampling_notes(recipe), *_engine_notes(recipe, device), *inputs.notes)),
+    )

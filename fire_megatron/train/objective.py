@@ -145,8 +145,8 @@ class Objective:
         self._names = SAMPLED_REPORT if loss.estimator == "sampled" else DIVERGENCE_REPORT
 
     def log_probs(self, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """[N, H] final hidden states -> [N] float32 log-probabilities of the response tokens as the loss of sampled tokens takes
-        them, without gradient."""
+        """[N, H] final hidden states -> [N] float32 log-probabilities of the response tokens, as the loss of sampled
+        tokens takes them, without gradient."""
         shard = self._shard()
 
         def score(logits: torch.Tensor, part: slice) -> torch.Tensor:

@@ -22,7 +22,9 @@ def sampling_notes(recipe: Recipe) -> Iterator[str]:
         if value != other
     ]
     if loss.importance.mode == "off":
-        effect = "with loss.importance.mode off nothing corrects for that, so the gradient is not that of the reverse KL"
+        effect = (
+            "with loss.importance.mode off nothing corrects for that, so the gradient is not that of the reverse KL"
+        )
     else:
         effect = (
             "importance correction takes the difference for one between engine and trainer, and cuts weights above "

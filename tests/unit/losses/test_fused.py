@@ -126,8 +126,9 @@ def test_temperature_divides_logits_in_value_and_gradients(dtype):
     for i, (mine, reference) in enumerate(zip(ours, expected, strict=True)):
         rounding = max(exact, torch.finfo(dtype).eps * 0.51) if i > 1 else exact
         used = slice(None) if i != 3 else slice(COLUMNS)
-        torch.testing.assert_close(mine.double()[used] if i else mine.double(), reference[used] if i else reference,
-                                   rtol=rounding, atol=exact)
+        torch.testing.assert_close(
+            mine.double()[used] if i else mine.double(), reference[used] if i else reference, rtol=rounding, atol=exact
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

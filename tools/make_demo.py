@@ -17,6 +17,7 @@ a token, and without 3, 5, 12, 17 and 25 together it still writes English, but n
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -102,6 +103,8 @@ def main() -> None:
         print(f"{args.out}: all models are there")
         return
     gguf = find_gguf()
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # a file would keep every state of a bar
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

@@ -13,9 +13,10 @@ from typing import Any, Self
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import MetricsConfig
 from fire_megatron.metrics.console import Console, open_console
-from fire_megatron.metrics.jsonl import METRICS_FILE, JsonlFile
+from fire_megatron.metrics.jsonl import METRICS_FILE, JsonlFile, keep_lines
 
 SAMPLES_FILE = "samples.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 RECIPE_FILE = "recipe.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -44,7 +45,7 @@ def writing_to(run_dir: str | Path) -> Iterator[None]:
 
 def _set_aside(folder: Path) -> list[Path]:
     renamed = []
-    for name in (METRICS_FILE, SAMPLES_FILE, RECIPE_FILE):
+    for name in (METRICS_FILE, SAMPLES_FILE, HELD_OUT_FILE, RECIPE_FILE):
         path = folder / name
         if path.exists() and path.stat().st_size:
             free = next(
@@ -97,6 +98,7 @@ class MetricsLogger:
         self._console: Console | None = None
         self._metrics: JsonlFile | None = None
         self._samples: JsonlFile | None = None
+        self._held_out: Path | None = None
         self._tensorboard: Any = None
         self._closed = not enabled
         self._enabled = enabled
@@ -116,6 +118,8 @@ class MetricsLogger:
                     self._metrics = JsonlFile(folder / METRICS_FILE, stays)
                 if config.samples:
                     self._samples = JsonlFile(folder / SAMPLES_FILE, lambda line: line["step"] <= start_step)
+                keep_lines(folder / HELD_OUT_FILE, lambda line: line["step"] <= evaluated)
+                self._held_out = folder / HELD_OUT_FILE
         except RecipeError:
             self.close()
             raise
@@ -159,6 +163,12 @@ class MetricsLogger:
             return
         for row in rows:
             self._samples.write({"step": step, **row})
+
+    def held_out(self, step: int, prompt: str, answer: str) -> None:
+        """Add to ``held_out.jsonl`` what the student answers to a held-out prompt after a step."""
+        if self._held_out is not None:
+            with contextlib.closing(JsonlFile(self._held_out, lambda line: True)) as file:
+                file.write({"step": step, "prompt": prompt, "answer": answer})
 
     def message(self, text: str) -> None:
         """Show a line on the console, above the bar where there is one. Works after :meth:`close` too."""

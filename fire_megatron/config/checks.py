@@ -45,6 +45,7 @@ RECIPE_RULES: tuple[Callable[[Facts], Iterator[RecipeProblem]], ...] = (
     layout.sharing,
     precision.fp8_optimizer,
     training.hook_names,
+    training.trackers,
     training.micro_batches,
     training.counts,
     data.writable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from fire_megatron.config.errors import RecipeProblem
@@ -48,6 +49,14 @@ def hook_names(facts: Facts) -> Iterator[RecipeProblem]:
                 f"loss.hooks.{i}.name",
                 f"no hook is named {hook.name!r}; {f'did you mean {close}? There' if close else 'there'} are "
                 f"{', '.join(sorted(known))}; a hook of your own needs its module in run.plugins",
+            )
+
+
+def trackers(facts: Facts) -> Iterator[RecipeProblem]:
+    for i, name in () if facts.elsewhere else enumerate(facts.recipe.metrics.trackers):
+        if importlib.util.find_spec(name) is None:
+            yield RecipeProblem(
+                f"metrics.trackers.{i}", f"{name} is not installed; pip install -e '.[trackers]', or leave it out"
             )
 
 

@@ -36,7 +36,7 @@ def sampling_notes(recipe: Recipe) -> Iterator[str]:
     advice += ["rollout.top_p=1"] if rollout.top_p != 1 else []
     yield (
         f"NOTE: {' and '.join(parts)}, so answers are not samples of the distribution that estimator sampled trains: "
-        f"{effect}; {' and '.join(advice)} makes them one distribution"
+        f"{effect}; {' and '.join(advice)} {'make' if advice[1:] else 'makes'} them one distribution"
     )
 
 

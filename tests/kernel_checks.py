@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import dense
 import torch
 
 from fire_megatron import kernels
+from fire_megatron.losses.divergences import build_divergence
+from fire_megatron.losses.vocab_divergence import divergence
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy
 from fire_megatron.models.layers import SwiGLU
 from fire_megatron.models.rotary import rotate
@@ -134,6 +137,34 @@ def check_log_prob_and_entropy(
         torch.testing.assert_close(got.double(), want.double(), atol=10 * limit, rtol=limit)
 
 
+def check_divergence(
+    monkeypatch, device: str, dtype: torch.dtype, *, kind: str, columns: int, reuse: bool, temperatures=(1.0, 1.0)
+) -> None:
+    """Of distributions that agree in part, with padding columns, one row equal on both sides, and one masked."""
+    teacher = 6 * draw(4, columns, device=device, seed=3) + 15
+    student = teacher + 2 * draw(4, columns, device=device, seed=4)
+    student[1] = teacher[1]
+    for logits in (student, teacher):
+        logits[:, columns - 2 :] = -torch.inf
+    mask, upstream = torch.tensor([True, True, False, True], device=device), draw(4, device=device, seed=5)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    results = []
+    for kernel, wide in ((True, torch.clone), (False, torch.Tensor.double)):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "usable", lambda _, kernel=kernel: kernel)
+            leaf = wide(student).requires_grad_()
+            value = divergence(
+                leaf * 1, wide(teacher), kind=build_divergence(kind, **dense.KINDS[kind]), group=None, mask_T=mask,
+                temperature=temperatures[0], teacher_temperature=temperatures[1], reuse_logits=reuse,
+            )  # fmt: skip
+            results.append((value, torch.autograd.grad(value, leaf, upstream.to(value.dtype))[0]))
+    (value, gradient), (exact_value, exact_gradient) = results
+    assert gradient.dtype == dtype and not gradient[2].any()
+    assert value[1] < 1e-5 or temperatures[0] != temperatures[1]
+    torch.testing.assert_close(value.double(), exact_value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, atol=10 * EXACT[dtype], rtol=10 * EXACT[dtype])
+
+
 def check_sampling(monkeypatch, device: str, *, temperature: float, top_p: float, columns: int) -> None:
     """The same tokens as without kernels."""
     logits = 3 * draw(16, columns, device=device)
@@ -170,6 +201,10 @@ SOFTMAXES = [
     {"tokens": 3, "columns": 9000, "entropy": True, "reuse": True},
     {"tokens": 4, "columns": 33, "entropy": False, "reuse": False},
     {"tokens": 2, "columns": 4096, "entropy": True, "reuse": False},
+]
+DIVERGENCES = [{"kind": kind, "columns": 3000, "reuse": True} for kind in dense.KINDS] + [
+    {"kind": "reverse_kl", "columns": 70, "reuse": False, "temperatures": (0.7, 1.5)},
+    {"kind": "jensen_shannon", "columns": 2050, "reuse": False, "temperatures": (2.0, 0.5)},
 ]
 SAMPLINGS = [
     {"temperature": 1.0, "top_p": 1.0, "columns": 3001},

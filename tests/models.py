@@ -39,6 +39,15 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+ORIGINAL = 16
+"""Longest row of the models below before their frequencies are scaled."""
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.4, 1.5],
+    "long_factor": [1.0, 1.3, 2.0, 4.0, 9.0, 20.0],
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama3-tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
@@ -68,6 +77,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "mistral-window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7}),
+    "qwen2-windows": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": False,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "tie_word_embeddings": False,
+            "original_max_position_embeddings": ORIGINAL,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "llama-dynamic": (
+        "Llama",
+        {
+            "tie_word_embeddings": False,
+            "max_position_embeddings": ORIGINAL,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0},
+        },
+    ),
 }
 
 

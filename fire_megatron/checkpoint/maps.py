@@ -100,9 +100,24 @@ _QK_NORM = (
     Rule(_LAYER + "self_attention.k_layernorm.weight", {_HF + "self_attn.k_norm.weight": "head"}),
 )
 
+
+def _fused(rules: tuple[Rule, ...], fused: Mapping[str, Mapping[str, str]]) -> tuple[Rule, ...]:
+    """Rules with other sources where a family stores what these name in one tensor."""
+    return tuple(replace(rule, sources=fused.get(rule.key, rule.sources)) for rule in rules)
+
+
+_PHI3 = _fused(
+    _ATTENTION + _MLP,
+    {
+        _LAYER + "self_attention.linear_qkv.weight": {_HF + "self_attn.qkv_proj.weight": "q+2*kv hidden"},
+        _LAYER + "mlp.linear_fc1.weight": {_HF + "mlp.gate_up_proj.weight": "2*ffn hidden"},
+    },
+)
+
 LAYER_RULES: Mapping[str, tuple[Rule, ...]] = {
     "llama": _ATTENTION + _MLP,
     "mistral": _ATTENTION + _MLP,
+    "phi3": _PHI3,
     "qwen2": _ATTENTION + _MLP + _QKV_BIAS,
     "qwen3": _ATTENTION + _MLP + _QK_NORM,
     "qwen3_moe": _ATTENTION + _QK_NORM + _EXPERTS,
@@ -160,6 +175,8 @@ def _dimensions(shape: ModelShape) -> dict[str, int]:
         "ffn": shape.ffn,
         "q": shape.heads * shape.head_dim,
         "kv": shape.kv_heads * shape.head_dim,
+        "q+2*kv": (shape.heads + 2 * shape.kv_heads) * shape.head_dim,
+        "2*ffn": 2 * shape.ffn,
         "head": shape.head_dim,
     }
     if shape.experts:
@@ -227,6 +244,8 @@ def pack(tensor: Tensor, parts: list[torch.Tensor], shape: ModelShape) -> list[t
             rows.append(rows[-1] + part.shape[0])
         return list(zip(rows, parts, strict=False))
     # Per key/value group: its query heads, its key head, its value head.
+    if len(parts) == 1:  # q, k and v under one another
+        parts = list(parts[0].split(_grouped_rows(shape)))
     groups = [part.reshape(shape.kv_heads, -1, *part.shape[1:]) for part in parts]
     return [(0, torch.cat(groups, dim=1).reshape(tensor.shape))]
 
@@ -235,6 +254,12 @@ def unpack(tensor: Tensor, whole: torch.Tensor, shape: ModelShape) -> list[torch
     """The inverse of :func:`pack` on the whole megatron-core tensor; may return views."""
     if tensor.layout != GROUPED:
         return list(whole.split([part[0] for part in tensor.shapes]))
-    per_group = [part[0] // shape.kv_heads for part in tensor.shapes]
+    per_group = [rows // shape.kv_heads for rows in _grouped_rows(shape)]
     groups = whole.reshape(shape.kv_heads, -1, *whole.shape[1:]).split(per_group, dim=1)
-    return [group.reshape(part) for group, part in zip(groups, tensor.shapes, strict=True)]
+    parts = [group.reshape(-1, *whole.shape[1:]) for group in groups]
+    return [torch.cat(parts)] if len(tensor.shapes) == 1 else parts
+
+
+def _grouped_rows(shape: ModelShape) -> tuple[int, int, int]:
+    """Rows of q, k and v."""
+    return shape.heads * shape.head_dim, *(shape.kv_heads * shape.head_dim,) * 2

@@ -14,6 +14,8 @@ from typing import Any
 
 from fire_megatron.config.checkpoints import download, looked_in
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.hf_reader import Reader
+from fire_megatron.config.rope import ROPE_TYPES, read_rope
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,20 @@ class ModelShape:
     qk_norm: bool = False
     """Whether q and k are normalised per head before the rotary embedding."""
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-    """None, or ``rope_type`` (``linear`` or ``llama3``) with that type's parameters, all present and positive."""
+    """None, or ``rope_type`` with that type's parameters, all present (:mod:`fire_megatron.config.rope`)."""
+    partial_rotary: int | None = None
+    """Leading dimensions of a head that are rotated; None when that is all of them."""
     sliding_window: int | None = None
     """Positions a token attends to, itself included; None when that is all of them."""
+    full_layers: tuple[int, ...] = ()
+    """Layers, from 0, that attend to all positions where the others have the sliding window."""
     experts: ExpertShape | None = None
     """The experts that stand in for the MLP of layers; None in a dense model."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.head_dim if self.partial_rotary is None else self.partial_rotary
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, from 0, is one of experts."""
@@ -83,6 +94,10 @@ class ModelShape:
         return widths | ({"an expert's MLP": self.experts.ffn} if self.experts else {})
 
 
+_Window = tuple[int | None, tuple[int, ...]]
+"""The sliding window, and the layers, from 0, that do not have it."""
+
+
 @dataclass(frozen=True)
 class Family:
     """How one ``model_type`` departs from the shared architecture."""
@@ -93,82 +108,60 @@ class Family:
     """Biases on q, k, v."""
     qk_norm: bool = False
     """RMSNorm on q and k."""
-    window: Callable[[_Reader], int | None] = lambda config: None
-    """Reads the sliding window, or refuses it."""
-    experts: Callable[[_Reader], ExpertShape | None] = lambda config: None
+    window: Callable[[Reader], _Window] = lambda config: (None, ())
+    """Reads the sliding window, and the layers without it."""
+    rope_types: Mapping[str, str] = field(default_factory=lambda: ROPE_TYPES)
+    """What a ``rope_type`` means, by how it is written."""
+    partial_rotary: bool = False
+    """Whether a part of each head may be rotated."""
+    experts: Callable[[Reader], ExpertShape | None] = lambda config: None
     """Reads the mixture of experts."""
 
 
-class _Reader:
-    """Typed access to a ``config.json``; every complaint names file, key and value."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self.values = path, values
-
-    def fail(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {message}")
-
-    def integer(self, key: str, *, otherwise: int | None = None) -> int:
-        """A positive whole number; ``otherwise`` stands for an absent or null key, which is an error without it."""
-        value = self.values.get(key)
-        value = otherwise if value is None else value
-        if value is None:
-            raise self.fail(f"{key} is missing; the file is incomplete, download it again")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(f"{key} is {value!r}; it must be a whole number of at least 1")
-        return value
-
-    def number(self, key: str, values: Mapping[str, Any] | None = None, *, where: str = "") -> float:
-        """A positive number."""
-        value = (self.values if values is None else values).get(key)
-        if value is None:
-            raise self.fail(f"{where}{key} is missing; the file is incomplete, download it again")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise self.fail(f"{where}{key} is {value!r}; it must be a number above 0")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """A boolean; absent is False."""
-        value = self.values.get(key)
-        if value not in (None, True, False):
-            raise self.fail(f"{key} is {value!r}; it must be true or false")
-        return bool(value)
-
-    def require(self, key: str, supported: Any) -> None:
-        """Refuse a setting that changes the architecture in a way that is not implemented."""
-        value = self.values.get(key)
-        if value is not None and value != supported:
-            raise self.fail(f"{key} is {value!r}; only {supported!r} is supported")
+def _one_window(config: Reader) -> _Window:
+    """A window of all layers. As in transformers' models of these families, ``layer_types`` has no say."""
+    return None if config.values["sliding_window"] is None else config.integer("sliding_window"), ()
 
 
-def _mistral_window(config: _Reader) -> int | None:
-    if config.values.get("sliding_window") is None:
-        return None
-    window = config.integer("sliding_window")
-    return window if window < config.integer("max_position_embeddings") else None
+def _window_if_used(config: Reader) -> _Window:
+    return _one_window(config) if config.flag("use_sliding_window") else (None, ())
 
 
-def _qwen_window(config: _Reader) -> None:
-    """Qwen's window applies to some layers only, which is not implemented; off or out of reach is fine."""
-    if config.flag("use_sliding_window"):
-        window = config.integer("sliding_window", otherwise=4096)
-        reach = config.integer("max_position_embeddings")
-        if window < reach and config.integer("max_window_layers", otherwise=28) < config.integer("num_hidden_layers"):
-            raise config.fail(
-                f"use_sliding_window is true with sliding_window {window} below max_position_embeddings {reach}: a "
-                "window on some of the layers is not supported; set use_sliding_window to false in a copy of the "
-                "checkpoint if its sequences stay within the window"
-            )
-        return
-    layer_types = config.values.get("layer_types") or []
-    if not isinstance(layer_types, list):
-        raise config.fail(f"layer_types is {layer_types!r}; it must be a list")
-    others = sorted({str(t) for t in layer_types} - {"full_attention"})
+def _mistral_window(config: Reader) -> _Window:
+    """With ``layer_types`` transformers 5 loads another class, Ministral's, which follows it; 4 does not know it."""
+    window, _ = _one_window(config)
+    return window, () if config.values.get("layer_types") is None else _listed_without_window(config, window)
+
+
+def _qwen_window(config: Reader) -> _Window:
+    """``layer_types`` says which layers have the window; without it, those from ``max_window_layers`` on have."""
+    window, _ = _window_if_used(config)
+    if config.values.get("layer_types") is not None:
+        return window, _listed_without_window(config, window)
+    count = config.integer("max_window_layers", least=0)
+    return window, tuple(range(min(count, config.integer("num_hidden_layers"))))
+
+
+def _listed_without_window(config: Reader, window: int | None) -> tuple[int, ...]:
+    """The layers that ``layer_types`` leaves without one."""
+    layers, types = config.integer("num_hidden_layers"), config.values["layer_types"]
+    if not isinstance(types, list) or len(types) != layers:
+        raise config.fail(f"layer_types is {types!r}; it must be a list of {layers}, one for each layer")
+    others = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
     if others:
-        raise config.fail(f"layer_types contains {', '.join(others)}; only full_attention is supported")
+        raise config.fail(
+            f"layer_types contains {', '.join(others)}; only full_attention and sliding_attention are supported"
+        )
+    if window is None and "sliding_attention" in types:
+        settings = {key: config.values.get(key) for key in ("use_sliding_window", "sliding_window")}
+        raise config.fail(
+            f"layer_types contains sliding_attention, but {settings} make no window; correct these, or name "
+            "full_attention alone, in a copy of the checkpoint"
+        )
+    return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
-def _qwen3_moe_experts(config: _Reader) -> ExpertShape:
+def _qwen3_moe_experts(config: Reader) -> ExpertShape:
     """Newer transformers write ``num_local_experts`` for what Qwen publishes as ``num_experts``."""
     name = "num_local_experts" if config.values.get("num_experts") is None else "num_experts"
     count, top_k = config.integer(name), config.integer("num_experts_per_tok")
@@ -190,49 +183,35 @@ def _qwen3_moe_experts(config: _Reader) -> ExpertShape:
     return ExpertShape(count, top_k, config.integer("moe_intermediate_size"), normalised, dense)
 
 
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, window=_mistral_window),
-    "qwen2": Family(defaults={"num_key_value_heads": 32}, qkv_bias=True, window=_qwen_window),
-    "qwen3": Family(defaults={"num_key_value_heads": 32, "head_dim": 128}, qk_norm=True, window=_qwen_window),
+    "phi3": Family(
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
+        window=_one_window,
+        # As transformers takes its older names.
+        rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+        partial_rotary=True,
+    ),
+    "qwen2": Family(defaults=_QWEN, qkv_bias=True, window=_qwen_window),
+    "qwen3": Family(defaults=_QWEN | {"head_dim": 128}, qk_norm=True, window=_qwen_window),
     "qwen3_moe": Family(
-        defaults={"num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
         qk_norm=True,
-        window=_qwen_window,
+        window=_window_if_used,
         experts=_qwen3_moe_experts,
     ),
 }
 """Supported values of ``model_type``."""
 
 _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
-
-_ROPE_PARAMETERS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _read_rope(config: _Reader) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    name = "rope_parameters" if config.values.get("rope_parameters") is not None else "rope_scaling"
-    settings = config.values.get(name) or {}
-    if not isinstance(settings, Mapping) or any(isinstance(v, Mapping) for v in settings.values()):
-        raise config.fail(f"{name} is {settings!r}; it must be one mapping for all layers")
-    theta = config.number("rope_theta", settings if "rope_theta" in settings else None)
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise config.fail(
-            f"{name}.partial_rotary_factor is {settings['partial_rotary_factor']!r}; only 1.0 is supported"
-        )
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
-        supported = ", ".join(("default", *_ROPE_PARAMETERS))
-        raise config.fail(f"{name}.rope_type is {kind!r}; supported: {supported}")
-    scaling = {key: config.number(key, settings, where=f"{name}.") for key in _ROPE_PARAMETERS[kind]}
-    if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
-        raise config.fail(f"{name}.high_freq_factor must exceed low_freq_factor; got {scaling}")
-    return theta, {"rope_type": kind, **scaling}
 
 
 def used_vocabulary(shapes: Mapping[str, ModelShape]) -> int:
@@ -274,8 +253,9 @@ def read_hf_config(directory: str | Path) -> ModelShape:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type is {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
-    config = _Reader(path, {**_DEFAULTS, **family.defaults, **values})
-    for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    config = Reader(path, {**_DEFAULTS, **family.defaults, **values})
+    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "per_layer_config": None}
+    for key, supported in required.items():
         config.require(key, supported)
     if values.get("quantization_config"):
         raise config.fail("quantization_config is set; give the unquantized checkpoint")
@@ -290,23 +270,28 @@ def read_hf_config(directory: str | Path) -> ModelShape:
     head_dim = config.integer("head_dim", otherwise=max(1, hidden // heads))
     if head_dim % 2:
         raise config.fail(f"head_dim is {head_dim}; rotary positions need an even number")
-    rope_theta, rope_scaling = _read_rope(config)
+    rope = read_rope(config, head_dim=head_dim, types=family.rope_types, partial=family.partial_rotary)
+    layers, (window, full) = config.integer("num_hidden_layers"), family.window(config)
+    if window is not None and (window >= rope.positions or len(full) == layers):
+        window = None  # reaches every position, or is nowhere
     return ModelShape(
         family=kind,
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         ffn=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
-        max_positions=config.integer("max_position_embeddings"),
-        rope_theta=rope_theta,
+        max_positions=rope.positions,
+        rope_theta=rope.theta,
         norm_eps=config.number("rms_norm_eps"),
         tied=config.flag("tie_word_embeddings"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope_scaling=rope_scaling,
-        sliding_window=family.window(config),
+        rope_scaling=rope.scaling,
+        partial_rotary=None if rope.rotary_dim == head_dim else rope.rotary_dim,
+        sliding_window=window,
+        full_layers=() if window is None else full,
         experts=family.experts(config),
     )

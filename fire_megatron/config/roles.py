@@ -22,6 +22,12 @@ def routes(recipe: Recipe) -> dict[str, str]:
     return {label: name for name, teacher in recipe.teachers.items() for label in teacher.labels or (name,)}
 
 
+def longest_row(recipe: Recipe) -> int:
+    """Tokens of the longest prompt and answer that may be sampled for training or for the held-out divergence."""
+    evaluation = recipe.evaluation.max_new_tokens if recipe.evaluation.prompts else 0
+    return recipe.data.max_prompt_tokens + max(recipe.rollout.max_new_tokens, evaluation)
+
+
 def keeps_cache(recipe: Recipe, *, on_gpu: bool) -> bool:
     """Whether the sampling memory for keys and values stays from step to step (``rollout.keep_cache``): unless it says
     so itself, on a GPU where nobody has asked to make room for others."""

@@ -53,7 +53,8 @@ class ParallelConfig(Section):
     """How one model is laid out over its ranks; data parallelism takes those that are left."""
 
     tensor: Size = 1
-    """Tensor-parallel ranks; divides the model's heads and key/value heads."""
+    """Tensor-parallel ranks; divides the model's heads, and is a divisor or a multiple of its key/value heads: ranks
+    beyond these share them."""
     pipeline: Size = 1
     """Pipeline stages; at most the model's layers."""
     context: Size = 1

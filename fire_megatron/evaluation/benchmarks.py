@@ -100,6 +100,11 @@ class BenchmarkTask:
         return self.benchmark.name
 
     @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt and answer."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + self.sampling.max_new_tokens
+
+    @property
     def keys(self) -> list[tuple[int, int]]:
         """(problem, sample) of every answer, those to one problem together."""
         return [(problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]

@@ -131,15 +131,16 @@ class BenchmarkRunner:
                 for row_id, response in zip(ids, responses, strict=True):
                     finished(task, by_id[row_id], response)
 
-        engine.generate(
-            [task.prompts[problem] for problem, _ in batch.keys],
-            list(by_id),
-            sampling=task.sampling,
-            step=0,
-            progress=progress,
-            finished=hand_over,
-            group_size=1,
-        )
+        with engine.model.rotary_angles.fixed(task.longest_row):  # also where the run's rows are shorter
+            engine.generate(
+                [task.prompts[problem] for problem, _ in batch.keys],
+                list(by_id),
+                sampling=task.sampling,
+                step=0,
+                progress=progress,
+                finished=hand_over,
+                group_size=1,
+            )
 
     def _asking(self, asked: Callable[[], bool], progress: Progress | None) -> Progress | None:
         """Progress that leaves the sampling soon after a rank of the replica was asked to stop. Replicas that share

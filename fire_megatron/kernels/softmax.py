@@ -16,7 +16,7 @@ _FLOOR = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _sums(logits, peaks, totals, moments, columns, stride, least, BLOCK: tl.constexpr):
+def _sums(logits, peaks, totals, moments, columns, stride, least, inverse_temperature, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     # A number for each lane, which are put together once.
     peak = tl.full([BLOCK], 0.0, tl.float32) + least
@@ -25,24 +25,24 @@ def _sums(logits, peaks, totals, moments, columns, stride, least, BLOCK: tl.cons
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + row * stride + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         highest = tl.maximum(peak, x)
-        drop = peak - highest
+        drop = tl.maximum((peak - highest) * inverse_temperature, _FLOOR)  # times a total that may be 0
         kept = tl.exp(drop)
-        shifted = tl.maximum(x - highest, _FLOOR)  # -inf * 0 would be NaN
+        shifted = tl.maximum((x - highest) * inverse_temperature, _FLOOR)  # -inf * 0 would be NaN
         weight = tl.exp(shifted)
         moment = kept * (moment + drop * total) + weight * shifted
         total = kept * total + weight
         peak = highest
     highest = tl.max(peak, 0)
-    drop = tl.maximum(peak - highest, _FLOOR)
+    drop = tl.maximum((peak - highest) * inverse_temperature, _FLOOR)
     kept = tl.exp(drop)
     tl.store(peaks + row, highest)
     tl.store(totals + row, tl.sum(kept * total, 0))
     tl.store(moments + row, tl.sum(kept * (moment + drop * total), 0))
 
 
-def softmax_sums(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each row's peak logit, the sum of its weights and the sum of weight x shifted logit, where a weight is
-    exp(logit - peak) and ``shifted`` is logit - peak.
+def softmax_sums(logits_CV: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each row's peak logit, the sum of its weights and the sum of weight x shifted logit, where ``shifted`` is
+    (logit - peak) / temperature and a weight its exponential.
 
     Args:
         logits_CV: [C, V] float32 or half precision, contiguous in V; ``-inf`` has weight 0.
@@ -56,7 +56,7 @@ def softmax_sums(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     if rows:
         _sums[(rows,)](
             logits_CV, peak, total, moment, columns, logits_CV.stride(0), torch.finfo(torch.float32).min,
-            BLOCK=_BLOCK, num_warps=8,
+            1 / temperature, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     return peak, total, moment
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ class Divergence:
     rounding above 0."""
     reads_t: bool = True
     """Whether ``t_CV`` is read; otherwise it may be None."""
+    parameter: float = 0.0
+    """Its beta or skew."""
 
 
 def _reverse_kl(log_s: torch.Tensor, s: torch.Tensor, log_t: torch.Tensor, t: torch.Tensor | None) -> Terms:
@@ -109,4 +112,4 @@ def build_divergence(name: str, *, beta: float = 0.5, skew: float = 0.1) -> Dive
         "skewed_reverse_kl": (_skewed_reverse_kl, skew),
     }[name]
     assert 0 < parameter < 1, (name, parameter)
-    return Divergence(name, lambda log_s, s, log_t, t: function(parameter, log_s, s, log_t, t))
+    return Divergence(name, partial(function, parameter), parameter=parameter)

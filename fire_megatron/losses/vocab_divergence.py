@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from fire_megatron import kernels
 from fire_megatron.losses.divergences import Divergence, Terms
 from fire_megatron.losses.softmax import (
     FLOOR,
@@ -93,8 +94,52 @@ def divergence(
     options = _Options(
         kind, group, temperature, teacher_temperature, mixture == "log_probs", block_tokens, reuse_logits
     )
+    if len(teachers) == 1 and kernels.usable(student_logits_TV) and kernels.usable(teachers[0]):
+        return _DivergenceInOnePass.apply(student_logits_TV, options, mask_T, teachers[0].detach())
     weights = None if len(teachers) == 1 else weight_TM.to(compute_dtype(student_logits_TV))
     return _Divergence.apply(student_logits_TV, options, mask_T, weights, *(t.detach() for t in teachers))
+
+
+class _DivergenceInOnePass(torch.autograd.Function):
+    """:class:`_Divergence` from one teacher, by kernels: each side is read once for its normaliser, once for the sums
+    and once for the gradient, which is written in backward also with ``reuse_logits``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_TV: torch.Tensor,
+        options: _Options,
+        mask_T: torch.Tensor | None,
+        teacher_TV: torch.Tensor,
+    ) -> torch.Tensor:
+        from fire_megatron.kernels.divergence import divergence_sums
+        from fire_megatron.kernels.softmax import softmax_sums
+
+        temperatures = options.temperature, options.teacher_temperature
+        sides = [softmax_sums(x, t) for x, t in zip((student_TV, teacher_TV), temperatures, strict=True)]
+        peak_2T, total_2T = (torch.stack([side[i] for side in sides]) for i in range(2))
+        # Filled on the device: a copy from the host would wait for all that it still has to do.
+        temperature_21 = torch.cat([total_2T.new_full((1, 1), t) for t in temperatures])
+        peak_2T, totals = combine(peak_2T, total_2T[None], temperature_21, options.group)
+        how = {"kind": options.kind.name, "parameter": options.kind.parameter, "temperatures": temperatures}
+        log_total_2T = totals[0].log()
+        sums_2T = divergence_sums(student_TV, teacher_TV, peak_2T, log_total_2T, **how)
+        all_reduce(sums_2T, dist.ReduceOp.SUM, options.group)
+        ctx.options, ctx.how = options, how
+        ctx.save_for_backward(student_TV, teacher_TV, mask_T, peak_2T, log_total_2T, sums_2T[1])
+        value_T = sums_2T[0].clamp_min(0)  # rounding can leave equal distributions just below
+        return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple:
+        from fire_megatron.kernels.divergence import divergence_gradient
+
+        student_TV, teacher_TV, mask_T, peak_2T, log_total_2T, inner_T = ctx.saved_tensors
+        out_TV = student_TV if ctx.options.reuse_logits else torch.empty_like(student_TV)
+        scale_T = grad_T / ctx.options.temperature
+        divergence_gradient(student_TV, teacher_TV, peak_2T, log_total_2T, inner_T, scale_T, out_TV, **ctx.how)
+        return out_TV if mask_T is None else out_TV.masked_fill_(~mask_T[:, None], 0), None, None, None
 
 
 class _Distribution(NamedTuple):

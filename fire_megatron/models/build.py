@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -34,6 +33,8 @@ from fire_megatron.models.fp8.settings import (
 )
 from fire_megatron.models.gpt import FireGPT
 from fire_megatron.models.layers import CoreAttention, GatedMLP, RMSNorm
+from fire_megatron.models.rotary_angles import RotaryAngles
+from fire_megatron.models.self_attention import SelfAttention
 from fire_megatron.parallel.grid import Layout, ModelGrid
 from fire_megatron.platform.capabilities import detect_capabilities
 from fire_megatron.platform.device import Device, compute_device
@@ -101,24 +102,6 @@ def resolve_layer_spec(setting: str, device: Device) -> str:
     return "te" if setting != "local" and detect_capabilities(device)[0].version else "local"
 
 
-def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
-    """[head_dim / 2] float32 inverse frequencies with the model's scaling (RoPE: arXiv 2104.09864; ``llama3``:
-    the piecewise rescaling published with Llama 3.1)."""
-    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    inv_freq = 1.0 / (shape.rope_theta**exponent)
-    scaling = shape.rope_scaling
-    if not scaling:
-        return inv_freq
-    factor = float(scaling["factor"])
-    if scaling["rope_type"] == "linear":
-        return inv_freq / factor
-    assert scaling["rope_type"] == "llama3", scaling
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # over the trained context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled down by factor; 1: left alone
-    return inv_freq * (blend + (1 - blend) / factor)
-
-
 def pipeline_stages(num_layers: int, pipeline: int) -> list[int]:
     """Layers of each stage: even where they divide; otherwise the first and last stage, which also embed and
     project, take what the even middle stages leave."""
@@ -165,6 +148,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
         "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm,
         "window_size": None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
+        "window_attn_skip_freq": [int(i not in shape.full_layers) for i in range(shape.num_layers)],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": layout.tensor,
@@ -217,6 +201,7 @@ def _layer_spec(config: TransformerConfig, spec: str, experts: bool) -> tuple[Mo
         layer, norm = get_gpt_layer_local_spec(**options), RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         core_attention = CoreAttention
+    layer.submodules.self_attention.module = SelfAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = core_attention
     if config.qk_layernorm and spec != "te":
@@ -260,7 +245,7 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
         rotary_base=shape.rope_theta,
         pg_collection=grid.pg,
         real_vocab_size=shape.vocab_size,
-        inv_freq=rotary_frequencies(shape).to(compute_device()),
+        rotary_angles=RotaryAngles(shape, device=compute_device(), dtype=config.params_dtype),
     )
     for module in model.modules():
         if type(module) is MLP:  # by its class, since each release of megatron-core specifies it in another way

@@ -30,6 +30,7 @@ from fire_megatron.models.kv_cache import KVCache
 from fire_megatron.models.layers import CoreAttention
 from fire_megatron.models.packed import PackParams
 from fire_megatron.models.packed_linear import packed_linears
+from fire_megatron.models.rotary_angles import RotaryAngles
 
 if TYPE_CHECKING:
     from fire_megatron.models.fp8.emulation import EmulatedFP8
@@ -64,17 +65,18 @@ class FireGPT(GPTModel):
     are left out of the projection, or leave :meth:`forward` as ``-inf``, so that no softmax gives them mass.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, inv_freq: torch.Tensor, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, rotary_angles: RotaryAngles, **kwargs: Any) -> None:
         """Args beyond GPTModel's.
 
         real_vocab_size: number of vocabulary entries before padding for tensor parallelism.
-        inv_freq: [head_dim / 2] float32, rotary frequencies with the family's scaling applied.
+        rotary_angles: makes the rotary angles.
         """
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.used_vocab_size = real_vocab_size
         """Entries that a softmax runs over; fewer where models of a run differ in unused entries at the end."""
-        self.rotary_pos_emb.inv_freq = inv_freq
+        self.rotary_angles = rotary_angles
+        self.rotary_pos_emb.inv_freq = rotary_angles.inv_freq
         self.emulated_fp8: EmulatedFP8 | None = None
         """What rounds the products of the layers; None where nothing does."""
         self._cache: KVCache | None = None
@@ -151,11 +153,14 @@ class FireGPT(GPTModel):
         if padding is not None and self.config.sequence_parallel:
             padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
         embedded = self.embedding(input_ids=token_ids, position_ids=position_ids) if self.pre_process else None
+        by_length = self.rotary_angles.needs_lengths
         if packed is None:
             assert self._cache is not None, "a forward pass without a pack is a decode step and needs a cache"
-            self._cache.rotary = self._rotary(position_ids.t().unsqueeze(-1))
+            positions = position_ids.t().unsqueeze(-1)
+            self._cache.rotary = self.rotary_angles(positions, positions + 1 if by_length else None)
         else:
-            packed.rotary = self._rotary(position_ids[0, :, None])
+            lengths = packed.token_lengths[:, None] if by_length else None
+            packed.rotary = self.rotary_angles(position_ids[0, :, None], lengths)
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -171,12 +176,6 @@ class FireGPT(GPTModel):
         if self.config.sequence_parallel:
             return hidden  # the gather's backward reduce-scatters
         return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
-
-    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[..., 1] positions -> cosines and sines [..., 1, head_dim] of the rotary angles, in the model's dtype."""
-        angles = position_ids.unsqueeze(-1).float() * self.rotary_pos_emb.inv_freq
-        angles, dtype = torch.cat((angles, angles), dim=-1), self.config.params_dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _selected(self, hidden: torch.Tensor, select: torch.Tensor | None) -> torch.Tensor:
         """[T, B, H], or this rank's part of T, -> [N, H]."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.autograd.function import once_differentiable
 
 from fire_megatron import kernels
@@ -77,8 +78,8 @@ class CoreAttention(MegatronModule):
         self.context_group = pg_collection.cp
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it before the global state
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        window = config.window_size
-        self.window: int | None = None if window is None else window[0] + 1
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
         self.rotates = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self.cache: KVCache | None = None
 
@@ -106,7 +107,12 @@ class CoreAttention(MegatronModule):
         """Query and key at their positions. megatron-core would compute cosines and sines in every layer, twice."""
         if rotary is None or not self.rotates:
             return query, key
-        return rotate(query, rotary), rotate(key, rotary)
+        width = rotary[0].shape[-1]
+        if width == query.shape[-1]:
+            return rotate(query, rotary), rotate(key, rotary)
+        parts = ((x[..., :width], x[..., width:]) for x in (query, key))
+        query, key = (torch.cat((rotate(turned, rotary), rest), -1) for turned, rest in parts)
+        return query, key
 
     def _attend_pack(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackParams

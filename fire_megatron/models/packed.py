@@ -35,8 +35,17 @@ class PackParams(PackedSeqParams):
     """Which of them this is."""
     order: torch.Tensor | None = None
     """[whole T] int64: for each token of the whole pack, its place in the ranks' parts laid end to end."""
+    real_lengths: tuple[int, ...] = ()
+    """Tokens of each row, without padding; without the last row where that is padding alone."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosines and sines [T, 1, D] of this rank's tokens; the model fills them in, once for all of its layers."""
+
+    @property
+    def token_lengths(self) -> torch.Tensor:
+        """[T] int64 where the tokens are: the tokens, without padding, of the row that each is of."""
+        sizes = self.cu_seqlens_q.diff()
+        lengths = torch.tensor([*self.real_lengths, 1])[: len(sizes)].repeat_interleave(sizes)
+        return upload([lengths], dtype=torch.int64, device=self.whole_on_device.device)
 
 
 def packed_seq_params(pack: Pack) -> PackParams:
@@ -55,6 +64,7 @@ def packed_seq_params(pack: Pack) -> PackParams:
         context_ranks=ranks,
         context_rank=pack.context.rank if pack.context else 0,
         order=pack.context.order if pack.context else None,
+        real_lengths=pack.real_lengths,
     )
 
 

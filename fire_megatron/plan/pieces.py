@@ -75,7 +75,8 @@ def of_all_layers(model: FireGPT, first: Callable[[], Trace], run: Callable[[], 
         config.recompute_method != "uniform" or config.recompute_num_layers != 1
     )
     few = [count]
-    if count > MANY_LAYERS and not in_groups and len({type(layer.mlp) for layer in layers}) == 1:
+    kinds = {(type(layer.mlp), layer.self_attention.core_attention.window) for layer in layers}
+    if count > MANY_LAYERS and not in_groups and len(kinds) == 1:
         few = [2, 3]
     traces = []
     try:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
-from fire_megatron.config.roles import keeps_cache, roles
+from fire_megatron.config.roles import keeps_cache, longest_row, roles
 from fire_megatron.config.rules.megatron import ENGINE_ONLY
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.data.rollouts import Target
@@ -102,6 +102,7 @@ class _Rank:
         role = planned_role(roles(self.recipe)[path])
         model = build_model(self.shapes[path], role, self.grids[path], device=Device(self.kind))
         model.used_vocab_size = used_vocabulary(self.shapes)
+        model.rotary_angles.fix(longest_row(self.recipe))
         return model
 
     def _student(self) -> Student:
@@ -260,7 +261,7 @@ class _Rank:
 
     def _kv_cache(self, rows: int, length: int) -> int:
         model, length = self.models["student"], length_bucket(length, compute_device())
-        groups = model.config.num_query_groups // self.grids["student"].layout.tensor
+        groups = max(1, model.config.num_query_groups // self.grids["student"].layout.tensor)
         return (
             2 * self._layers() * rows * groups * length * model.config.kv_channels * model.config.params_dtype.itemsize
         )

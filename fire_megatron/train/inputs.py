@@ -12,7 +12,8 @@ from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checks import ask, check_recipe
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
-from fire_megatron.config.roles import roles, routes
+from fire_megatron.config.roles import longest_row, roles, routes
+from fire_megatron.config.rope import BY_LENGTH
 from fire_megatron.config.rules.facts import Facts, Machine
 from fire_megatron.config.rules.training import sampling_notes
 from fire_megatron.config.schema import Recipe, RoleConfig
@@ -118,7 +119,7 @@ def read_inputs(facts: Facts) -> Inputs:
     prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), each_row=tick)
     mixed = [prompt.label for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     ask(replace(facts, mixed=mixed))
-    notes = [*_vocabulary_notes(shapes), f"data.train: {report}"]
+    notes = [*_vocabulary_notes(shapes), *_rotary_notes(recipe, shapes), f"data.train: {report}"]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
         held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
@@ -168,6 +169,20 @@ def _vocabulary_notes(shapes: Mapping[str, ModelShape]) -> list[str]:
     listed = ", ".join(f"{path} {size}" for path, size in sizes.items())
     used = used_vocabulary(shapes)
     return [f"vocabularies differ in unused entries at the end ({listed}): the first {used} are used"]
+
+
+def _rotary_notes(recipe: Recipe, shapes: Mapping[str, ModelShape]) -> list[str]:
+    """Where angles depend on a row's length, and rows may be longer than before the scaling."""
+    notes, longest = [], longest_row(recipe)
+    for path, shape in shapes.items():
+        scaling = shape.rope_scaling or {}
+        if scaling.get("rope_type") in BY_LENGTH and longest > scaling["original_max_position_embeddings"]:
+            notes.append(
+                f"{path}: its {scaling['rope_type']} scaling has other rotary angles for rows of more than "
+                f"{scaling['original_max_position_embeddings']:.0f} tokens, and this run's may have {longest}: all "
+                f"rows have the angles of {longest} tokens, so that sampling and scoring agree"
+            )
+    return notes
 
 
 def _read_benchmarks(

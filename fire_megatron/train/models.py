@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.errors import RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
-from fire_megatron.config.roles import roles
+from fire_megatron.config.roles import longest_row, roles
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import Span
 from fire_megatron.models.build import build_model, resolve_layer_spec
@@ -100,6 +100,7 @@ class RoleModels:
         grid = self._grids[path]
         model = on_all_ranks(self._build, path, role, grid, group=grid.span)
         model.used_vocab_size = self.used_vocab_size
+        model.rotary_angles.fix(longest_row(self._recipe))
         load_weights(model, Path(role.checkpoint), grid=grid)
         return model
 

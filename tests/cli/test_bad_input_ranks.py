@@ -20,7 +20,7 @@ CASES = (
     ("chunk", 1, "rank-local: chunk"),
     ("run folder", 0, "rank-local: run folder"),
     ("disk", 1, "cannot be written"),
-    ("layout", None, "student.parallel.tensor: 4 does not divide the model's 2 key/value heads"),
+    ("layout", None, "student.parallel.tensor: 3 does not divide the model's 4 heads nor its 2 key/value heads"),
 )
 """What is spoilt, on which rank or for all, and what the run says."""
 
@@ -30,7 +30,7 @@ def test_one_rank_sees_the_problem_or_all_do(tiny, tmp_path):
     cases = []
     for number, ((spoilt, rank, _), port) in enumerate(zip(CASES, free_ports(len(CASES)), strict=True)):
         arguments = ["--recipe", str(recipe), f"run.dir={tmp_path / f'run{number}'}"]
-        arguments += ["student.parallel.tensor=4"] if spoilt == "layout" else []
+        arguments += ["student.parallel.tensor=3"] if spoilt == "layout" else []
         cases.append({"spoilt": spoilt, "rank": rank, "port": port, "arguments": arguments})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     output = call(Path(__file__).with_name("rank_driver.py"), tmp_path / "cases.json", ranks=2, code=1, stderr=STDOUT)

@@ -153,7 +153,7 @@ def test_a_hugging_face_folder(evaluate, whole, tmp_path, inputs):
         (["--timeout", 0], "--timeout: 0.0 is not allowed; it must be above 0"),
         (["--max-new-tokens", 510], "sums.jsonl:1: 3 tokens, and the model's positions leave 2"),
         (["--tensor", 2], "--tensor and --pipeline: tensor 2 x pipeline 1 x context 1 = 2 ranks a copy of the model"),
-        (["--tensor", 4], "--tensor: 4 does not divide the model's 2 key/value heads"),
+        (["--tensor", 3], "--tensor: 3 does not divide the model's 4 heads nor its 2 key/value heads"),
         (["--chat-template", "on"], "--chat-template: on, but the tokenizer has no chat template"),
         (["--system-prompt", "be right"], "--system-prompt: needs a chat template"),
         (["--benchmark", "none.jsonl"], "--benchmark none.jsonl: none.jsonl does not exist"),

@@ -53,7 +53,7 @@ def largest_difference(model, grid, rows, hf):
     ours = megatron_logits(model, grid, rows)
     assert len(ours) == (len(rows) if grid.is_last_stage else 0)
     for row, logits in zip(rows, ours, strict=False):
-        expected = hf_logits(hf, row)
+        expected = hf_logits(hf, torch.cat((row, row[:1])))[:-1]  # of the very row that the pack holds
         assert torch.equal(logits[:, VOCABULARY:], torch.full_like(logits[:, VOCABULARY:], float("-inf")))
         assert logits.shape[1] % grid.layout.tensor == 0 and logits.shape[1] > VOCABULARY
         difference = (logits[:, :VOCABULARY] - expected).abs().max() / expected.abs().max()
@@ -70,6 +70,21 @@ def test_logits_equal_transformers(roles, world_size, family):
     for layout in telling_layouts(world_size, contexts=contexts, experts=expert_sizes(family, world_size)):
         model, grid = roles.build(spec, layout)
         assert largest_difference(model, grid, rows, reference(spec)) < TOLERANCE, layout
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    "spec",
+    [Spec("qwen3", changes=(("num_key_value_heads", 1),)), Spec("qwen2"), Spec("mistral-window")],
+    ids=lambda spec: spec.family,
+)
+def test_tensor_ranks_share_key_heads(roles, world_size, spec):
+    """More ranks than one key/value head, and on 4 ranks than two."""
+    for layout in layouts(world_size, tensors=(2, 4), contexts=(1, 2)):
+        if layout.tensor > dict(spec.changes).get("num_key_value_heads", 2):
+            for sequence in (True, False):
+                model, grid = roles.build(spec, layout, sequence=sequence)
+                assert largest_difference(model, grid, draw_rows(), reference(spec)) < TOLERANCE, layout
 
 
 @pytest.mark.world_size(2)

@@ -39,6 +39,7 @@ CASES = {
     "tp2-dp2-moving": {"student__parallel": {"tensor": 2}, "optimizer__mini_batches": 2},
     "pp2-dp2-tokens": {"student__parallel": {"pipeline": 2}, "optimizer__micro_batch_tokens": 40},
     "cp2-dp2": {"student__parallel": {"context": 2}, "teachers__math__parallel": {"pipeline": 2}},
+    "tp4-shared-key-heads": {"student__parallel": {"tensor": 4}},
     "pp4-full-recompute": {
         "student__parallel": {"pipeline": 4},
         "loss__estimator": "full",

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dense import KINDS, overwritten, value_and_gradient
+from interpreted import by_kernels, needs_triton
 from token_losses import DIVERGENCES, LOSSES, Loss, draw_weights
 
 from fire_megatron.losses import softmax
@@ -108,6 +109,25 @@ def test_equals_unsharded_at_a_temperature(group, loss, layout, temperature):
         blocks = {"reuse_logits": reuse, "block_tokens": 4}
         ours = run(sharded(loss, teacher, layout, group, **options, **blocks), mine, grad)
         same(ours, whole, layout, group)
+
+
+@needs_triton
+@pytest.mark.two_ranks
+@every_loss
+@pytest.mark.parametrize("layout", ["cut", "uneven"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_equal_unsharded(monkeypatch, group, loss, layout, dtype):
+    by_kernels(monkeypatch)
+    test_equals_unsharded(group, loss, layout, dtype)
+
+
+@needs_triton
+@pytest.mark.two_ranks
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("temperature", [0.4, 2.0])
+def test_kernels_equal_unsharded_at_a_temperature(monkeypatch, group, loss, temperature):
+    by_kernels(monkeypatch)
+    test_equals_unsharded_at_a_temperature(group, loss, "cut", temperature)
 
 
 @every_kind

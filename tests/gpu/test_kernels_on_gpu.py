@@ -35,6 +35,14 @@ def test_log_prob_and_entropy(monkeypatch, dtype, shape):
     checks.check_log_prob_and_entropy(monkeypatch, "cuda", dtype, **shape)
 
 
+@FORMATS
+@pytest.mark.parametrize(
+    "how", [*checks.DIVERGENCES, {"kind": "reverse_kl", "columns": 151936, "reuse": True}], ids=str
+)
+def test_divergence(monkeypatch, dtype, how):
+    checks.check_divergence(monkeypatch, "cuda", dtype, **how)
+
+
 @pytest.mark.parametrize("how", [*checks.SAMPLINGS, checks.SAMPLINGS[0] | {"columns": 151936}], ids=str)
 def test_sampling(monkeypatch, how):
     checks.check_sampling(monkeypatch, "cuda", **how)

@@ -18,12 +18,17 @@ def tensor(role: Role) -> Iterator[RecipeProblem]:
         return
     counts = {"heads": shape.heads, "key/value heads": shape.kv_heads}
     counts |= {f"rows of {name}": width for name, width in shape.mlp_widths.items()}
-    wrong = [f"{count} {noun}" for noun, count in counts.items() if count % size]
+    wrong = {noun: count for noun, count in counts.items() if count % size}
+    if size % shape.kv_heads == 0:  # as many ranks share each of them
+        wrong.pop("key/value heads", None)
+        rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        wrong |= {"rows of queries, keys and values": rows} if rows % size else {}
     if wrong:
         yield RecipeProblem(
             role.at("parallel.tensor"),
-            f"{size} does not divide the model's {' nor its '.join(wrong)}; choose a number that divides "
-            f"{' and '.join(map(str, counts.values()))}",
+            f"{size} does not divide the model's {' nor its '.join(f'{n} {noun}' for noun, n in wrong.items())}; "
+            f"choose a number that divides {' and '.join(map(str, counts.values()))}, or a multiple of the "
+            f"{shape.kv_heads} key/value heads that divides the others",
         )
 
 

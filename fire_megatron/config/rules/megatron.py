@@ -36,7 +36,7 @@ SET_ELSEWHERE: Mapping[str, str] = {
         (
             "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
             "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func", "add_bias_linear",
-            "add_qkv_bias", "qk_layernorm", "window_size", "multi_latent_attention",
+            "add_qkv_bias", "qk_layernorm", "window_size", "window_attn_skip_freq", "multi_latent_attention",
             "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq",
             "moe_router_score_function", "moe_router_num_groups", "moe_router_group_topk",
             "moe_router_topk_limited_devices", "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias",

@@ -206,8 +206,15 @@ REFUSED: list[tuple[Values, str]] = [
         "the MLP; choose a number that divides 8 and 4 and 64",
     ),
     (
-        {"teachers.math.parallel.tensor": 8},
-        "teachers.math.parallel.tensor: 8 does not divide the model's 4 key/value heads; choose",
+        {"teachers.math/config.json": {"num_attention_heads": 12, "head_dim": 8, "intermediate_size": 96},
+         "teachers.math.parallel.tensor": 6},
+        "teachers.math.parallel.tensor: 6 does not divide the model's 4 key/value heads; choose a number that divides "
+        "12 and 4 and 96, or a multiple of the 4 key/value heads that divides the others",
+    ),
+    (
+        {"teachers.math/config.json": {"num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 8,
+         "intermediate_size": 96}, "teachers.math.parallel.tensor": 12, "world_size": 12},
+        "teachers.math.parallel.tensor: 12 does not divide the model's 112 rows of queries, keys and values; choose",
     ),
     (
         {"teachers.math/config.json": EXPERTS | {"moe_intermediate_size": 33}, "teachers.math.parallel.tensor": 2},

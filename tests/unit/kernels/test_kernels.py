@@ -3,8 +3,11 @@
 import kernel_checks as checks
 import pytest
 import torch
+from interpreted import needs_triton
 
 from fire_megatron import kernels
+
+pytestmark = needs_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -36,6 +39,12 @@ def test_positions_are_shared_where_rows_are_few():
 @pytest.mark.parametrize("shape", checks.SOFTMAXES, ids=str)
 def test_log_prob_and_entropy(monkeypatch, dtype, shape):
     checks.check_log_prob_and_entropy(monkeypatch, DEVICE, dtype, **shape)
+
+
+@HALF
+@pytest.mark.parametrize("how", checks.DIVERGENCES, ids=str)
+def test_divergence(monkeypatch, dtype, how):
+    checks.check_divergence(monkeypatch, DEVICE, dtype, **how)
 
 
 @pytest.mark.parametrize("how", checks.SAMPLINGS, ids=str)

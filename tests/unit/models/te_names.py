@@ -68,8 +68,6 @@ def attention_report(model: build.FireGPT, context: int) -> dict:
     return {
         "class": type(attention).__name__,
         "context_ranks": fused.cp_group and dist.get_process_group_ranks(fused.cp_group),
-        "communication": fused.cp_comm_type,
-        "window": list(fused.window_size),
         "mask": call["attn_mask_type"],
         "boundaries": call["cu_seqlens_q"].tolist(),
         "one_tensor": len({id(value) for key, value in call.items() if key.startswith("cu_seqlens")}) == 1,
@@ -93,6 +91,8 @@ def report(folder: str, tensor: int, context: int, expert: int, sequential: bool
         "wanted": {t.key: list(t.shape) for t in tensor_map(shape)},
         "layers": sorted({type(m).__name__ for m in model.modules()}),
         "attention": attention_report(model, context),
+        "windows": [list(m.fused.window_size) for m in model.modules() if isinstance(m, CoreAttention)],
+        "communications": [m.fused.cp_comm_type for m in model.modules() if isinstance(m, CoreAttention)],
     }
 
 

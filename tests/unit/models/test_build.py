@@ -20,9 +20,9 @@ from fire_megatron.models.build import (
     padded_vocab_size,
     pipeline_stages,
     resolve_layer_spec,
-    rotary_frequencies,
     transformer_config,
 )
+from fire_megatron.models.rotary_angles import rotary_frequencies
 from fire_megatron.parallel.grid import Layout
 from fire_megatron.platform.capabilities import Capability
 from fire_megatron.platform.device import Device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -41,6 +42,38 @@ DEPARTURES = {
     },
     "mistral": {"family": "mistral"},
     "mistral-window": {"family": "mistral", "sliding_window": 7},
+    "qwen2-windows": {
+        "family": "qwen2",
+        "qkv_bias": True,
+        "sliding_window": 7,
+        "full_layers": (0,),
+        "rope_theta": 500.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 0.1 * math.log(4) + 1,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "truncate": True,
+        },
+    },
+    "phi3": {
+        "family": "phi3",
+        "partial_rotary": 12,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.05, 1.1, 1.2, 1.4, 1.5],
+            "long_factor": [1.0, 1.3, 2.0, 4.0, 9.0, 20.0],
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.5,  # sqrt(1 + log(512 / 16) / log(16))
+        },
+    },
+    "llama-dynamic": {
+        "max_positions": 48,
+        "rope_theta": 100.0,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16},
+    },
 }
 """How each family's shape differs from :data:`SHAPE`."""
 
@@ -70,14 +103,28 @@ def test_the_oldest_form_of_rope_scaling(write_config):
     assert (shape.rope_theta, shape.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 4.0})
 
 
-def test_the_new_form_comes_before_the_old(write_config):
-    """transformers reads it so, and writes both for others' sake."""
+def test_the_old_form_comes_before_the_new(write_config):
+    """Whole: nothing of the new form is left. test_config_logits.py has what transformers makes of it."""
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
     shape = read_hf_config(write_config(rope_parameters=new, rope_scaling={"type": "linear", "factor": 9.0}))
-    assert (shape.rope_theta, shape.rope_scaling) == (7.0, {"rope_type": "linear", "factor": 2.0})
+    assert (shape.rope_theta, shape.rope_scaling) == (1e4, {"rope_type": "linear", "factor": 9.0})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral"])
+@pytest.mark.parametrize(
+    ("rope", "reach"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({"rope_type": "dynamic", "factor": 1.5}, 768),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 300}, 1200),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 512),
+        ({"rope_type": "llama3", **LLAMA3}, 512),
+    ],
+)
+def test_scaling_reaches_as_far_as_its_factor_says(rope, reach, write_config):
+    assert read_hf_config(write_config(rope_scaling=rope)).max_positions == reach
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3"])
 def test_keys_left_out_mean_what_they_mean_to_transformers(family, write_config):
     """Sizes that no published config leaves out are not among them."""
     import transformers
@@ -96,12 +143,14 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(family, write_config)
     if shape.experts:
         experts = (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
         assert shape.experts == ExpertShape(*experts)
-    assert shape.sliding_window == config.sliding_window if family == "mistral" else shape.sliding_window is None
+    assert shape.sliding_window == (config.sliding_window if family == "mistral" else None)
 
 
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
+        ({"model_type": "phi3", "sliding_window": 100}, 100),
+        ({"model_type": "phi3"}, None),
         ({"model_type": "mistral", "sliding_window": 100}, 100),
         ({"model_type": "mistral", "sliding_window": 511}, 511),
         ({"model_type": "mistral", "sliding_window": 512}, None),  # reaches every position
@@ -117,9 +166,26 @@ def test_sliding_window(changes, window, write_config):
     assert read_hf_config(write_config(**changes)).sliding_window == window
 
 
+@pytest.mark.parametrize(
+    ("changes", "full"),
+    [
+        ({"max_window_layers": 0}, ()),
+        ({"max_window_layers": 3}, (0, 1, 2)),
+        ({"max_window_layers": 4}, None),
+        ({}, None),  # left out: 28
+        ({"max_window_layers": 0, "layer_types": ["full_attention"] * 4}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, (0, 2)),
+    ],
+)
+def test_layers_without_the_window(changes, full, write_config):
+    folder = write_config(model_type="qwen2", sliding_window=100, use_sliding_window=True, **changes)
+    shape = read_hf_config(folder)
+    assert (shape.sliding_window, shape.full_layers) == ((None, ()) if full is None else (100, full))
+
+
 LONGROPE = {"rope_type": "longrope", "factor": 4.0}
 REFUSED = [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: llama, mistral, qwen2, qwen3"),
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: llama, mistral, phi3, qwen2, qwen3"),
     ({"model_type": None}, "model_type is None; supported: llama"),
     ({"model_type": ["llama"]}, "model_type is ['llama']; supported: llama"),
     ({"hidden_size": None}, "hidden_size is missing; the file is incomplete"),
@@ -136,11 +202,17 @@ REFUSED = [
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
     ({"attention_bias": True}, "attention_bias is True; only False is supported"),
     ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
+    ({"per_layer_config": {"0": {"sliding_window": 7}}}, "per_layer_config is {'0': {'sliding_window': 7}}; only None"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set; give the unquantized"),
     ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a number above 0"),
-    ({"rope_scaling": LONGROPE}, "rope_scaling.rope_type is 'longrope'; supported: default, linear, llama3"),
-    ({"rope_parameters": {**LONGROPE, "rope_theta": 1.0}}, "rope_parameters.rope_type is 'longrope'; supported"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'; supported"),
+    ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.rope_type is 'mrope'; supported: default, linear, dynamic, "),
+    ({"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters.rope_type is 'proportional'; supported"),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "rope_type is 'default' and rope_scaling.type is"),
+    ({"rope_scaling": LONGROPE}, "rope_scaling.short_factor is missing"),
+    ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "short_factor is [1.0]; it must be a list of 8 numbers"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'; supported:"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1.5}}, "rope_scaling.truncate is 1.5; it must be tr"),
     ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type is ['linear']; supported"),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0; it must be a number above 0"),
@@ -148,22 +220,24 @@ REFUSED = [
         {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
         "rope_scaling.high_freq_factor must exceed low_freq_factor",
     ),
-    (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-        "rope_scaling.original_max_position_embeddings is missing",
-    ),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor is missing"),
     ({"rope_scaling": 4.0}, "rope_scaling is 4.0; it must be one mapping"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters is {'full_attention'"),
     ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which transformers' model of this family does not"),
+    ({"model_type": "phi3", "partial_rotary_factor": 0.05}, "partial_rotary_factor is 0.05, which leaves 0 of a head"),
+    ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, which leaves 24 of a head"),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": -1}, "max_window_layers is -1; it"),
+    ({"model_type": "qwen3", "layer_types": 4}, "layer_types is 4; it must be a list of 4, one for each layer"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3}, "it must be a list of 4, one for each layer"),
     (
-        {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2},
-        "use_sliding_window is true with sliding_window 100 below max_position_embeddings 512",
+        {"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"] * 2},
+        "layer_types contains chunked_attention; only full_attention and sliding_attention are supported",
     ),
-    ({"model_type": "qwen3", "layer_types": 4}, "layer_types is 4; it must be a list"),
     (
-        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
-        "layer_types contains sliding_attention; only full_attention is supported",
+        {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4, "sliding_window": 7},
+        "layer_types contains sliding_attention, but {'use_sliding_window': None, 'sliding_window': 7} make no window",
     ),
 ]
 

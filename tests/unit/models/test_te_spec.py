@@ -20,6 +20,8 @@ CASES = [
     ("llama3-tied", 2, 1, 1, False, None),
     ("qwen2", 1, 2, 1, False, None),
     ("mistral-window", 1, 2, 1, False, None),
+    ("qwen2-windows", 1, 2, 1, False, None),
+    ("qwen2", 4, 1, 1, False, None),  # of two key/value heads
     ("qwen3", 2, 2, 1, False, None),
     ("qwen3-moe", 1, 1, 1, False, "TEGroupedMLP"),
     ("qwen3-moe", 2, 1, 2, False, "TEGroupedMLP"),
@@ -46,14 +48,14 @@ def test_same_tensors_as_the_checkpoint(reports, number):
     assert "TELayerNormColumnParallelLinear" in report["layers"], "these are not Transformer Engine's layers"
     assert experts is None or {experts, "Router"} <= {*report["layers"]}
     assert report["found"] == report["wanted"]
-    window = family == "mistral-window"
+    windows = {"mistral-window": [True] * 4, "qwen2-windows": [False, True, True, True]}.get(family, [False] * 4)
+    assert report["windows"] == [[6, 0] if window else [-1, 0] for window in windows]
+    assert report["communications"] == ["all_gather" if window else "p2p" for window in windows]
     # Rows of 14 and 6 tokens, padded to multiples of 4 where two ranks share them; the kernel is told of whole rows.
     boundaries = [0, 14, 20] if context == 1 else [0, 16, 24]
     assert report["attention"] == {
         "class": "TEAttention",
         "context_ranks": None if context == 1 else [0, tensor],
-        "communication": "all_gather" if window else "p2p",
-        "window": [6, 0] if window else [-1, 0],
         "mask": "padding_causal",
         "boundaries": boundaries,
         "one_tensor": True,

@@ -28,7 +28,11 @@ LENGTHS = (3, 9, 1, 6, 4, 2, 8)
 
 @pytest.fixture
 def model(grid, tmp_path):
-    save_megatron("qwen3", tmp_path / "m", num_hidden_layers=2)
+    return load("qwen3", grid, tmp_path)
+
+
+def load(family, grid, tmp_path):
+    save_megatron(family, tmp_path / "m", num_hidden_layers=2)
     role = StudentConfig(checkpoint=str(tmp_path / "m"))
     model = build_model(read_hf_config(tmp_path / "m"), role, grid, device=Device("cpu"))
     load_weights(model, tmp_path / "m", grid=grid)
@@ -60,6 +64,19 @@ def tokens(engine, step=0, **settings):
     for row, values in enumerate(made.log_probs):
         assert len(values) == len(made.responses[row]) and (values < 0).all()
     return [response.tolist() for response in made.responses]
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama-dynamic"])
+def test_graphs_follow_the_length_that_rotary_angles_are_of(family, grid, pretended_gpu, tmp_path):
+    """As where a benchmark's rows are longer than a run's, and the run goes on afterwards."""
+    model, made = load(family, grid, tmp_path), []
+    engine = make(model, grid, graphs=True)
+    for longest in (12, 60, 12):
+        with model.rotary_angles.fixed(longest):
+            made.append(tokens(engine))
+            assert made[-1] == tokens(make(model, grid, graphs=False))
+    assert made[0] == made[2] != made[1]
+    assert len(pretended_gpu) == engine.graphs.captured <= 2, "not captured again"
 
 
 def test_the_same_tokens_with_few_captures(model, grid, pretended_gpu, monkeypatch):

@@ -39,7 +39,9 @@ pass_on() {
   done &
 }
 
+# Put the job back in the queue; not where a process has told of a mistake, which would only come again.
 requeue() {
+  [[ ! -s ${FIRE_MEGATRON_MISTAKE:-} ]] || fail "$(cat "$FIRE_MEGATRON_MISTAKE")"
   say "the job goes back into the queue to continue"
   scontrol requeue "$SLURM_JOB_ID" || fail "this job may not be put back in the queue; sbatch it again to continue"
   sleep 600 # Slurm ends this script
@@ -96,12 +98,14 @@ on_all_nodes() {
     --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage.$attempt" "$@"
 }
 
+run_status() { cat "$RUN_DIR/status.json" 2>/dev/null || true; }
+
 newest_checkpoint() { ls -d "$CHECKPOINTS"/step_* 2>/dev/null | tail -n 1 || true; }
 
 # Run a stage until it succeeds. What fails is started again from its last checkpoint, as long as there is a new one at
 # least every so many times:  stage NAME RESTARTS -m MODULE...
 stage() {
-  local name=$1 restarts=$2 failures=0 count=0 before now
+  local name=$1 restarts=$2 failures=0 count=0 before now status
   shift 2
   say "$name: see $LOGS/$name-*.log"
   before=$(newest_checkpoint)
@@ -109,22 +113,25 @@ stage() {
   export FIRE_MEGATRON_MISTAKE=$LOGS/mistake
   while true; do
     rm -f "$FIRE_MEGATRON_MISTAKE"
+    status=$(run_status)
     on_all_nodes "$name" "$count" "$@"
     [[ $CODE -ne 0 ]] || return 0
     count=$((count + 1))
     tail -n 20 "$LOGS/$name"-*.log >&2 || true
     say "$name failed with code $CODE"
-    # At preemption Slurm signals the processes, not this script.
-    if grep -qs '"state": "stopped"' "$RUN_DIR/status.json" && [[ $name == train ]]; then
+    if [[ -s $FIRE_MEGATRON_MISTAKE ]]; then
+      fail "$name: $(cat "$FIRE_MEGATRON_MISTAKE")"
+    fi
+    # At preemption Slurm signals the processes, not this script. A run writes its status with the time, so one that is
+    # as it was before this start is of an earlier one.
+    if [[ $name == train && $(run_status) != "$status" && $(run_status) == *'"state": "stopped"'* ]]; then
       requeue
     fi
     now=$(newest_checkpoint)
     [[ $now == "$before" ]] || failures=0
     before=$now
     failures=$((failures + 1))
-    if [[ -e $FIRE_MEGATRON_MISTAKE ]]; then
-      fail "$name: $(cat "$FIRE_MEGATRON_MISTAKE")"
-    elif [[ $failures -gt $restarts ]]; then
+    if [[ $failures -gt $restarts ]]; then
       echo "error: $name failed $failures times in a row without a new checkpoint; logs are in $LOGS" >&2
       exit "$CODE"
     fi

@@ -9,8 +9,8 @@ from models import EOS, VOCABULARY, save_megatron
 
 
 def make_model(folder: Path, family: str = "qwen3", **changes) -> Path:
-    r"""A converted checkpoint and, beside it, the Hugging Face folder (``-hf``); most tokens say ``\boxed{0}`` to
-    ``\boxed{3}``, each in one of many writings."""
+    r"""A converted checkpoint and, beside it, the Hugging Face folder (``-hf``); most tokens say ``so\boxed{0}`` to
+    ``so\boxed{3}``, each in one of many writings."""
     save_megatron(family, folder, **{"num_hidden_layers": 2, **changes})
     for place in (folder, folder.with_name(folder.name + "-hf")):
         box_words(place)
@@ -24,7 +24,7 @@ def box_words(folder: Path) -> None:
     words = {name: number for name, number in tokenizer["model"]["vocab"].items() if number < 50 or number == EOS}
     for number in range(50, VOCABULARY):
         value, zeros = number % 4, number // 4 - 12
-        words[f"\\boxed{{{value}{'.' + '0' * zeros if zeros else ''}}}"] = number
+        words[f"so\\boxed{{{value}{'.' + '0' * zeros if zeros else ''}}}"] = number
     tokenizer["model"]["vocab"] = words
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,39 @@ def _seeded(seed: int) -> Iterator[None]:
     torch.set_rng_state(state)
 
 
+def in_release(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the installed transformers has them: before 5, scaling and base of the frequencies were two."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) >= 5 or "rope_parameters" not in settings:
+        return settings
+    scaling = dict(settings["rope_parameters"])
+    kind, base = scaling.pop("rope_type", "default"), scaling.pop("rope_theta", 10000.0)
+    old = {"rope_theta": base, "rope_scaling": None if kind == "default" else {"type": kind, **scaling}}
+    return {key: value for key, value in settings.items() if key != "rope_parameters"} | old
+
+
+def stacked_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of a layer in one tensor for each matrix, as transformers 5 has them in memory; 4 has them one by
+    one, as both write them."""
+    found = [re.fullmatch(r"(.*\.experts)\.0\.down_proj\.weight", name) for name in weights]
+    stacked = {name: tensor for name, tensor in weights.items() if not re.search(r"\.experts\.\d+\.", name)}
+    for at in [match[1] for match in found if match]:
+        count = len({name.removeprefix(at).split(".")[1] for name in weights if name.startswith(f"{at}.")})
+        gate, up, down = (
+            torch.stack([weights[f"{at}.{j}.{part}_proj.weight"] for j in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        stacked |= {f"{at}.gate_up_proj": torch.cat([gate, up], dim=1), f"{at}.down_proj": down}
+    return stacked
+
+
 def make_hf(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random transformers model of a family; norms and biases are random too, so that none can be forgotten."""
     import transformers
 
     prefix, settings = FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **settings, **changes})
+    config = getattr(transformers, f"{prefix}Config")(**in_release({**_SMALL, **settings, **changes}))
     with _seeded(seed):
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         for parameter in model.parameters():

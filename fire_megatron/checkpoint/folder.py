@@ -11,21 +11,31 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from fire_megatron.config.checkpoints import is_hf_folder, read_marker, require_checkpoint
+from fire_megatron.config.checkpoints import (
+    adapter_problem,
+    is_hf_folder,
+    read_json_object,
+    read_marker,
+    require_checkpoint,
+)
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.quantization import Fp8Blocks, fp8_blocks
 
 _CARRIED = (
     "config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and licence files (not weights) from one checkpoint folder to another."""
+    """Copy configuration, tokenizer, templates and licences (not weights) from one checkpoint folder to another."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _CARRIED):
             shutil.copyfile(path, target / path.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
 
 
 def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
@@ -50,15 +60,27 @@ def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], boo
         raise CheckpointError(f"{target}: already holds {what}; pass --overwrite to replace it")
 
 
-def check_conversion(hf: Path, out: Path, *, overwrite: bool) -> ModelShape:
-    """The architecture of a Hugging Face folder that may be converted into ``out``; imports no torch.
+def read_hf_folder(folder: Path) -> tuple[ModelShape, Fp8Blocks | None]:
+    """The architecture of a Hugging Face folder, and the blocks of its FP8 weights; imports no torch.
+
+    Raises:
+        CheckpointError: it holds no model, or one of an architecture that is not supported.
+    """
+    problem = adapter_problem(folder)
+    if problem:
+        raise CheckpointError(problem)
+    fp8 = fp8_blocks(read_json_object(folder / "config.json") or {})
+    return read_hf_config(folder, quantized=fp8 is not None), fp8
+
+
+def check_conversion(hf: Path, out: Path, *, overwrite: bool) -> None:
+    """Whether a Hugging Face folder may be converted into ``out``, as far as that shows without torch.
 
     Raises:
         CheckpointError: the source is not of a supported architecture, or the target may not be written.
     """
-    shape = read_hf_config(hf)
+    read_hf_folder(hf)
     check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
-    return shape
 
 
 def check_export(checkpoint: Path, out: Path, *, overwrite: bool) -> ModelShape:

@@ -225,6 +225,11 @@ def output_key(shape: ModelShape) -> str:
     return (_EMBEDDING if shape.tied else _OUTPUT).key
 
 
+def output_sources() -> tuple[str, ...]:
+    """Hugging Face names of what an untied model projects to the vocabulary with."""
+    return tuple(_OUTPUT.sources)
+
+
 def is_ignored(name: str, shape: ModelShape) -> bool:
     """Whether a Hugging Face tensor carries nothing that the model needs."""
     return bool(_IGNORED.search(name)) or (shape.tied and name in _OUTPUT.sources)

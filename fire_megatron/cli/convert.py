@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--shard-gb", type=float, default=5.0, help="largest safetensors file (default 5)")
     for command in (there, back):
         command.add_argument("--out", required=True, type=Path, help="folder to make")
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: each tensor's in the source")
         command.add_argument("--overwrite", action="store_true", help="replace a folder of the same kind")
     return parser
 

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fire_megatron.checkpoint.folder import read_hf_folder
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
 from fire_megatron.config.checkpoints import require_checkpoint
 from fire_megatron.config.checks import role_problems
+from fire_megatron.config.data import DataConfig, EvaluationConfig, SourceConfig
 from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
 from fire_megatron.config.hf_config import read_hf_config
-from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, template
+from fire_megatron.config.kinds import MOST
+from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, inside_model, template
 from fire_megatron.config.rules.facts import Role
 from fire_megatron.config.section import build
-from fire_megatron.platform.launcher import launched_world_size
+from fire_megatron.platform.launcher import launched_rank, launched_world_size
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import EvaluationJob
     from fire_megatron.platform.device import Device
     from fire_megatron.platform.launch import World
     from fire_megatron.platform.watch import Watch
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a JSON object")
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", metavar="DIR", help="converted checkpoint, or a step of a run")
     model.add_argument("--hf", metavar="DIR", help="Hugging Face folder; converted for the time of loading")
     add = parser.add_argument
-    add("--benchmark", nargs="+", action="extend", required=True, metavar="FILE", help="JSON Lines: problem, answer")
+    add(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="problems with answers: .jsonl, .json, .csv, .parquet",
+    )
+    add("--problem-key", metavar="KEY", help="of a problem's text (problem, question, query, prompt)")
+    add("--answer-key", metavar="KEY", help="of the right answer (answer, final_answer, expected_answer, ...)")
     add("--samples", type=int, default=1, metavar="K", help="answers to each problem (1)")
     add("--limit", type=int, default=0, metavar="N", help="problems of each file, from its start (all)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
@@ -50,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--chat-template", choices=("auto", "on", "off"), default="auto", help="auto uses the tokenizer's if it has one"
     )
+    add(
+        "--chat-template-kwargs", type=_mapping, default={}, metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )  # fmt: skip
     add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel ranks of a replica (1)")
     add("--pipeline", type=int, default=1, metavar="N", help="pipeline stages of a replica (1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA if there")
@@ -82,18 +109,20 @@ def _refuse(problems: Iterable[RecipeProblem]) -> None:
         raise RecipeError(text)
 
 
-def _sections(args: argparse.Namespace) -> tuple[schema.EvaluationConfig, schema.ParallelConfig]:
+def _sections(args: argparse.Namespace) -> tuple[EvaluationConfig, schema.ParallelConfig]:
     """What a recipe would say. Raises RecipeError: an option out of its range."""
-    names = ("samples", "limit", "temperature", "top_p", "max_new_tokens", "batch_size")
+    names = ("samples", "limit", "temperature", "top_p", "max_new_tokens", "batch_size", "problem_key", "answer_key")
     benchmarks = [{"path": path, **{name: getattr(args, name) for name in names}} for path in args.benchmark]
     try:
         build(schema.RunConfig, {"name": "-", "dir": "-", "steps": 1, "collective_timeout": args.timeout})
-        evaluation = build(schema.EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
+        evaluation = build(EvaluationConfig, {"benchmarks": benchmarks, "seed": args.seed})
         parallel = build(schema.ParallelConfig, {"tensor": args.tensor, "pipeline": args.pipeline})
     except RecipeProblems as error:
         _refuse(RecipeProblem(_option(problem.key), problem.text) for problem in error.problems)
         raise
     _refuse(RecipeProblem(f"--benchmark {path}", text) for path in args.benchmark if (text := file_problem(Path(path))))
+    inside = inside_model(_out(args))
+    _refuse([RecipeProblem(f"--out {_out(args)}", inside)] if inside else [])
     named = [(f"--benchmark {path}", benchmark_name(path)) for path in args.benchmark]
     _refuse(benchmark_names(named, "rename one of the files"))
     return evaluation, parallel
@@ -108,21 +137,30 @@ def _role(args: argparse.Namespace, parallel: schema.ParallelConfig, kind: str) 
 def _check(args: argparse.Namespace) -> None:
     """What options and JSON files tell without torch, whose import takes seconds. Raises UserError: a mistake."""
     _, parallel = _sections(args)
-    if args.hf is None:
+    if args.hf is not None:
+        shape, _ = read_hf_folder(Path(args.hf))
+    else:
         require_checkpoint(Path(args.checkpoint))
-    shape = read_hf_config(args.hf or args.checkpoint)
+        shape = read_hf_config(args.checkpoint)
     role = _role(args, parallel, "cpu" if args.device == "cpu" else "cuda")
     _refuse(role_problems(Role(_option, role, trains=False, shape=shape, ranks=launched_world_size())))
 
 
-def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
-    """Everything but the weights.
+def _out(args: argparse.Namespace) -> Path:
+    """Where the results go."""
+    folder = Path(args.hf or args.checkpoint).absolute()
+    return args.out or folder.parent / "evaluation" / folder.name
+
+
+def _read(args: argparse.Namespace, device: Device, begun: datetime) -> EvaluationJob:
+    """Everything but the weights. Args: begun: when the evaluation was, the same on every rank.
 
     Raises:
         UserError: what is wrong.
     """
+    from fire_megatron.data.chat_time import chat_time
     from fire_megatron.data.encoder import Encoder
-    from fire_megatron.data.tokenizer import load_tokenizer, stop_ids
+    from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
     from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
     from fire_megatron.evaluation.judge import require_math_verify
     from fire_megatron.evaluation.source import open_source
@@ -131,35 +169,41 @@ def _read(args: argparse.Namespace, device: Device) -> EvaluationJob:
 
     require_math_verify()
     config, parallel = _sections(args)
-    benchmarks = [read_benchmark(entry.path, limit=entry.limit) for entry in config.benchmarks]
+    benchmarks = [read_benchmark(entry) for entry in config.benchmarks]
     source = open_source(args.hf or args.checkpoint, is_hf=args.hf is not None)
     tokenizer = load_tokenizer(source.folder)
-    data = schema.DataConfig(
-        train=tuple(schema.SourceConfig(path=path) for path in args.benchmark),
+    data = DataConfig(
+        train=tuple(SourceConfig(path=path) for path in args.benchmark),
         chat_template=args.chat_template,
         system_prompt=args.system_prompt,
-        max_prompt_tokens=sys.maxsize,
+        max_prompt_tokens=MOST,
         too_long="error",
     )
     role = _role(args, parallel, device.kind)
     known = {"ranks": launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
     model = Role(_option, role, trains=False, shape=source.shape, tokenizer=tokenizer, **known)
     _refuse([*role_problems(model), *template(data, tokenizer, _option)])
-    encode = Encoder(data, tokenizer)
+    encode = Encoder(data, tokenizer, args.chat_template_kwargs, key="--chat-template-kwargs")
     ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
+    endings = {"the chat template": [tokenizer.turn_end() if encode.use_template else None]}
+    warning = missing_stops(tokenizer, ends, endings, "--stop-token")
+    if warning and launched_rank() == 0:
+        print(warning)
     common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
     read = zip(benchmarks, config.benchmarks, strict=True)
-    tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
+    with chat_time(begun):
+        tasks = [BenchmarkTask.of(benchmark, entry, encode, **common) for benchmark, entry in read]
     fixed = ("temperature", "top_p", "max_new_tokens", "seed", "system_prompt", "chat_template", "stop_token")
-    folder = source.folder.absolute()
+    fixed += ("chat_template_kwargs",) if args.chat_template_kwargs else ()
     return EvaluationJob(
         source=source,
         role=role,
         tokenizer=tokenizer,
         tasks=tasks,
         settings={name: getattr(args, name) for name in fixed} | {"dtype": role.precision.dtype},
-        out=args.out or folder.parent / "evaluation" / folder.name,
+        out=_out(args),
         timeout=args.timeout,
+        begun=begun,
     )
 
 
@@ -167,12 +211,14 @@ def _evaluate(args: argparse.Namespace, world: World, watch: Watch) -> None:
     """Read, sample, score. Raises UserError on every rank, if any finds something wrong."""
     import torch.distributed as dist
 
+    from fire_megatron.evaluation.generations import begun_at
     from fire_megatron.evaluation.standalone import Evaluation
-    from fire_megatron.parallel.collectives import on_all_ranks
+    from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
     from fire_megatron.train.interrupt import StopRequest
 
     stop = StopRequest().install()
-    job = on_all_ranks(_read, args, world.device, group=dist.group.WORLD)
+    begun = all_gather_objects(begun_at(_out(args)), group=dist.group.WORLD)[0]
+    job = on_all_ranks(_read, args, world.device, begun, group=dist.group.WORLD)
     Evaluation(job, world, watch, lambda: stop.signal_name).run()
     stop.restore()
 

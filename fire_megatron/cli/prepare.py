@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Make a file of prompts from data sets: labelled, without duplicates, without the problems of "
         "benchmarks.",
     )
-    parser.add_argument("inputs", nargs="+", metavar="FILE", help=".jsonl, .json, either .gz, .parquet; or a pattern")
+    parser.add_argument("inputs", nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .tsv, .parquet; or a pattern")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="prompts to write, .jsonl")
     keys = parser.add_argument_group("keys of a row (dotted paths; found for each file when not given)")
     keys.add_argument("--prompt-key", metavar="KEY", help="the prompt: a text, or chat messages")

@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from fire_megatron.platform.watch import Watch
 
 Checked = TypeVar("Checked")
+_PROGRAMMING = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""Errors of a program, which another start meets at the same place; devices, networks and file systems raise others
+(``RuntimeError``, ``OSError``)."""
 
 
 class Note(Protocol):
-    """Is told why a run fails; ``hopeless`` when another attempt would fail too."""
+    """Is told why a run fails, on the rank that fails and on those that hear of it; ``hopeless`` when another attempt
+    would fail too."""
 
     def __call__(self, reason: str, *, hopeless: bool = False) -> None:
         """Note it."""
@@ -57,13 +64,13 @@ def supervised(
         watch.close()
         return
     except UserError as error:
-        tell(str(error), hopeless=not error.passing)
+        if world.rank == 0 or not error.everywhere:
+            tell(str(error), hopeless=_is_hopeless(error))
         if error.everywhere or world.size == 1:
             watch.close()
             raise
         code = 2
-        if not error.passing:
-            launcher.report_mistake(str(error))
+        _report_hopeless(error)
         print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
         watch.give_up(str(error))
     except KeyboardInterrupt:
@@ -73,7 +80,7 @@ def supervised(
         watch.give_up(f"{held} on rank {world.rank} was interrupted")
     except Exception as error:
         if world.size == 1:
-            tell(f"{type(error).__name__}: {error}")
+            tell(_named(error), hopeless=_is_hopeless(error))
             raise
         code = _failed(error, watch, tell, held=held, rank=world.rank)
     watch.close(farewell=FAREWELL_IN_FAILURE)
@@ -86,7 +93,7 @@ def _failed(error: Exception, watch: Watch, tell: Note, *, held: str, rank: int)
     exit code."""
     from fire_megatron.platform.watch import EXIT_CODE
 
-    missing, here = watch.missing(), f"{type(error).__name__}: {error}"
+    missing, here = watch.missing(), _named(error)
     if missing:
         reason = watch.recorder.mentioned(
             f"{watch.describe(missing)}: no sign of life since, so the run ends; run again to continue from the last "
@@ -96,12 +103,29 @@ def _failed(error: Exception, watch: Watch, tell: Note, *, held: str, rank: int)
     else:
         traceback.print_exc()
         reason = f"{held} on rank {rank} failed: {here}"
+        if _is_hopeless(error):  # the others hear of the reason alone, so this rank tells first
+            tell(reason, hopeless=True)
+            _report_hopeless(error)
     heard = watch.give_up(reason)
     tell(heard)
     if rank == 0 or heard == reason:
         print(f"error: {heard}", file=sys.stderr, flush=True)
     watch.recorder.dump(heard)
     return EXIT_CODE
+
+
+def _named(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+
+
+def _is_hopeless(error: Exception) -> bool:
+    """Whether another start would fail in the same way."""
+    return not error.passing if isinstance(error, UserError) else isinstance(error, _PROGRAMMING)
+
+
+def _report_hopeless(error: Exception) -> None:
+    if _is_hopeless(error):
+        launcher.report_mistake(str(error) if isinstance(error, UserError) else _named(error))
 
 
 def run_command(check: Callable[[], Checked], work: Callable[[Checked], object]) -> int:
@@ -136,14 +160,16 @@ def run_command(check: Callable[[], Checked], work: Callable[[Checked], object])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:
+        _report_hopeless(error)
+        raise
     finally:
         stop()
 
 
 def _report(error: UserError, rank: int) -> int:
     """Tell a user's mistake once; exit code 2."""
-    if not error.passing:
-        launcher.report_mistake(str(error))
+    _report_hopeless(error)
     if rank == 0 or not error.everywhere:
         where = "" if error.everywhere or launcher.launched_world_size() == 1 else f" on rank {rank}"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_megatron.cli.command import add_recipe
 from fire_megatron.cli.supervision import run_command, supervised
+from fire_megatron.config.checkpoints import checkpoint_folder
 from fire_megatron.config.checks import check_recipe
+from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
+from fire_megatron.metrics.logger import writing_to
 from fire_megatron.platform import launcher
+from fire_megatron.platform.folder_lock import alone_in
 
 if TYPE_CHECKING:
     from fire_megatron.platform.launch import World
@@ -28,6 +34,17 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(parser, option=True)
     parser.add_argument("--check", action="store_true", help="check recipe and checkpoints, then leave")
     return parser
+
+
+def _written(recipe: Recipe) -> dict[str, Path]:
+    """Folders that a run writes in, by recipe key; none is within another."""
+    run, checkpoints = Path(recipe.run.dir), checkpoint_folder(recipe)
+    inside = checkpoints.resolve().is_relative_to(run.resolve())
+    return {"run.dir": run} if inside else {"run.dir": run, "checkpoint.dir": checkpoints}
+
+
+def _in_use(key: str, folder: Path, holder: str) -> RecipeError:
+    return RecipeError(f"{key}: {holder} writes in {folder}; wait for it to end, or give this run a folder of its own")
 
 
 def _check(path: str, recipe: Recipe) -> None:
@@ -54,7 +71,7 @@ def _train(recipe: Recipe, world: World) -> None:
     from fire_megatron.train.status import note_failure
 
     def note(reason: str, *, hopeless: bool = False) -> None:
-        if world.is_main:
+        if world.is_main or hopeless:
             note_failure(Path(recipe.run.dir), reason, hopeless=hopeless)
 
     def train(watch: Watch) -> None:
@@ -76,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def read() -> Recipe:
         recipe = load_recipe(args.recipe, args.overrides)
         check_recipe(recipe, world_size=launcher.launched_world_size())
+        if not args.check and launcher.launched_rank() == 0:
+            for key, folder in _written(recipe).items():
+                with writing_to(folder, key):
+                    held.enter_context(alone_in(folder, partial(_in_use, key, folder)))
         return recipe
 
     def work(recipe: Recipe) -> None:
@@ -93,4 +114,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif launcher.launched_rank() == 0:
             _check(args.recipe, recipe)
 
-    return run_command(read, work)
+    with ExitStack() as held:
+        return run_command(read, work)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.schema import Recipe
 
 MARKER = "fire_checkpoint.json"
 """Written last into a converted checkpoint, so that a folder that has it is complete."""
@@ -20,6 +21,11 @@ _METADATA = Path(WEIGHTS, ".metadata")
 def read_marker(folder: Path) -> dict[str, Any] | None:
     """The marker of a complete checkpoint of ours, or None where there is none."""
     return read_json_object(folder / MARKER) if (folder / _METADATA).is_file() else None
+
+
+def checkpoint_folder(recipe: Recipe) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(recipe.checkpoint.dir or Path(recipe.run.dir) / "checkpoints")
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
@@ -36,6 +42,24 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model of either kind, complete or not."""
+    return (folder / MARKER).exists() or (folder / WEIGHTS / _METADATA.name).exists() or is_hf_folder(folder)
+
+
+def adapter_problem(folder: Path) -> str | None:
+    """What to do with a folder that holds a PEFT adapter; None where it holds none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = (read_json_object(path) or {}).get("base_model_name_or_path") or "its base model"
+    return (
+        f"{folder} holds a PEFT adapter (adapter_config.json), which is no model without {base}; merge them "
+        "(peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(OUT)), add its "
+        "tokenizer and give OUT"
+    )
+
+
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a folder is no converted checkpoint and what to give instead; None when it is one."""
     if not folder.exists():
@@ -45,6 +69,9 @@ def checkpoint_problem(folder: Path) -> str | None:
         return f"{folder} is a file; give the folder of a converted checkpoint"
     if read_marker(folder) is not None:
         return None
+    adapter = adapter_problem(folder)
+    if adapter:
+        return adapter
     if is_hf_folder(folder) and not (folder / MARKER).exists():
         converted = folder.with_name(f"{folder.name}-megatron")
         if read_marker(converted) is not None:

@@ -15,7 +15,7 @@ from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.config.errors import CheckpointError, RecipeProblem, RecipeProblems
 from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.config.roles import roles
-from fire_megatron.config.rules import data, layout, megatron, model, precision, training
+from fire_megatron.config.rules import data, layout, megatron, model, precision, recomputation, training
 from fire_megatron.config.rules.facts import Facts, Role
 from fire_megatron.config.schema import Recipe
 
@@ -29,6 +29,7 @@ ROLE_RULES: tuple[Callable[[Role], Iterator[RecipeProblem]], ...] = (
     model.vocabulary,
     precision.fp8,
     megatron.overrides,
+    recomputation.recomputation,
 )
 """On one model."""
 RECIPE_RULES: tuple[Callable[[Facts], Iterator[RecipeProblem]], ...] = (
@@ -48,6 +49,7 @@ RECIPE_RULES: tuple[Callable[[Facts], Iterator[RecipeProblem]], ...] = (
     training.trackers,
     training.micro_batches,
     training.counts,
+    training.label_key,
     data.writable,
     data.home,
 )

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic.fields import FieldInfo
 
 from fire_megatron.config.errors import join_key
+from fire_megatron.config.megatron_fields import FIELDS, Field, Kind
 from fire_megatron.config.messages import Hint, describe, parse_hint
 from fire_megatron.config.schema import Recipe
 from fire_megatron.config.section import Section, plain
@@ -117,9 +118,39 @@ def _pages(section: type[Section], key: str, seen: dict[type[Section], str]) -> 
             yield from _pages(nested[1], join_key(join_key(key, name), nested[0]), seen)
 
 
+_KINDS: dict[Kind, tuple[str, str]] = {
+    "checkpoint": ("refused", "what the model is; an export could not carry another value"),
+    "set": ("refused", "another key decides it"),
+    "idle": ("refused", "no effect here"),
+    "unsupported": ("refused", "not supported"),
+    "untested": ("with `megatron_untested: true`", "nobody has tried it here"),
+}
+
+
+def _megatron_fields() -> Iterator[str]:
+    """What each field of TransformerConfig means under ``megatron``."""
+    yield "\n## Fields of megatron\n"
+    yield (
+        "Every field of TransformerConfig in megatron-core 0.16 to 0.19. Those of the first table work: tests train "
+        "with them on CPUs in layouts of 2 and 4 ranks, with either release. The fields of a newer release need "
+        "`megatron_untested: true`.\n"
+    )
+    yield "| field | meaning |"
+    yield "|---|---|"
+    yield from (f"| `{name}` | {_cell(field.text)} |" for name, field in FIELDS.items() if field.kind == "works")
+    yield "\n| fields | allowed | why |"
+    yield "|---|---|---|"
+    for kind, (allowed, meaning) in _KINDS.items():
+        texts = dict.fromkeys(field.text for field in FIELDS.values() if field.kind == kind)
+        for text in texts:
+            names = ", ".join(f"`{name}`" for name, field in FIELDS.items() if field == Field(kind, text))
+            yield f"| {names} | {allowed} | {meaning}: {_cell(text)} |"
+
+
 def reference() -> str:
     """The page, as Markdown."""
-    return "\n".join([_INTRODUCTION.rstrip("\n"), "\n## Sections", *_pages(Recipe, "", {})]) + "\n"
+    pages = _pages(Recipe, "", {})
+    return "\n".join([_INTRODUCTION.rstrip("\n"), "\n## Sections", *pages, *_megatron_fields()]) + "\n"
 
 
 if __name__ == "__main__":

@@ -237,11 +237,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_hf_config(directory: str | Path) -> ModelShape:
+def read_hf_config(directory: str | Path, *, quantized: bool = False) -> ModelShape:
     """Read and check the architecture of a Hugging Face or converted checkpoint.
 
     Args:
         directory: the folder that holds ``config.json``.
+        quantized: whether its weights may be quantised, by a reader that knows how.
 
     Raises:
         CheckpointError: the file is missing or incomplete, the family is not supported, or a setting asks for
@@ -257,7 +258,7 @@ def read_hf_config(directory: str | Path) -> ModelShape:
     required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "per_layer_config": None}
     for key, supported in required.items():
         config.require(key, supported)
-    if values.get("quantization_config"):
+    if values.get("quantization_config") and not quantized:
         raise config.fail("quantization_config is set; give the unquantized checkpoint")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", otherwise=heads)

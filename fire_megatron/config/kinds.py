@@ -31,15 +31,17 @@ class Match:
         return handler(source) | {"pattern": f"^(?:{self.pattern})$"}
 
 
-Count = Annotated[int, Ge(0)]
-Size = Annotated[int, Ge(1)]
+MOST = 2**31 - 1
+"""Stands for as many as there are."""
+Count = Annotated[int, Ge(0), Le(MOST)]
+Size = Annotated[int, Ge(1), Le(MOST)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
 MOST_SAMPLES = 2**16
 """Answers to a problem stay below it: a row's id has 16 bits for them."""
 Samples = Annotated[int, Ge(1), Lt(MOST_SAMPLES)]
 LongSeed = Annotated[int, Ge(0), Lt(2**63)]
-Positive = Annotated[float, Gt(0)]
-NonNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0), Le(1e30)]  # float32 holds no number above 3e38
+NonNegative = Annotated[float, Ge(0), Le(1e30)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Lt(1)]
 Mass = Annotated[float, Gt(0), Le(1)]

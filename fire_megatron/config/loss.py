@@ -24,6 +24,10 @@ class FilterOptions(Section):
     drop_truncated: bool = False
     """Whether answers that were cut at `rollout.max_new_tokens` are dropped as well."""
 
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.percentile == 0:
+            yield from self._idle(("scope", "group_by"), "with percentile 0, which keeps all", "raise percentile")
+
 
 class ReweightOptions(Section):
     """Puts more weight on tokens where the teacher is sure and the student is not; the mean weight is 1."""
@@ -38,6 +42,11 @@ class ReweightOptions(Section):
     """One entropy maximum a teacher, or one for all teachers together."""
     normalise_over: Literal["kept", "all"] = "kept"
     """Tokens whose mean weight is 1: those of kept answers, or all, as in the published code."""
+
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.alpha == self.beta == 0:
+            keys = ("scope", "group_by", "normalise_over")
+            yield from self._idle(keys, "with alpha and beta 0, where every weight is 1", "raise one of them")
 
 
 BUILTIN_HOOKS: Mapping[str, type[Section]] = {"filter": FilterOptions, "reweight": ReweightOptions}
@@ -75,7 +84,11 @@ class ImportanceConfig(Section):
     """Largest weight."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
-        if self.low >= self.high:
+        if self.mode != "mask":
+            yield from self._idle(("low",), f"with mode {self.mode}", "use mask")
+        if self.mode == "off":
+            yield from self._idle(("high",), "with mode off", "use truncate or mask")
+        if self.mode == "mask" and self.low >= self.high:
             yield RecipeProblem("low", f"{self.low} is not below high, which is {self.high}; lower it or raise high")
 
 
@@ -111,7 +124,8 @@ class LossConfig(Section):
     """Tokens whose logits exist at a time in the loss; 0 picks a number for the device. Lower it when the update runs
     out of memory."""
     clip: Positive = 0.2
-    """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip."""
+    """In `sampled`, the ratio of new to old probabilities is clipped to 1 - clip .. 1 + clip: from the second of
+    `optimizer.mini_batches` on."""
     importance: ImportanceConfig = ImportanceConfig()
     """Correction between rollout engine and trainer, in `sampled`."""
     hooks: List[HookConfig] = (HookConfig("filter"), HookConfig("reweight"))
@@ -137,16 +151,9 @@ class LossConfig(Section):
             "importance": (("sampled",), ()),
         }
         for key, (estimators, divergences) in read_by.items():
-            value = getattr(self, key)
-            if value == type(self).model_fields[key].default or ("temperature" in key and value == self.temperature):
+            if "temperature" in key and getattr(self, key) == self.temperature:  # the same, written out
                 continue
             if self.estimator not in estimators:
-                yield RecipeProblem(
-                    key,
-                    f"has no effect with estimator {self.estimator}; leave it out, or use {' or '.join(estimators)}",
-                )
+                yield from self._idle((key,), f"with estimator {self.estimator}", f"use {' or '.join(estimators)}")
             elif divergences and self.divergence not in divergences:
-                yield RecipeProblem(
-                    key,
-                    f"has no effect with divergence {self.divergence}; leave it out, or use {' or '.join(divergences)}",
-                )
+                yield from self._idle((key,), f"with divergence {self.divergence}", f"use {' or '.join(divergences)}")

@@ -84,8 +84,11 @@ class _Override:
         raise RecipeProblems([problem])
 
     def _index(self, here: list[Any], part: str, prefix: str) -> int:
-        """Position of a list's entry: a number, or the ``name`` of the first entry that has it."""
+        """Position of a list's entry: a number, or the ``name`` of the one entry that has it."""
         count, names = len(here), [entry.get("name") if isinstance(entry, dict) else None for entry in here]
+        if names.count(part) > 1:
+            keys = " or ".join(join_key(prefix, str(i)) for i, name in enumerate(names) if name == part)
+            raise RecipeProblems([RecipeProblem(join_key(prefix, part), f"several entries have the name; use {keys}")])
         if part in names:
             return names.index(part)
         if not part.isdecimal() or int(part) > count:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import field_validator
 
 from fire_megatron.config import kinds
+from fire_megatron.config.data import DataConfig, EvaluationConfig
 from fire_megatron.config.errors import RecipeProblem
-from fire_megatron.config.kinds import Count, Fraction, LongSeed, Mass, NonNegative, Positive, Seed, Size, Text
+from fire_megatron.config.kinds import Count, Fraction, Mass, NonNegative, Positive, Seed, Size, Text
 from fire_megatron.config.loss import LossConfig
-from fire_megatron.config.section import FilledDict, FilledList, List, Options, Pair, Section
+from fire_megatron.config.section import FilledDict, List, Options, Pair, Plain, Section
 from fire_megatron.config.spans import RANKS
 
 
@@ -33,7 +34,7 @@ class RunConfig(Section):
     """Seeds the order of prompts and the sampling. The same seed gives the same samples in any layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA when there is a GPU."""
-    collective_timeout: Positive = 600.0
+    collective_timeout: Annotated[float, Gt(0), Le(1e6)] = 600.0
     """Seconds that a rank may wait for others, or show no progress, before the run ends with an error that names it and
     says where each rank is. Sampling may take longer while it makes progress. Loading the largest model must
     take less, since roles with less to load wait for it."""
@@ -41,8 +42,8 @@ class RunConfig(Section):
     """`auto` continues from the newest whole checkpoint of the run when there is one, `must` fails when there is none,
     `never` fails when the run's folder already holds a run."""
     max_restarts: Count = 3
-    """Automatic restarts (by the scripts in `slurm`, by torchrun, or by Slurm from its queue) in a row without a new
-    checkpoint, after which the run refuses to be restarted. A start by hand counts from 0."""
+    """Automatic restarts (by the scripts in `slurm`, by torchrun, by Slurm from its queue) in a row without a new
+    checkpoint, also after a stop, after which the run refuses to be restarted. A start by hand counts from 0."""
     threads: Annotated[int, Ge(0), Le(1024)] = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
     plugins: List[Text] = ()
@@ -78,11 +79,11 @@ class FP8Config(Section):
     Blackwell), `mxfp8` of 32 values (Blackwell)."""
     first_last_bf16: Count = 0
     """Layers at each end of the model that stay in `precision.dtype`; not with `delayed`."""
-    amax_history: Size = 1024
+    amax_history: Annotated[int, Ge(1), Le(2**16)] = 1024
     """Passes whose largest magnitudes `delayed` considers: micro-batches on a GPU, updates where emulated."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """Which of them `delayed` scales by."""
-    margin: Count = 0
+    margin: Annotated[int, Ge(0), Le(32)] = 0
     """Powers of two that `delayed` leaves free above the largest magnitude."""
     param_gather: bool = False
     """Whether the weights of these layers are themselves FP8: a byte a weight in memory, and on the wire where replicas
@@ -93,6 +94,9 @@ class FP8Config(Section):
     without. Refused on a GPU."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
+        if self.recipe != "delayed":
+            keys = ("amax_history", "amax_algorithm", "margin")
+            yield from self._idle(keys, f"with recipe {self.recipe}", "take recipe delayed")
         if self.recipe == "delayed" and self.first_last_bf16:
             yield RecipeProblem(
                 "first_last_bf16",
@@ -140,12 +144,14 @@ class RoleConfig(Section):
     layer_spec: Literal["auto", "local", "te"] = "auto"
     """Implementation of the layers: `te` is Transformer Engine (CUDA only), `local` needs megatron-core alone,
     `auto` takes `te` where it works. Checkpoints fit either."""
-    vocab_multiple: Size = 128
+    vocab_multiple: Annotated[int, Ge(1), Le(2**16)] = 128
     """The vocabulary is padded to a multiple of this times `parallel.tensor`; the padding is masked everywhere."""
     megatron: Options = {}  # noqa: RUF012 - each section gets its own
-    """Fields of megatron-core's TransformerConfig, passed through as they are. For a student with experts these are
-    also the switch of the routers' auxiliary losses, which are off unless set: `moe_aux_loss_coeff` and
-    `moe_z_loss_coeff`."""
+    """Fields of megatron-core's TransformerConfig, passed through as they are: [which](#fields-of-megatron). For a
+    student with experts these are also the switch of the routers' auxiliary losses, which are off unless set:
+    `moe_aux_loss_coeff` and `moe_z_loss_coeff`."""
+    megatron_untested: bool = False
+    """Whether `megatron` may hold fields that nobody has tried here, or that only a newer release has."""
     offload: bool = False
     """Whether the role leaves its device memory to the others on its ranks while it is idle: a teacher's weights wait
     in (pinned) host memory between scorings, the student's weights, gradients and optimizer state while teachers on its
@@ -163,41 +169,9 @@ class TeacherConfig(RoleConfig):
     """Labels of the prompts that this teacher scores; empty means its own name. A label belongs to one teacher."""
     micro_batch_tokens: Size = 8192
     """Tokens scored in one forward pass; lower it when a teacher runs out of memory."""
-
-
-class SourceConfig(Section):
-    """A file of prompts."""
-
-    path: Text
-    """JSON Lines, or one JSON list, of objects that hold a prompt each."""
-    label: Text | None = None
-    """Label of every prompt in the file; null reads it from `data.label_key` of each row."""
-    limit: Count = 0
-    """Take this many rows from the start of the file; 0 takes all."""
-
-
-class DataConfig(Section):
-    """The prompts."""
-
-    train: FilledList[SourceConfig]
-    """Files of prompts to train on."""
-    prompt_key: Text = "problem"
-    """Key of a row's prompt text; a dotted path reaches into nested objects."""
-    messages_key: Text = "messages"
-    """Key of a row's chat messages (a list of `role` and `content`), read when there is no prompt text."""
-    label_key: Text = "label"
-    """Key of a row's teacher label; a dotted path such as `extra_info.opd_teacher` reaches into nested objects. The
-    value is a label, or an object of several with weights, such as `{"math": 3, "code": 1}`."""
-    chat_template: Literal["auto", "on", "off"] = "auto"
-    """Whether prompts go through the tokenizer's chat template; `auto` uses it when the tokenizer has one."""
-    system_prompt: str | None = None
-    """System message put before every prompt; needs a chat template."""
-    max_prompt_tokens: Size = 1024
-    """Longest prompt, in tokens."""
-    too_long: Literal["error", "drop"] = "drop"
-    """What to do with longer prompts; dropped ones are counted and reported."""
-    shuffle: bool = True
-    """Whether each pass over the prompts has an order of its own."""
+    chat_template_kwargs: dict[str, Plain] | None = None
+    """Variables of the chat template in the prompts that this teacher is given, in place of `data`'s; null gives it the
+    student's."""
 
 
 class RolloutConfig(Section):
@@ -205,9 +179,9 @@ class RolloutConfig(Section):
 
     engine: Literal["megatron"] = "megatron"
     """What generates: `megatron` is the training model itself, in process, with a key/value cache."""
-    prompts_per_step: Size
+    prompts_per_step: Annotated[int, Ge(1), Le(2**20)]
     """Prompts a step, over all ranks."""
-    samples_per_prompt: Size = 1
+    samples_per_prompt: kinds.Samples = 1
     """Answers sampled for each prompt."""
     max_new_tokens: Size
     """Longest answer, in tokens; longer ones are cut and counted as truncated."""
@@ -216,7 +190,8 @@ class RolloutConfig(Section):
     top_p: Mass = 1.0
     """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
     stop_tokens: List[Text] = ()
-    """Tokens that end an answer besides those of the tokenizer and the generation config."""
+    """Tokens that end an answer besides the tokenizer's own and those that generation_config.json names, or config.json
+    where that names none. A chat template or a teacher that ends answers with another token is reported."""
     batch_size: Count = 0
     """Rows that a data-parallel replica decodes together; 0 decodes all of its rows at once. Where there are more, each
     row that ends makes room for the next. It bounds the memory for keys and values, and changes a sample by rounding
@@ -233,19 +208,29 @@ class RolloutConfig(Section):
     """Answers of a data-parallel replica that go to teachers on other ranks together, as soon as they are finished and
     while the rest is being sampled; 0 sends a quarter of them at a time."""
 
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.temperature == 0:
+            yield from self._idle(("top_p",), "at temperature 0, which takes the likeliest token", "raise temperature")
+
 
 class GuardConfig(Section):
     """Updates that are skipped, so that they spoil neither weights nor optimizer state."""
 
     max_skipped: Count = 3
     """Updates skipped in a row after which the run ends with an error; 0 ends it at the first. An update whose loss or
-    gradient is not finite is always skipped, and nothing is saved until one has been made again."""
+    gradient is not finite is always skipped, and nothing is saved until one has been made again. As many steps in a row
+    may train no row, or none of a teacher's: its scores are not finite, or hooks drop 8 or more of its rows and keep
+    none."""
     spike_factor: NonNegative = 0.0
     """Skip an update whose loss or gradient norm (before clipping) is above the median of the last `spike_window`
     updates by more than so many times their spread (1.4826 median absolute deviations, one standard deviation of a
     normal distribution); 0 never does. 10 is a jump by any standard."""
-    spike_window: Size = 64
+    spike_window: Annotated[int, Ge(1), Le(2**20)] = 64
     """Updates that are looked back on; nothing is a spike before 16 of them, or as many as this if it is fewer."""
+
+    def _problems(self) -> Iterator[RecipeProblem]:
+        if self.spike_factor == 0:
+            yield from self._idle(("spike_window",), "with spike_factor 0", "set spike_factor")
 
 
 class OptimizerConfig(Section):
@@ -281,7 +266,9 @@ class OptimizerConfig(Section):
     """Updates that are skipped."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
-        if self.min_lr > self.lr:
+        if self.schedule == "constant":
+            yield from self._idle(("min_lr",), "with schedule constant", "use linear or cosine")
+        elif self.min_lr > self.lr:
             yield RecipeProblem("min_lr", f"{self.min_lr} is above lr, which is {self.lr}; lower it or raise lr")
         if self.micro_batch_tokens and self.micro_batch_size != 1:
             yield RecipeProblem(
@@ -307,56 +294,6 @@ class CheckpointConfig(Section):
     host memory, which takes as much host memory. A step counts as saved when all of it is on the disk."""
 
 
-class BenchmarkConfig(Section):
-    """Problems with right answers. The prompts are made as those of `data`, its chat template and system message."""
-
-    path: Text
-    """JSON Lines, or one JSON list, of objects with `problem` and `answer`."""
-    name: Annotated[str, kinds.BENCHMARK_NAME] | None = None
-    """Name in metrics and files; null is the file's name without its ending."""
-    samples: kinds.Samples = 1
-    """Answers to each problem."""
-    limit: Count = 0
-    """Take this many problems from the start of the file; 0 takes all."""
-    max_new_tokens: Size = 1024
-    """Longest answer, in tokens; longer ones are cut, which makes most of them wrong."""
-    temperature: NonNegative = 1.0
-    """Divides the logits before sampling; 0 takes the likeliest token."""
-    top_p: Mass = 1.0
-    """Sample from the likeliest tokens that together have this probability; 1 samples from all."""
-    batch_size: Count = 0
-    """Answers that a data-parallel replica decodes together; 0 decodes all of its own at once. Where there are more, an
-    answer that ends makes room for the next."""
-
-    def _problems(self) -> Iterator[RecipeProblem]:
-        if self.temperature == 0 and self.samples > 1:
-            yield RecipeProblem(
-                "samples",
-                f"{self.samples}, but at temperature 0 they are all the same; leave it out, or raise temperature",
-            )
-
-
-class EvaluationConfig(Section):
-    """Reverse KL to each teacher on fixed held-out prompts, and answers to benchmarks."""
-
-    every: Count = 0
-    """Evaluate after every so many steps; 0 leaves it at start and end."""
-    benchmarks: List[BenchmarkConfig] = ()
-    """Benchmarks that the student answers: docs/evaluation.md."""
-    prompts: List[SourceConfig] = ()
-    """Files of held-out prompts for the reverse KL; with none it is not measured."""
-    num_prompts: Count = 0
-    """Prompts of each label, from the start; 0 takes all."""
-    max_new_tokens: Size = 64
-    """Longest answer to a held-out prompt, in tokens."""
-    at_start: bool = True
-    """Whether to evaluate before the first step."""
-    at_end: bool = True
-    """Whether to evaluate after the last step."""
-    seed: LongSeed = 7
-    """Seeds the sampling, in the same way at every evaluation."""
-
-
 class MetricsConfig(Section):
     """Where metrics go."""
 
@@ -371,7 +308,7 @@ class MetricsConfig(Section):
     samples: Count = 0
     """Answers of each step written to `samples.jsonl` in the run's folder, up to half of them dropped ones; see
     docs/metrics.md."""
-    gpu_interval: NonNegative = 1.0
+    gpu_interval: Annotated[float, Ge(0), Le(86400)] = 1.0
     """Seconds between samples of each rank's GPU (utilisation, memory, power and so on, by nvidia-ml-py); 0 takes none.
     Without a GPU nothing is sampled."""
 

@@ -6,7 +6,7 @@ the reference page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from annotated_types import Len, MinLen
@@ -90,6 +90,19 @@ class Section(BaseModel):
     def _problems(self) -> Iterator[RecipeProblem]:
         """What a section checks beyond the range of each field."""
         yield from ()
+
+    def is_default(self, key: str) -> bool:
+        """Whether a key holds its default."""
+        return getattr(self, key) == type(self).model_fields[key].default
+
+    def _idle(self, keys: Iterable[str], why: str, fix: str = "") -> Iterator[RecipeProblem]:
+        """Problems of keys that have no effect, where they do not hold their default.
+
+        Args: keys: of the section; why: to follow "has no effect"; fix: another way than to leave them out.
+        """
+        for key in keys:
+            if not self.is_default(key):
+                yield RecipeProblem(key, f"has no effect {why}; leave it out{f', or {fix}' if fix else ''}")
 
     def replace(self, **changes: Any) -> Self:
         """The same section with other values, checked again."""

@@ -1,4 +1,4 @@
-"""Spans of ranks: which ranks of the run hold a role."""
+"""Spans: which ranks of the run hold a role, and which layers a pipeline stage."""
 
 from __future__ import annotations
 
@@ -76,3 +76,16 @@ def span_problems(ranks: Mapping[str, str | None], world_size: int) -> Iterator[
             f"{len(idle)} of the run's {world_size} ranks hold no role ({shown}); give them to the student or a "
             "teacher, or start fewer",
         )
+
+
+def pipeline_stages(num_layers: int, pipeline: int) -> list[int]:
+    """Layers of each stage: even where they divide; otherwise the first and last stage, which also embed and
+    project, take what the even middle stages leave."""
+    assert pipeline <= num_layers
+    if pipeline == 1:
+        return [num_layers]
+    middle = -(-num_layers // pipeline)
+    if num_layers - middle * (pipeline - 2) < 2:
+        middle = num_layers // pipeline
+    ends = num_layers - middle * (pipeline - 2)
+    return [ends - ends // 2, *[middle] * (pipeline - 2), ends // 2]

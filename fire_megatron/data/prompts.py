@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.config.data import DataConfig, SourceConfig
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.rows import (
     Reason,
     RowError,
+    as_chat,
     check_weights,
     checked_chat,
     checked_text,
+    look_like_answers,
     lookup,
     read_rows,
     shown,
@@ -37,6 +39,8 @@ class PromptReport:
     """Prompts kept, by label."""
     too_long: int
     """Prompts dropped for their length."""
+    repeated: int
+    """Prompts kept that are the same as an earlier one."""
     token_percentiles: dict[int, int]
     """Length in tokens of the kept prompts at the 50th, 90th and 100th percentile."""
 
@@ -44,23 +48,24 @@ class PromptReport:
         labels = ", ".join(f"{label} {count}" for label, count in sorted(self.by_label.items()))
         lengths = ", ".join(f"p{p} {n}" for p, n in self.token_percentiles.items())
         dropped = f"; {self.too_long} too long and dropped" if self.too_long else ""
-        return f"{sum(self.by_label.values())} prompts ({labels}); tokens {lengths}{dropped}"
+        again = f"; {self.repeated} the same as earlier ones" if self.repeated else ""
+        return f"{sum(self.by_label.values())} prompts ({labels}); tokens {lengths}{dropped}{again}"
 
 
 class _NoTeacher(RowError):
     """A row's label has no teacher."""
 
-    def __init__(self, label: str, known: str) -> None:
-        super().__init__(
-            Reason.UNKNOWN_LABEL,
-            f"label {shown(label)} has no teacher; add it to a teacher's labels, or use one of: {known}",
-        )
+    def __init__(self, label: Any, known: str, what: str = "") -> None:
+        what = what or f"label {shown(label)} has no teacher; add it to a teacher's labels, or"
+        super().__init__(Reason.UNKNOWN_LABEL, f"{what} use one of: {known}")
         self.label = label
 
 
-def _messages(row: Mapping[str, Any], config: DataConfig) -> list[dict[str, str]]:
+def _messages(row: Mapping[str, Any], config: DataConfig) -> list[dict[str, Any]]:
     """The chat that a row stands for. Raises DataError saying what the row lacks."""
-    text = lookup(row, config.prompt_key)
+    text = as_chat(lookup(row, config.prompt_key))
+    if isinstance(text, list) and isinstance(lookup(row, config.prompt_key), str):
+        return checked_chat(text, config.prompt_key)
     if text is not None:
         return [{"role": "user", "content": checked_text(text, config.prompt_key)}]
     key = config.messages_key
@@ -89,7 +94,7 @@ def _label(
     if isinstance(label, Mapping):
         return _mixture(label, config.label_key, labels, known)
     if not isinstance(label, str):
-        raise DataError(f"{config.label_key!r} is {shown(label)}, not a label; use one of: {known}")
+        raise _NoTeacher(label, known, f"{config.label_key!r} is {shown(label)}, not a label;")
     if label not in labels:
         raise _NoTeacher(label, known)
     return label, ()
@@ -114,6 +119,8 @@ def read_prompts(
     tokenizer: Tokenizer,
     labels: Collection[str],
     *,
+    options: Mapping[str, Any] | None = None,
+    views: Mapping[str, Encoder] | None = None,
     each_row: Callable[[], None] = lambda: None,
 ) -> tuple[list[Prompt], PromptReport]:
     """Read, label and tokenize prompts.
@@ -123,6 +130,8 @@ def read_prompts(
         sources: the files, in order.
         tokenizer: the student's.
         labels: labels that have a teacher.
+        options: of the chat template, in place of the config's.
+        views: what makes the token ids of teachers that are given others, by name.
         each_row: called before each row: this may take long.
 
     Returns:
@@ -132,7 +141,8 @@ def read_prompts(
         DataError: a file that cannot be read; rows that are wrong (the first few by file and line, the rest counted),
             among them rows over ``max_prompt_tokens`` when ``too_long`` is ``error``; or no prompt left.
     """
-    encode = Encoder(config, tokenizer)
+    section = "data" if options is None else "evaluation"
+    encoders = {"": Encoder(config, tokenizer, options, key=f"{section}.chat_template_kwargs"), **(views or {})}
     prompts: list[Prompt] = []
     problems: list[tuple[str, DataError]] = []
     too_long = 0
@@ -146,16 +156,18 @@ def read_prompts(
                     raise row
                 messages = _messages(row, config)
                 label, mixture = _label(row, source, config, labels)
-                token_ids = encode(messages)
+                ids = {name: encode(messages) for name, encode in encoders.items()}
             except DataError as error:
                 problems.append((where, error))
                 continue
-            if token_ids is None:
+            given = {name: tuple(token_ids) for name, token_ids in ids.items() if token_ids is not None}
+            if len(given) < len(ids):
                 too_long += 1
-            else:
-                prompts.append(Prompt(len(prompts), label, tuple(token_ids), messages[-1]["content"], mixture))
+                continue
+            own, text = given.pop(""), messages[-1]["content"]
+            prompts.append(Prompt(len(prompts), label, own, text, mixture, tuple(given.items())))
     if problems:
-        raise DataError(_summary(problems))
+        raise DataError(_summary(problems, config.label_key))
     if not prompts:
         files = ", ".join(source.path for source in sources)
         why = f"all {too_long} are longer than data.max_prompt_tokens={config.max_prompt_tokens}; raise it"
@@ -163,22 +175,27 @@ def read_prompts(
     return prompts, _report(prompts, too_long)
 
 
-def _summary(problems: Sequence[tuple[str, DataError]]) -> str:
+def _summary(problems: Sequence[tuple[str, DataError]], label_key: str) -> str:
     lines = [f"{where}: {error}" for where, error in problems[:_EXAMPLES]]
+    unknown = [error.label for _, error in problems if isinstance(error, _NoTeacher)]
+    if look_like_answers(unknown):
+        lines.append(
+            f"what is under {label_key!r} looks like answers, not labels; name the key of the labels with "
+            "data.label_key, or give each file a label (data.train.0.label)"
+        )
     if len(problems) > _EXAMPLES:
         lines.append(f"... and {len(problems) - _EXAMPLES} more wrong rows")
-        unknown = Counter(error.label for _, error in problems if isinstance(error, _NoTeacher))
-        if unknown:
-            lines.append(
-                "rows by label without a teacher: " + ", ".join(f"{k} {n}" for k, n in unknown.most_common(10))
-            )
+        counts = Counter(map(str, unknown)).most_common(10)
+        if counts:
+            lines.append("rows by label without a teacher: " + ", ".join(f"{label} {n}" for label, n in counts))
     return "\n".join(lines)
 
 
 def _report(prompts: Sequence[Prompt], too_long: int) -> PromptReport:
     lengths = sorted(len(p.token_ids) for p in prompts)
     percentiles = {p: lengths[min(len(lengths) - 1, p * len(lengths) // 100)] for p in (50, 90, 100)}
-    return PromptReport(dict(Counter(p.label for p in prompts)), too_long, percentiles)
+    repeated = len(prompts) - len({p.token_ids for p in prompts})
+    return PromptReport(dict(Counter(p.label for p in prompts)), too_long, repeated, percentiles)
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -186,5 +203,6 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         label = prompt.label + "".join(f":{share!r}" for _, share in prompt.mixture)
-        digest.update(f"{label}\t{','.join(map(str, prompt.token_ids))}\n".encode())
+        ids = (prompt.token_ids, *(ids for _, ids in prompt.views))
+        digest.update(f"{label}\t{';'.join(','.join(map(str, view)) for view in ids)}\n".encode())
     return digest.hexdigest()

@@ -19,6 +19,12 @@ class Prompt:
     """What the user wrote; of a chat, its last message."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Labels with weights that sum to 1, where the row names several; else empty."""
+    views: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Token ids that a teacher is given in place of these, by its name, where its chat template has other options."""
+
+    def seen_by(self, teacher: str) -> tuple[int, ...]:
+        """Token ids that a teacher is given."""
+        return dict(self.views).get(teacher, self.token_ids)
 
     @property
     def shares(self) -> tuple[tuple[str, float], ...]:

@@ -1,11 +1,14 @@
-"""Rows of prompt files, whoever reads them: JSON Lines or one JSON list, plain or gzipped, and what a row must be: its
-values by dotted keys, its text, chat and weights. A bad row is named, not fatal to its file."""
+"""Rows of prompt files, whoever reads them: JSON Lines, one JSON list or CSV, plain or gzipped, or Parquet; and what a
+row must be: its values by dotted keys, its text, chat and weights. A bad row is named, not fatal to its file."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -13,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.data import parquet
 
 _BOM = b"\xef\xbb\xbf"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OTHERS = frozenset({".arrow", ".feather", ".xlsx", ".xls", ".zst", ".xz", ".bz2", ".zip", ".tar"})
+_MANY = 10
+_PASSED_ON = ("tool_calls", "tool_call_id", "name")
+"""Keys of a message besides role and content that chat templates read."""
 _SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
@@ -28,20 +37,28 @@ def shown(value: object) -> str:
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """Place (``file:line``, or ``file: entry n`` of a JSON list, counted from 1) and object, or what is wrong there.
 
+    The file's ending says what it is; JSON Lines where it says nothing. CSV has a head, and all values are texts.
     Files are read as UTF-8, with or without a byte order mark; blank lines are passed over.
 
     Raises:
-        DataError: a file that cannot be opened, or a JSON list that cannot be read as a whole.
+        DataError: a file that cannot be opened, or a JSON list that cannot be read as a whole; Parquet without pyarrow.
     """
+    if path.suffix in parquet.SUFFIXES:
+        yield from parquet.read_parquet(path)
+        return
+    if path.suffix in _OTHERS:
+        raise DataError(f"{path}: {path.suffix} is not read; write it as JSON Lines, CSV or Parquet")
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
             if plain.suffix == ".json":
                 yield from _list_entries(path, file.read())
+            elif plain.suffix in _DELIMITERS:
+                yield from _csv_rows(path, file, _DELIMITERS[plain.suffix])
             else:
                 yield from _lines(path, file)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); make the file again or correct the path") from error
 
 
@@ -50,6 +67,21 @@ def _lines(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any] | DataEr
         content = line.removeprefix(_BOM) if number == 1 else line
         if content.strip():
             yield f"{path}:{number}", _parsed(content)
+
+
+def _csv_rows(path: Path, file: Any, delimiter: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    for row in reader:
+        place, heads = f"{path}:{reader.line_num}", reader.fieldnames or ()
+        if None in row or None in row.values():
+            count = len(heads) + len(row[None]) if None in row else sum(value is not None for value in row.values())
+            yield (
+                place,
+                DataError(f"{count} values under {len(heads)} heads; put quotes around texts with {delimiter!r}"),
+            )
+        else:
+            yield place, {head: value for head, value in row.items() if value != ""}
 
 
 def _parsed(line: bytes) -> dict[str, Any] | DataError:
@@ -123,6 +155,14 @@ def lookup(row: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def look_like_answers(values: Sequence[Any]) -> bool:
+    """Whether values are rather the right answers of rows than labels of teachers, which are few words: numbers, or
+    nearly all different."""
+    found = [value for value in values if isinstance(value, (str, int, float))]
+    numbers = sum(re.fullmatch(r"\s*[-+$]*[\d.,/]+%?\s*", str(value)) is not None for value in found)
+    return bool(found) and (2 * numbers > len(found) or (len(found) >= _MANY and 2 * len(set(found)) > len(found)))
+
+
 def checked_text(value: Any, key: str, *, may_be_empty: bool = False) -> str:
     """The value as text that can be tokenized. Raises RowError."""
     if not isinstance(value, str):
@@ -139,36 +179,70 @@ def checked_text(value: Any, key: str, *, may_be_empty: bool = False) -> str:
     return value
 
 
-def checked_chat(messages: Any, key: str) -> list[dict[str, str]]:
-    """Messages whose last one a student can answer, reduced to role and content. Raises RowError."""
+def as_chat(value: Any) -> Any:
+    """The messages that a text writes as JSON; any other value as it is."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+        return value
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return messages if all(isinstance(m, dict) and "role" in m for m in messages) else value
+
+
+def _content(message: Mapping[str, Any], key: str) -> Any:
+    """The text of a message: parts of text joined, nothing beside calls of tools."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RowError(
+                Reason.NOT_TEXT,
+                f"'{key}[{number}]' is {shown(content[number])}; only parts of text can be read, as "
+                '{"type": "text", "text": ...}',
+            )
+    return "".join(texts)
+
+
+def checked_chat(messages: Any, key: str) -> list[dict[str, Any]]:
+    """Messages whose last one a student can answer, reduced to role, content as a text, and what belongs to calls of
+    tools. Raises RowError."""
+    messages = as_chat(messages)
     if not isinstance(messages, list):
         raise RowError(
             Reason.NOT_TEXT, f"{key!r} is {shown(messages)}; write a list of {{role, content}} messages there"
         )
     if not messages:
         raise RowError(Reason.EMPTY, f"{key!r} is []; write a list of {{role, content}} messages there")
+    chat = []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
         if not isinstance(role, str) or not role:
             raise RowError(Reason.NOT_TEXT, f"'{key}[{number}]' is {shown(message)}; write {{role, content}} there")
-        last = number == len(messages) - 1
-        checked_text(message.get("content"), f"{key}[{number}].content", may_be_empty=not last)
-    if messages[-1]["role"] == "assistant":
+        last, at = number == len(messages) - 1, f"{key}[{number}].content"
+        content = checked_text(_content(message, at), at, may_be_empty=not last or role == "assistant")
+        more = {name: message[name] for name in _PASSED_ON if message.get(name)}
+        chat.append({"role": role, "content": content, **more})
+    if chat[-1]["role"] == "assistant":
         raise RowError(
             Reason.ENDS_WITH_ASSISTANT,
             f"{key!r} ends with the assistant's message; remove it, since the student is to write it",
         )
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return chat
 
 
-def row_messages(row: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, str]]:
+def row_messages(row: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
     """The chat under the first of the keys that the row has, where a text is one message of the user's.
 
     Raises:
         RowError: what is wrong with it, or none of the keys.
     """
     for key in keys:
-        value = present(row, key)
+        value = as_chat(present(row, key))
         if isinstance(value, list):
             return checked_chat(value, key)
         if value is not None:

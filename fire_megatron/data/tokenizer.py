@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from fire_megatron.config.checkpoints import read_json_object
 from fire_megatron.config.errors import DataError, RecipeError
 
-_HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as TokenizerJson
+    from transformers import PreTrainedTokenizerFast
+
+_JSON_FILE = "tokenizer.json"
+_HF_FILES = (_JSON_FILE, "tokenizer_config.json")
 _SENTENCEPIECE_FILE = "tokenizer.model"
-_WAIT = 16
-"""Tokens without text of their own after which :func:`token_texts` waits no longer for one that completes it."""
-_LONGEST_CHARACTER = 4  # bytes, in UTF-8
+_PROBE = "def fib(n):\n    return n + 1\t# x != y, don't. 12345 Größe 日本語 🎉"
+"""Text that tokenizers of other rules split otherwise: code, spaces, digits, letters beyond ASCII."""
 
 
 class Tokenizer(Protocol):
@@ -26,8 +32,12 @@ class Tokenizer(Protocol):
     """Ids that end a response; at least one."""
     pad_id: int
     """The tokenizer's padding id, or the first of ``eos_ids``."""
+    special: Mapping[int, str]
+    """Tokens that stand for no text, such as ``<|im_end|>``, by id."""
     has_chat_template: bool
     """Whether :meth:`apply_chat_template` works."""
+    chat_template: str
+    """The template as it is written; empty where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own leading special tokens."""
@@ -38,13 +48,23 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids as it was written: nothing is tidied. Special tokens, and ids that the vocabulary does not
+        have, are left out."""
         ...
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``."""
+        """Token ids of a chat, up to where the assistant begins to answer if ``add_generation_prompt``; ``options`` are
+        variables that the template reads, such as ``enable_thinking``."""
+        ...
+
+    def turn_end(self) -> int | None:
+        """The special token that the chat template ends an answer with; None where it has none."""
         ...
 
     def fingerprint(self) -> str:
@@ -52,85 +72,193 @@ class Tokenizer(Protocol):
         ...
 
 
-def _generation_eos(folder: Path) -> tuple[int, ...]:
-    """``eos_token_id`` of generation_config.json, which may list several."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return ()
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); restore the file, or remove it") from error
-    value = config.get("eos_token_id") if isinstance(config, dict) else None
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise DataError(f"{path}: eos_token_id is {value!r}; write a token id or a list of token ids")
-    return tuple(ids)
+def _configured_ends(folder: Path) -> tuple[int, ...]:
+    """``eos_token_id``, which may list several, of generation_config.json, or of config.json where that names none."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise DataError(f"{path}: not valid JSON ({error}); restore the file, or remove it") from error
+        value = config.get("eos_token_id") if isinstance(config, dict) else None
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise DataError(f"{path}: eos_token_id is {value!r}; write a token id or a list of token ids")
+        if ids:
+            return tuple(ids)
+    return ()
 
 
 def _ends(folder: Path, own: int | None) -> tuple[int, ...]:
-    """The tokenizer's own end of sequence, then those of generation_config.json."""
-    return tuple(dict.fromkeys([*([] if own is None else [own]), *_generation_eos(folder)]))
+    """The tokenizer's own end of sequence, then those that the model is configured with."""
+    return tuple(dict.fromkeys([*([] if own is None else [own]), *_configured_ends(folder)]))
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers warns of a class other than the one that a folder names, which is on purpose here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _renamed(folder: Path) -> dict[str, Any]:
+    """transformers 4 knows the list that 5 writes as ``extra_special_tokens`` by another name."""
+    import transformers
+
+    extra = (read_json_object(folder / "tokenizer_config.json") or {}).get("extra_special_tokens")
+    if not isinstance(extra, list) or int(transformers.__version__.split(".")[0]) > 4:
+        return {}
+    return {"extra_special_tokens": {}, "additional_special_tokens": extra}
+
+
+def _read_hf(folder: Path) -> tuple[TokenizerJson, PreTrainedTokenizerFast]:
+    """What encodes and decodes, and transformers' tokenizer, which knows the special tokens and the chat template.
+
+    transformers goes by the name of a class, in releases of its own each, and splits text as that class does, whatever
+    tokenizer.json says. So only the class that stands for none is asked, and not for ids. Without a tokenizer.json
+    transformers makes one; of a SentencePiece model it must be one with that model's ids.
+    """
+    from tokenizers import Tokenizer as TokenizerJson
+    from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
+
+    if (folder / _JSON_FILE).exists():
+        described = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **_renamed(folder))
+        inner = TokenizerJson.from_file(str(folder / _JSON_FILE))
+        for _, token in sorted(described.added_tokens_decoder.items()):  # those of tokenizer_config.json alone
+            if inner.token_to_id(str(token)) is None:
+                inner.add_tokens([token])
+        return inner, described
+    wanted = _sentencepiece_ids(folder / _SENTENCEPIECE_FILE)
+    reasons = []
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast, LlamaTokenizerFast):
+        try:
+            described = kind.from_pretrained(str(folder), local_files_only=True)
+            inner = described.backend_tokenizer
+        except Exception as error:  # transformers raises many kinds
+            reasons.append(str(error))
+            continue
+        if wanted is None or inner.encode(_PROBE, add_special_tokens=False).ids == wanted:
+            return inner, described
+        reasons.append(
+            f"{type(described).__name__} gives other ids than the SentencePiece model in {_SENTENCEPIECE_FILE}"
+        )
+    raise ValueError("; ".join(dict.fromkeys(reasons)))
 
 
 class HFTokenizer:
-    """A tokenizer that transformers loads from local files."""
+    """A tokenizer of Hugging Face files. Where there is a tokenizer.json, its ids are that file's."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError when transformers cannot load the folder."""
-        from transformers import AutoTokenizer
-
+        """Raises DataError when the folder cannot be loaded."""
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # transformers raises many kinds
-            raise DataError(f"{folder}: transformers cannot load the tokenizer there ({error})") from error
-        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        own = self._tokenizer.eos_token_id
+            with _quiet_transformers():
+                self._inner, self._described = _read_hf(folder)
+        except Exception as error:  # transformers and tokenizers raise many kinds
+            raise DataError(
+                f"{folder}: transformers cannot load the tokenizer there ({error}); copy its files again, or save it "
+                f"as {_JSON_FILE} with a release of transformers that reads it"
+            ) from error
+        self._inner.no_truncation()  # a file may say how to cut and to pad
+        self._inner.no_padding()
+        if hasattr(self._inner.decoder, "cleanup"):  # WordPiece's, which joins marks to the word before them
+            self._inner.decoder.cleanup = False
+        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
+        added = {
+            index: token.content for index, token in self._inner.get_added_tokens_decoder().items() if token.special
+        }
+        named = {self._id(token): token for token in self._described.all_special_tokens}
+        self.special = {index: token for index, token in (added | named).items() if index is not None}
+        own, pad = self._id(self._described.eos_token), self._id(self._described.pad_token)
         self.eos_ids = _ends(folder, own)
-        pad = self._tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else next(iter(self.eos_ids), 0)
         # Some tokenizers close a text with EOS, after which a student would have nothing to answer.
-        self._closing = own if own is not None and self._tokenizer.encode("a")[-1:] == [own] else None
-        self.has_chat_template = bool(self._tokenizer.chat_template)
+        self._closing = own if own is not None and self._inner.encode("a").ids[-1:] == [own] else None
+        self.has_chat_template = bool(self._described.chat_template)
+        self.chat_template = self._described.get_chat_template() if self.has_chat_template else ""
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._inner.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """See :class:`Tokenizer`."""
-        ids = list(self._tokenizer.encode(text))
+        ids = self._inner.encode(text).ids
         return ids[:-1] if ids and ids[-1] == self._closing else ids
 
     def encode_piece(self, text: str) -> list[int]:
         """See :class:`Tokenizer`."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See :class:`Tokenizer`."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._inner.decode([i for i in ids if i not in self.special])
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        """See :class:`Tokenizer`. Raises DataError when the template rejects the messages."""
+    def _write_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, options: Mapping[str, Any]
+    ) -> str:
+        """The template's text. Raises DataError when it rejects the messages."""
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+            return self._described.apply_chat_template(
+                [dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise DataError(
                 f"the chat template rejects these messages ({error}); change them, or data.system_prompt"
             ) from error
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """See :class:`Tokenizer`. Raises DataError when the template rejects the messages."""
+        text = self._write_chat(messages, add_generation_prompt=add_generation_prompt, options=options or {})
         return self.encode_piece(text)
+
+    def turn_end(self) -> int | None:
+        """See :class:`Tokenizer`."""
+        chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "That is two."}]
+        try:
+            text = self._write_chat(chat, add_generation_prompt=False, options={}) if self.has_chat_template else ""
+        except DataError:
+            return None
+        after = text.rpartition(chat[-1]["content"])
+        return next((i for i in self.encode_piece(after[2]) if i in self.special), None) if after[1] else None
 
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
-        return _digest(self._tokenizer.get_vocab())
+        return _digest(self._inner.get_vocab())
+
+
+def _sentencepiece_ids(path: Path) -> list[int] | None:
+    """What a SentencePiece model makes of the probe; None where the file is none (tiktoken has that name too)."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(_PROBE)
+    except (RuntimeError, OSError):
+        return None
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model without Hugging Face files; it has no chat template."""
 
     has_chat_template = False
+    chat_template = ""
 
     def __init__(self, folder: Path) -> None:
         """Raises DataError when the file is not a SentencePiece model."""
@@ -142,6 +270,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({error})") from error
         self.vocab_size = self._model.vocab_size()
+        self.special = {i: self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)}
         own, pad = self._model.eos_id(), self._model.pad_id()  # -1 where the model has none
         self.eos_ids = _ends(folder, own if own >= 0 else None)
         self.pad_id = pad if pad >= 0 else next(iter(self.eos_ids), 0)
@@ -157,53 +286,25 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See :class:`Tokenizer`."""
-        return self._model.decode([int(i) for i in ids])
+        return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """There is no template."""
         raise NotImplementedError
 
+    def turn_end(self) -> int | None:
+        """See :class:`Tokenizer`."""
+        return None
+
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
         return _digest({self._model.id_to_piece(i): i for i in range(self.vocab_size)})
-
-
-def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text of each token; together they are the text of all.
-
-    A token that ends within a character (byte-level vocabularies have such) has no text: the token that completes the
-    character has it. Nor has a special token, which ``decode`` leaves out. A token is decoded after the ones before it
-    that last gave text, since many tokenizers write a token at the start of a text without its space. What is decoded
-    at once is bounded, so the time grows with the number of tokens and no faster: where a decoder
-    rewrites more than a few earlier tokens, that many share one text, of about their length.
-
-    Args:
-        ids: tokens of one text.
-        decode: text of token ids, such as :meth:`Tokenizer.decode`.
-    """
-    whole = decode(ids)
-    texts: list[str] = []
-    context: list[int] = []  # tokens that last gave text
-    waiting: list[int] = []  # tokens since
-    before, written = "", 0  # text of the context, characters of the whole that are out
-    for token in ids:
-        waiting.append(token)
-        text = decode(context + waiting)[len(before) :]
-        patient = len(waiting) < _WAIT
-        if not text or (patient and not whole.startswith(text, written)):
-            texts.append("")
-            if not patient:  # special tokens, but the last ones may begin a character
-                del waiting[: 1 - _LONGEST_CHARACTER]
-            continue
-        texts.append(whole[written : written + len(text)])
-        written += len(texts[-1])
-        context, waiting = waiting, []
-        before = decode(context)
-    if texts:
-        texts[-1] += whole[written:]
-    return texts
 
 
 def _digest(vocabulary: Mapping[str, int]) -> str:
@@ -231,8 +332,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     if not tokenizer.eos_ids:
         raise DataError(
-            f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token; "
-            'add {"eos_token_id": ...} as generation_config.json'
+            f"{folder}: neither the tokenizer nor generation_config.json nor config.json names an end-of-sequence "
+            'token; add {"eos_token_id": ...} as generation_config.json'
         )
     return tokenizer
 
@@ -250,3 +351,26 @@ def stop_ids(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> tuple[int,
             raise RecipeError(f"{key}: {text!r} is {len(pieces)} tokens for this tokenizer; a stop token must be one")
         ids.append(pieces[0])
     return tuple(dict.fromkeys(ids))
+
+
+def missing_stops(
+    tokenizer: Tokenizer, stops: Collection[int], endings: Mapping[str, Iterable[int | None]], setting: str
+) -> str | None:
+    """A warning where answers go on past what others end them with; None where nobody does.
+
+    Args:
+        tokenizer: the student's.
+        stops: tokens that end an answer here.
+        endings: tokens that end it for others, by who they are.
+        setting: what the missing ones are to be added to.
+    """
+    lacking = {who: [i for i in ids if i is not None and i not in stops] for who, ids in endings.items()}
+    lacking = {who: ids for who, ids in lacking.items() if ids}
+    if not lacking:
+        return None
+    names = {i: tokenizer.special.get(i) or tokenizer.decode([i]) for ids in lacking.values() for i in ids}
+    listed = "; ".join(f"{who}: {', '.join(names[i] or f'id {i}' for i in ids)}" for who, ids in lacking.items())
+    return (
+        f"WARNING: answers do not end where others end theirs ({listed}), so they may run on until they are cut; add "
+        f"{json.dumps([name for name in names.values() if name], ensure_ascii=False)} to {setting}"
+    )

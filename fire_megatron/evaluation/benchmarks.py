@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.config.data import BenchmarkConfig
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.kinds import MOST_SAMPLES
 from fire_megatron.config.rules.data import benchmark_code, benchmark_name
-from fire_megatron.config.schema import BenchmarkConfig
+from fire_megatron.data.encoder import surely_longer
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.rows import read_rows, shown
+from fire_megatron.data.rows import lookup, read_rows, shown
 from fire_megatron.rollout.sampling import Sampling
 
+_PROBLEM = ("problem", "question", "query", "prompt")
+_ANSWER = ("answer", "final_answer", "expected_answer", "ground_truth", "target")
+"""Keys that are tried where none is named."""
 _EXAMPLES = 5
 """Wrong rows named one by one before the rest is counted."""
 Encode = Callable[[list[dict[str, str]]], list[int] | None]
@@ -110,45 +114,57 @@ class BenchmarkTask:
         return [(problem, sample) for problem in range(len(self.prompts)) for sample in range(self.samples)]
 
 
-def read_benchmark(path: str | Path, *, name: str | None = None, limit: int = 0) -> Benchmark:
-    """Read a file of objects with ``problem`` and ``answer``: JSON Lines or a JSON list, plain or gzipped.
-
-    Args:
-        path: the file.
-        name: instead of the file's.
-        limit: problems taken from the start; 0 takes all. The whole file is checked.
+def read_benchmark(config: BenchmarkConfig) -> Benchmark:
+    """Read a file of problems with their answers, in any format of :func:`read_rows`. The whole file is checked.
 
     Raises:
         DataError: a file that cannot be read, or rows that are wrong, by file and line.
     """
-    path = Path(path)
+    path = Path(config.path)
     problems: list[Problem] = []
     wrong: list[str] = []
     for place, row in read_rows(path):
         try:
-            problems.append(_problem(place, row))
+            problems.append(_problem(place, row, config))
         except DataError as error:
             wrong.append(f"{place}: {error}")
     if wrong:
         rest = [f"... and {len(wrong) - _EXAMPLES} more wrong rows"] if len(wrong) > _EXAMPLES else []
         raise DataError("\n".join([*wrong[:_EXAMPLES], *rest]))
     if not problems:
-        raise DataError(f"{path}: holds no problem; give JSON Lines with problem and answer")
+        raise DataError(f"{path}: holds no problem; give a file with a problem and its answer in each row")
     digest = hashlib.sha256("".join(json.dumps([p.text, p.answer]) + "\n" for p in problems).encode()).hexdigest()
-    return Benchmark(name or benchmark_name(path), tuple(problems[: limit or None]), digest)
+    return Benchmark(config.name or benchmark_name(path), tuple(problems[: config.limit or None]), digest)
 
 
-def _problem(place: str, row: dict[str, Any] | DataError) -> Problem:
+def _problem(place: str, row: dict[str, Any] | DataError, config: BenchmarkConfig) -> Problem:
     if isinstance(row, DataError):
         raise row
-    text, answer = row.get("problem"), row.get("answer")
+    key, text = _found(row, config.problem_key, _PROBLEM)
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"'problem' is {shown(text)}; write the problem's text there")
+        raise DataError(f"{key!r} is {shown(text)}; write the problem's text there{_other_key(row, 'problem_key')}")
+    key, answer = _found(row, config.answer_key, _ANSWER)
+    if isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer):
+        answer = ", ".join(answer)
     if type(answer) in (int, float):
         answer = json.dumps(answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise DataError(f"'answer' is {shown(answer)}; write the right answer there, as text or a number")
-    return Problem(place, text, answer)
+        advice = f"write the right answer there, as text or a number{_other_key(row, 'answer_key')}"
+        raise DataError(f"{key!r} is {shown(answer)}; {advice}")
+    return Problem(place, text, answer.rpartition("\n####")[2].strip() or answer)  # GSM8K's come with their derivation
+
+
+def _found(row: Mapping[str, Any], named: str | None, candidates: Sequence[str]) -> tuple[str, Any]:
+    """Key and value: of the key that the user names, or of the first candidate that is there, in any case."""
+    if named is not None:
+        return named, lookup(row, named)
+    keys = {key.lower(): key for key in reversed(row)}
+    found = next((keys[key] for key in candidates if row.get(keys.get(key, key)) is not None), candidates[0])
+    return found, row.get(found)
+
+
+def _other_key(row: Mapping[str, Any], option: str) -> str:
+    return f", or name its key with {option} (the row has {shown(', '.join(map(str, row)))})" if row else ""
 
 
 def encode_problems(benchmark: Benchmark, encode: Encode, *, room: int) -> list[Prompt]:
@@ -164,15 +180,21 @@ def encode_problems(benchmark: Benchmark, encode: Encode, *, room: int) -> list[
     """
     prompts = []
     for index, problem in enumerate(benchmark.problems):
+        if surely_longer(len(problem.text), room):
+            raise DataError(_too_long(problem, f"{len(problem.text)} characters", room))
         try:
             token_ids = encode([{"role": "user", "content": problem.text}])
         except DataError as error:
             raise DataError(f"{problem.place}: {error}") from error
         assert token_ids is not None, "an encoder that drops prompts"
         if len(token_ids) > room:
-            raise DataError(
-                f"{problem.place}: {len(token_ids)} tokens, and the model's positions leave {max(room, 0)} beside the "
-                "longest answer; lower --max-new-tokens (max_new_tokens of evaluation.benchmarks)"
-            )
+            raise DataError(_too_long(problem, f"{len(token_ids)} tokens", room))
         prompts.append(Prompt(index, benchmark.name, tuple(token_ids), problem.text))
     return prompts
+
+
+def _too_long(problem: Problem, length: str, room: int) -> str:
+    return (
+        f"{problem.place}: {length}, and the model's positions leave {max(room, 0)} beside the longest answer; lower "
+        "--max-new-tokens (max_new_tokens of evaluation.benchmarks)"
+    )

@@ -115,6 +115,8 @@ class BenchmarkScores:
     """Share of the answers that were cut."""
     unanswered: float
     """Share of the answers without a box."""
+    agrees_with_math_verify: float
+    """Share of the answers on which math-verify has the same verdict; published scores are made with it."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, by the names that papers use."""
@@ -128,6 +130,7 @@ class BenchmarkScores:
             "mean_length": self.mean_length,
             "truncated": self.truncated,
             "unanswered": self.unanswered,
+            "agrees_with_math_verify": self.agrees_with_math_verify,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -138,6 +141,7 @@ class BenchmarkScores:
 
 def score(
     correct_PN: np.ndarray,
+    published_PN: np.ndarray,
     classes_PN: Sequence[Sequence[int | None]],
     lengths_PN: np.ndarray,
     truncated_PN: np.ndarray,
@@ -146,6 +150,7 @@ def score(
 
     Args:
         correct_PN: [P, n] whether each sample is right.
+        published_PN: [P, n] whether math-verify calls it right.
         classes_PN: [P, n] the same number for equal answers of a problem, None without an answer.
         lengths_PN: [P, n] tokens.
         truncated_PN: [P, n] whether the answer was cut.
@@ -162,6 +167,7 @@ def score(
         mean_length=float(np.mean(lengths_PN)),
         truncated=float(np.mean(truncated_PN)),
         unanswered=float(np.mean([[name is None for name in classes] for classes in classes_PN])),
+        agrees_with_math_verify=float(np.mean(correct == np.asarray(published_PN, dtype=bool))),
     )
 
 

@@ -7,18 +7,21 @@ replica appends what it has; and ``<benchmark>.jsonl``, into which the parts go 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from fire_megatron.config.checkpoints import read_json_object
 from fire_megatron.config.errors import DataError
 from fire_megatron.platform.files import write_whole
+from fire_megatron.platform.folder_lock import alone_in
 
 SETTINGS = "settings.json"
 SCORES = "scores.json"
@@ -43,6 +46,8 @@ class Generation:
     right: str
     """The right answer."""
     correct: bool
+    math_verify: bool
+    """Whether math-verify, by its defaults, finds the right answer in the text."""
     tokens: int
     """Tokens sampled, the stop token included."""
     truncated: bool
@@ -154,24 +159,19 @@ def _drop_cut_line(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder against other evaluations, which would lose answers to this one's merge. Let go of at the end of
-    the process too, whatever ends it.
+    """Hold the folder against other evaluations, which would lose answers to this one's merge.
 
     Raises:
-        DataError: another evaluation is running there.
+        DataError: another evaluation is running there, or the folder cannot be written.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"--out {folder}: another evaluation writes there; wait for it, or give another") from None
-        except OSError:
-            pass  # a file system without locks
+
+    def problem(holder: str) -> DataError:
+        return DataError(f"--out {folder}: {holder} writes there; wait for it, or give another")
+
+    with ExitStack() as held:
+        with writing(folder):
+            held.enter_context(alone_in(folder, problem))
         yield
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 def write_answers(folder: Path, key: str, name: str, generations: Mapping[Key, Generation]) -> None:
@@ -194,8 +194,22 @@ def write_scores(folder: Path, key: str, report: Mapping[str, Any]) -> None:
         write_whole(folder / SCORES, [json.dumps(report, indent=2), "\n"])
 
 
+def begun_at(folder: Path) -> datetime:
+    """When the evaluation that a folder holds was begun, as it says; the present for a new one."""
+    values = read_json_object(folder / SETTINGS) or {}
+    try:
+        return datetime.fromisoformat(values["begun"])
+    except (KeyError, TypeError, ValueError):
+        return datetime.now()
+
+
 def require_settings(
-    folder: Path, model: str, fingerprint: str, settings: Mapping[str, Any], benchmarks: Mapping[str, str]
+    folder: Path,
+    model: str,
+    fingerprint: str,
+    settings: Mapping[str, Any],
+    benchmarks: Mapping[str, str],
+    begun: datetime | None = None,
 ) -> None:
     """Begin a folder, or see that what it holds was made in the same way.
 
@@ -205,11 +219,13 @@ def require_settings(
         fingerprint: of its weights and tokenizer.
         settings: what else fixes the answers, by the option that sets it.
         benchmarks: digest of each by name; others may join those that are there.
+        begun: when a new evaluation was begun: what chat templates are told of the time.
 
     Raises:
         DataError: the folder was made with other settings, names the first, or it cannot be written.
     """
     path, made = folder / SETTINGS, {"model": model, "fingerprint": fingerprint, "benchmarks": {}, **settings}
+    made["begun"] = (begun or datetime.now()).isoformat()
     try:
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else made
         if not {"model", "fingerprint", "benchmarks"} <= held.keys():

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Self
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.evaluation.answers import key
-from fire_megatron.evaluation.judge_worker import READY
+from fire_megatron.evaluation.judge_worker import PUBLISHED, READY
+from fire_megatron.evaluation.notation import key
 from fire_megatron.platform.watch import tick
 
 LONGEST = 1000
@@ -51,7 +51,7 @@ class Judge:
         """Answers on which a judgement ran out of time."""
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._remembered = functools.lru_cache(maxsize=2**16)(self._ask)
+        self._remembered = functools.lru_cache(maxsize=2**16)(self._verdict)
 
     def equal(self, right: str, given: str | None) -> bool:
         """Whether ``given`` says what ``right`` says; None, empty, unreadable or endless is wrong."""
@@ -64,6 +64,12 @@ class Judge:
             return False
         with self._lock:
             return self._remembered(right, given)
+
+    def published_verdict(self, right: str, response: str) -> bool:
+        """Whether math-verify, by its defaults, finds the right answer in a whole response."""
+        tick()
+        with self._lock:
+            return bool(self._ask(right, response, PUBLISHED))
 
     def classes(self, answers: list[str | None]) -> list[int | None]:
         """Equal answers get equal numbers, counted from 0 in order of appearance; None stays None.
@@ -135,15 +141,21 @@ class Judge:
             raise RuntimeError("the judge does not start; python -m fire_megatron.evaluation.judge_worker says why")
         return process
 
-    def _ask(self, right: str, given: str) -> bool:
-        if self._process is None:
-            self._process = self._start()
-        verdict = _exchange(self._process, [right, given], patience=_STARTING + _WALL * self.seconds)
+    def _verdict(self, right: str, given: str) -> bool:
+        verdict = self._ask(right, given)
         if verdict is None:
             self.unjudged += 1
             self._endless.add(given)
-            self._end()
         return verdict is True
+
+    def _ask(self, *message: str) -> object:
+        """None for what takes too long."""
+        if self._process is None:
+            self._process = self._start()
+        verdict = _exchange(self._process, message, patience=_STARTING + _WALL * self.seconds)
+        if verdict is None:
+            self._end()
+        return verdict
 
 
 def _exchange(process: subprocess.Popen[bytes], message: object, *, patience: float) -> object:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fire_megatron.data.tokenizer import Tokenizer
-from fire_megatron.evaluation.answers import last_boxed
+from fire_megatron.evaluation.answers import last_boxed, thinking
 from fire_megatron.evaluation.benchmarks import BenchmarkTask
 from fire_megatron.evaluation.estimates import BenchmarkScores, score
 from fire_megatron.evaluation.generations import Generation, Key, MemoryAnswers, PartFiles, write_answers, write_scores
@@ -29,6 +29,8 @@ from fire_megatron.parallel.collectives import all_gather_objects, largest, on_a
 from fire_megatron.parallel.grid import ModelGrid
 from fire_megatron.rollout.engine import MegatronEngine, Progress
 
+_TEMPLATE_END = 16
+"""Tokens of a prompt in which a chat template may begin the thinking."""
 _ASK_EVERY = 16
 """How often progress is told between two questions to the ranks of a replica whether one was asked to stop."""
 K = TypeVar("K")
@@ -161,7 +163,8 @@ class BenchmarkRunner:
 
     def _judged(self, task: BenchmarkTask, key: Key, response: list[int], judge: Judge) -> Generation:
         text, right = self.tokenizer.decode(response), task.benchmark.problems[key[0]].answer
-        answer = last_boxed(text)
+        before = self.tokenizer.decode(task.prompts[key[0]].token_ids[-_TEMPLATE_END:])
+        answer = last_boxed(text if thinking(before) is None else f"<think>{text}")
         return Generation(
             problem=key[0],
             sample=key[1],
@@ -170,6 +173,7 @@ class BenchmarkRunner:
             answer=answer,
             right=right,
             correct=judge.equal(right, answer),
+            math_verify=judge.published_verdict(right, text),
             tokens=len(response),
             truncated=not response or response[-1] not in task.sampling.stop_ids,
         )
@@ -210,11 +214,11 @@ class BenchmarkRunner:
         rows = [[answers[problem, sample] for sample in range(task.samples)] for problem in range(len(task.prompts))]
         mine = self.grid.own_rows(len(rows)) if self.grid.leads_rows else ()
         classes = self._merged({problem: _vote_classes(rows[problem], judge) for problem in mine})
-        correct, tokens, truncated = (
+        correct, published, tokens, truncated = (
             np.array([[getattr(answer, name) for answer in row] for row in rows])
-            for name in ("correct", "tokens", "truncated")
+            for name in ("correct", "math_verify", "tokens", "truncated")
         )
-        return score(correct, [classes[problem] for problem in range(len(rows))], tokens, truncated)
+        return score(correct, published, [classes[problem] for problem in range(len(rows))], tokens, truncated)
 
     # ---- between ranks ----------------------------------------------------------------------------------------
 

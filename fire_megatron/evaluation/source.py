@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fire_megatron.checkpoint.convert import HFReader, hf_to_megatron
+from fire_megatron.checkpoint.convert import hf_to_megatron, open_hf
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checkpoints import WEIGHTS, require_checkpoint
 from fire_megatron.config.hf_config import ModelShape, read_hf_config
@@ -45,12 +45,11 @@ def open_source(folder: str | Path, *, is_hf: bool) -> Source:
         UserError: it is not there, not whole, or of an architecture that is not supported.
     """
     path = Path(folder)
-    if not is_hf:
-        require_checkpoint(path)
-    shape = read_hf_config(path)
     if is_hf:
-        HFReader(path)
+        shape, _ = open_hf(path)
     else:
+        require_checkpoint(path)
+        shape = read_hf_config(path)
         open_whole(path, shape)
     return Source(path, is_hf, shape, _fingerprint(path))
 

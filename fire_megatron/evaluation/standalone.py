@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class EvaluationJob:
     out: Path
     timeout: float
     """Seconds before a stalled collective ends the run."""
+    begun: datetime
+    """When the evaluation was, at its first start."""
 
 
 class Evaluation:
@@ -122,7 +125,7 @@ class Evaluation:
         job, source = self.job, self.job.source
         digests = {task.name: task.benchmark.digest for task in job.tasks}
         model = (str(source.folder), source.fingerprint)
-        self.runner.on_first(lambda: require_settings(job.out, *model, job.settings, digests))
+        self.runner.on_first(lambda: require_settings(job.out, *model, job.settings, digests, job.begun))
         pending = self.runner.gather(self.runner.on_first(self._unanswered))[0] or []
         total, missing = sum(len(task.keys) for task in job.tasks), sum(len(batch.keys) for batch in pending)
         if 0 < missing < total:

@@ -46,7 +46,7 @@ _LETTERS = frozenset("msgKNJW")
 """Units of one letter that may stand outside of a text command where a space or another unit says that they are one."""
 _OTHER_LETTERS = frozenset("hALCVT")
 """Those that need another unit: ``km/h``."""
-_REFUSED = frozenset(
+REFUSED = frozenset(
     _table("""
         or and not no nor none more less fewer than least most up is are was if when where unless except but only
         hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens percent
@@ -85,15 +85,21 @@ _DEGREES = re.compile(r"\^\{\\circ\}(?:\s*[CF](?![A-Za-z]))?")
 _TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
 
+_ARGUMENT = r"\{((?:[^{}\d]|\{[^{}]*\}|(?<=\^)\d)+)\}"
+_QUOTIENT = re.compile(rf"\\frac\s*{_ARGUMENT}\s*{_ARGUMENT}\s*$")
+
+
 def without_units(text: str, *, bare: bool) -> str:
     """The text without degrees and units at its end; ``bare``: also units outside of text commands. An answer is
     never all unit."""
     if not _TRIGONOMETRY.search(text):
         text = _DEGREES.sub("", text)
-    tail = (_BARE_TAIL if bare else _TEXT_TAIL).search(text)
-    if tail is None or not text[: tail.start()].strip() or not _is_unit(text, tail.start()):
-        return text.strip()
-    return text[: tail.start()].strip()
+    text = text.strip()
+    spread = _QUOTIENT.sub(r" \1 / \2", text)
+    tail = (_BARE_TAIL if bare else _TEXT_TAIL).search(spread)
+    if tail is None or not spread[: tail.start()].strip() or not _is_unit(spread, tail.start()):
+        return text
+    return spread[: tail.start()].strip()
 
 
 def _is_unit(text: str, start: int) -> bool:
@@ -132,5 +138,5 @@ def _in_text(content: str) -> bool:
 
 def _noun(word: str) -> bool:
     if len(word) > 2:
-        return word.lower() not in _REFUSED
+        return word.lower() not in REFUSED
     return word in _IN_TEXT or word in _PREPOSITIONS or "\\" in word

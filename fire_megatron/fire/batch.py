@@ -73,9 +73,21 @@ class Selection:
     """What the hooks decided by, for people who look at single rows: by name, [B] of rows or [B, R] of tokens."""
 
     def __post_init__(self) -> None:
-        assert len(self.keep_B) == len(self.weight_BR) == len(self.reason)
-        assert all(table.shape in (self.keep_B.shape, self.weight_BR.shape) for table in self.details.values())
-        assert self.keep_B.dtype == torch.bool and self.weight_BR.dtype == torch.float32
+        """Raises ValueError: shapes or types do not go together; hooks of the user's make selections too."""
+        rows, tokens = self.keep_B.shape, self.weight_BR.shape
+        if self.keep_B.dtype != torch.bool or rows != tokens[:1] or len(self.reason) != len(self.keep_B):
+            raise ValueError(
+                f"keep_B is {self.keep_B.dtype} of shape {tuple(rows)}, with {len(self.reason)} reasons and weights of "
+                f"shape {tuple(tokens)}; it must be bool [rows], with a reason or None a row"
+            )
+        if self.weight_BR.dtype != torch.float32 or len(tokens) != 2:
+            raise ValueError(f"weight_BR is {self.weight_BR.dtype} of shape {tuple(tokens)}; it must be float32 [B, R]")
+        for name, table in self.details.items():
+            if table.shape not in (rows, tokens):
+                raise ValueError(f"detail {name!r} has shape {tuple(table.shape)}; it must be {rows} or {tokens}")
+        for name, value in self.metrics.items():
+            if not isinstance(value, Value):
+                raise ValueError(f"metric {name!r} is {value!r}; give a Sum, Mean, Max, Min or Last")
 
     def drop(self, rows_B: torch.Tensor, reason: str) -> Selection:
         """Drop more rows ([B] bool); rows dropped before keep their first reason."""
@@ -84,7 +96,14 @@ class Selection:
         return replace(self, keep_B=self.keep_B & ~rows_B, reason=reasons)
 
     def reweight(self, weight_BR: torch.Tensor) -> Selection:
-        """The same rows with these weights ([B, R], any float dtype)."""
+        """The same rows with these weights ([B, R], any float dtype).
+
+        Raises:
+            ValueError: they have another shape.
+        """
+        if weight_BR.shape != self.weight_BR.shape:
+            shapes = f"{tuple(weight_BR.shape)}, not {tuple(self.weight_BR.shape)}"
+            raise ValueError(f"weights have shape {shapes}: one a token, [rows, longest response]")
         return replace(self, weight_BR=weight_BR.detach().float())
 
     def report(self, metrics: dict[str, Value], **details: torch.Tensor) -> Selection:

@@ -79,14 +79,18 @@ def build_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
     """Make the hooks of ``loss.hooks``, in order; all of them are registered.
 
     Raises:
-        RecipeError: options that a hook does not take.
+        RecipeError: options that a hook does not take, or a factory that returns no hook.
     """
     return [_build(index, config) for index, config in enumerate(configs)]
 
 
 def _build(index: int, config: HookConfig) -> Hook:
     assert config.name in _REGISTRY, f"{config.name} has passed the rule on names"
+    key = f"loss.hooks.{index} ({config.name})"
     try:
-        return _REGISTRY[config.name](**config.options)
+        hook = _REGISTRY[config.name](**config.options)
     except Exception as error:  # a factory of the user's may raise anything
-        raise RecipeError(f"loss.hooks.{index} ({config.name}): {error}") from error
+        raise RecipeError(f"{key}: {error}") from error
+    if not callable(hook):
+        raise RecipeError(f"{key}: its factory returned {hook!r:.80}, which cannot be called; it must return the hook")
+    return hook

@@ -35,12 +35,12 @@ def set_aside(run_dir: str | Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def writing_to(run_dir: str | Path) -> Iterator[None]:
-    """Turn what the file system refuses into a RecipeError about ``run.dir``."""
+def writing_to(folder: str | Path, key: str = "run.dir") -> Iterator[None]:
+    """Turn what the file system refuses into a RecipeError about the recipe's key of the folder."""
     try:
         yield
     except OSError as error:
-        raise RecipeError(f"run.dir: {run_dir} cannot be written ({error}); choose another folder") from error
+        raise RecipeError(f"{key}: {folder} cannot be written ({error}); choose another folder") from error
 
 
 def _set_aside(folder: Path) -> list[Path]:

@@ -25,7 +25,8 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.rules.facts import Machine
 from fire_megatron.config.schema import PrecisionConfig, RoleConfig
-from fire_megatron.models.experts import expert_settings, use_router
+from fire_megatron.config.spans import pipeline_stages
+from fire_megatron.models.experts import expert_settings, pass_padding, use_router
 from fire_megatron.models.fp8.settings import (
     fp8_settings,
     own_amax_group,
@@ -102,19 +103,6 @@ def resolve_layer_spec(setting: str, device: Device) -> str:
     return "te" if setting != "local" and detect_capabilities(device)[0].version else "local"
 
 
-def pipeline_stages(num_layers: int, pipeline: int) -> list[int]:
-    """Layers of each stage: even where they divide; otherwise the first and last stage, which also embed and
-    project, take what the even middle stages leave."""
-    assert pipeline <= num_layers
-    if pipeline == 1:
-        return [num_layers]
-    middle = -(-num_layers // pipeline)
-    if num_layers - middle * (pipeline - 2) < 2:
-        middle = num_layers // pipeline
-    ends = num_layers - middle * (pipeline - 2)
-    return [ends - ends // 2, *[middle] * (pipeline - 2), ends // 2]
-
-
 def _pipeline_settings(num_layers: int, pipeline: int) -> dict[str, int]:
     """megatron-core's fields for stages that do not divide. Its explicit layouts read the global parallel_state
     (transformer/pipeline_parallel_layer_layout.py), so the first and last stage are sized instead."""
@@ -178,7 +166,7 @@ def transformer_config(shape: ModelShape, role: RoleConfig, layout: Layout, *, d
     settings |= fp8_settings(role)
     try:
         return TransformerConfig(**{**settings, **role.megatron})
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise RecipeError(f"megatron-core rejects this model configuration: {error}") from error
 
 
@@ -250,6 +238,9 @@ def build_model(shape: ModelShape, role: RoleConfig, grid: ModelGrid, *, device:
     for module in model.modules():
         if type(module) is MLP:  # by its class, since each release of megatron-core specifies it in another way
             module.__class__ = GatedMLP
+    for layer, number in zip(model.decoder.layers, range(first, first + count), strict=True):
+        if shape.has_experts(number):
+            pass_padding(layer)
     fp8 = role.precision.fp8
     if fp8 is not None and fp8.emulate:
         from fire_megatron.models.fp8.emulation import EmulatedFP8

@@ -121,6 +121,17 @@ def use_router(layer: ModuleSpec) -> None:
     submodules.router = Router
 
 
+def pass_padding(layer: torch.nn.Module) -> None:
+    """Let a transformer layer with experts take the mask of padding from the pack. With ``recompute_method: block``
+    megatron-core 0.16.1 hands it to the layers that are recomputed and not to the others."""
+
+    def from_the_pack(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        packed = kwargs["packed_seq_params"]
+        return args, kwargs | {"padding_mask": packed and packed.padding}
+
+    layer.register_forward_pre_hook(from_the_pack, with_kwargs=True)
+
+
 def _routers(model: torch.nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 

@@ -160,13 +160,12 @@ class FireGPT(GPTModel):
             self._cache.rotary = self.rotary_angles(positions, positions + 1 if by_length else None)
         else:
             lengths = packed.token_lengths[:, None] if by_length else None
-            packed.rotary = self.rotary_angles(position_ids[0, :, None], lengths)
+            packed.rotary, packed.padding = self.rotary_angles(position_ids[0, :, None], lengths), padding
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=None,  # the core attention rotates
             packed_seq_params=packed,
-            padding_mask=padding,
         )
         if not self.post_process:
             return hidden

@@ -39,6 +39,9 @@ class PackParams(PackedSeqParams):
     """Tokens of each row, without padding; without the last row where that is padding alone."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosines and sines [T, 1, D] of this rank's tokens; the model fills them in, once for all of its layers."""
+    padding: torch.Tensor | None = None
+    """[1, T] bool, tokens that routers leave out of their losses, under sequence parallelism this tensor rank's; the
+    model fills it in."""
 
     @property
     def token_lengths(self) -> torch.Tensor:

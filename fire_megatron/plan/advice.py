@@ -137,4 +137,5 @@ def _update_candidates(recipe: Recipe) -> Iterator[str]:
         yield (
             "student.megatron.recompute_granularity=full student.megatron.recompute_method=uniform "
             "student.megatron.recompute_num_layers=1"
+            + (" student.megatron.recompute_modules=null" if recipe.student.megatron.get("recompute_modules") else "")
         )

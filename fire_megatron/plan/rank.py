@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
+from fire_megatron.config.megatron_fields import ENGINE_ONLY
 from fire_megatron.config.roles import keeps_cache, longest_row, roles
-from fire_megatron.config.rules.megatron import ENGINE_ONLY
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.data.rollouts import Target
 from fire_megatron.losses.fused import OutputLayer

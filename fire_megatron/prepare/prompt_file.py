@@ -9,16 +9,16 @@ import glob
 import hashlib
 import json
 import re
-import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from fire_megatron.config.data import DataConfig, SourceConfig
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.schema import DataConfig, SourceConfig
-from fire_megatron.data.encoder import Encoder
+from fire_megatron.config.kinds import MOST
+from fire_megatron.data.encoder import Encoder, surely_longer
 from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages, shown
 from fire_megatron.data.tokenizer import load_tokenizer
 from fire_megatron.metrics.progress import Progress, progress_bar
@@ -156,7 +156,7 @@ class _Preparation:
         self.tally = Tally()
         self.encode: Encoder | None = None
         if options.tokenizer is not None:
-            unlimited = DataConfig(train=(SourceConfig(path="-"),), max_prompt_tokens=sys.maxsize)
+            unlimited = DataConfig(train=(SourceConfig(path="-"),), max_prompt_tokens=MOST)
             self.encode = Encoder(unlimited, load_tokenizer(options.tokenizer))
         self._seen = _Seen()
 
@@ -241,13 +241,16 @@ class _Preparation:
         raise RowError(Reason.DUPLICATE_OTHER_LABEL, f"the prompt of {where}, label {mark}; kept with label {other}")
 
     def _length(self, messages: list[dict[str, str]]) -> int:
+        characters = sum(len(message["content"]) for message in messages)
         if self.encode is None:
-            return sum(len(message["content"]) for message in messages)
+            return characters
+        limit = self.options.max_prompt_tokens
+        if limit is not None and surely_longer(characters, limit):
+            raise RowError(Reason.TOO_LONG, f"{characters} characters, far more than {limit} tokens")
         try:
             token_ids = self.encode(messages)
         except DataError as error:
             raise RowError(Reason.TOKENIZER_REFUSES, str(error)) from error
-        limit = self.options.max_prompt_tokens
         length = len(token_ids or ())
         if limit is not None and length > limit:
             raise RowError(Reason.TOO_LONG, f"{length} tokens, more than {limit}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.rows import lookup, read_rows
-from fire_megatron.prepare.parquet import SUFFIXES, column_names, read_parquet
+from fire_megatron.data.parquet import SUFFIXES, column_names, read_parquet
+from fire_megatron.data.rows import as_chat, look_like_answers, lookup, read_rows, shown
 
 LOOKED_AT = 1000
 """Rows of a file from which its keys are chosen."""
@@ -35,7 +35,7 @@ class _Sought:
 
 
 TEXT = _Sought(("problem", "question", "query", "prompt"), lambda value: isinstance(value, str))
-CHAT = _Sought(("messages", "prompt"), lambda value: isinstance(value, list))
+CHAT = _Sought(("messages", "prompt"), lambda value: isinstance(as_chat(value), list))
 # The teacher that verl's and G-OPD's rows name comes first: `label` is the answer in some data sets.
 LABEL = _Sought(("extra_info.opd_teacher", "opd_teacher", "label"), _is_label)
 ANSWER = _Sought(("answer", "reward_model.ground_truth", "ground_truth", "expected_answer", "final_answer"), _is_answer)
@@ -110,6 +110,13 @@ class KeyChoice:
                 f"{_nobody(path, rows)}; name the key with {self.prompt_option}"
             )
         label = (self.label or _found(LABEL, rows)) if self.wants_label else None
+        values = [lookup(row, label) for row in rows] if label and not self.label else []
+        if look_like_answers(values):
+            raise DataError(
+                f"{path}: what is under {label!r} looks like answers, not labels (such as {shown(values[0])}); give "
+                f"every row a label with --label, or name the key of the labels with --label-key (also if it is "
+                f"{label})"
+            )
         if self.wants_label and not label:
             raise DataError(
                 f"{path}: no label under any of {', '.join(LABEL.candidates)}; {_nobody(path, rows)}; name the key "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fire_megatron.config.schema import BenchmarkConfig, RolloutConfig
+from fire_megatron.config.data import BenchmarkConfig
+from fire_megatron.config.schema import RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,7 +190,7 @@ class Scoring:
         mine = {row: response for row, response in responses.items() if name in self._targets[row].teachers}
         self._requests[name].append({row: len(response) for row, response in mine.items()})
         if self.router.student_grid.leads_rows:
-            prompts = [torch.tensor(self._prompts[row].token_ids, dtype=torch.int64) for row in mine]
+            prompts = [torch.tensor(self._prompts[row].seen_by(name), dtype=torch.int64) for row in mine]
             rows = Rows(list(mine), prompts, list(mine.values()))
             self.pool.mail.send(rows.pack(), to=self.pool.door(name), tag=self.pool.tag(name))
 

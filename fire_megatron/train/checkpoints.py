@@ -2,41 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fire_megatron.checkpoint.resuming import TrainingState, load_training_state
-from fire_megatron.checkpoint.steps import saved_steps, set_damaged_aside
-from fire_megatron.config.checkpoints import read_marker
+from fire_megatron.checkpoint.steps import find_saved, saved_steps, set_damaged_aside
+from fire_megatron.checkpoint.torch_dist import read_common
+from fire_megatron.config.checkpoints import WEIGHTS, checkpoint_folder, read_marker
 from fire_megatron.config.errors import CheckpointError, DamagedCheckpoint, RecipeError, on_every_rank
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.prompts import fingerprint
 from fire_megatron.metrics.jsonl import METRICS_FILE
+from fire_megatron.metrics.logger import RECIPE_FILE
 from fire_megatron.platform.launch import World
 from fire_megatron.platform.rng import get_rng_state, set_rng_state
-from fire_megatron.train.run import Run, checkpoint_folder
+from fire_megatron.train.provenance import Provenance
+from fire_megatron.train.run import Run
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the first rank finds at a start; the others, which may see a shared folder otherwise, take it from there."""
+
+    found: list[Path]
+    """Folders of the complete steps, the newest first."""
+    begun: datetime
+    """When the run was, at its first start."""
+    provenance: Provenance
+    """What it is trained with from here on."""
+    before: Provenance | None
+    """What the newest state was trained with; None where there is none, or it does not say."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Beginning:
+        """Look. Raises CheckpointError: a role's checkpoint cannot be read."""
+        found = find_saved(checkpoint_folder(recipe))
+        extra, begun = _newest_extra(found), datetime.now()
+        if "begun" in extra:
+            begun = datetime.fromisoformat(extra["begun"])
+        elif found and (first := Path(recipe.run.dir) / RECIPE_FILE).exists():  # of a version that did not record it
+            begun = datetime.fromtimestamp(first.stat().st_mtime)
+        return cls(found, begun, Provenance.of(recipe), Provenance.saved(extra))
+
+
+def _newest_extra(found: list[Path]) -> dict[str, Any]:
+    """The trainer's own values in the newest state that can be read."""
+    for folder in found:
+        with contextlib.suppress(CheckpointError):
+            return read_common(folder / WEIGHTS).get("extra", {})
+    return {}
 
 
 class Checkpoints:
     """Of one run, seen from one rank."""
 
-    def __init__(self, recipe: Recipe, world: World, say: Callable[[str], None], found: list[Path]) -> None:
+    def __init__(self, recipe: Recipe, world: World, say: Callable[[str], None], beginning: Beginning) -> None:
         """See whether the run may go on from what there is.
 
         Args:
             recipe: of the run.
             world: this process's place.
             say: tells people something.
-            found: folders of the complete steps, the newest first, as the first rank sees them.
+            beginning: as the first rank sees it.
 
         Raises:
-            RecipeError: ``run.resume`` does not fit what is there; on the ranks that find it so.
+            RecipeError: ``run.resume``, or the student, does not fit what is there; on the ranks that find it so.
             CheckpointError: another rank does not see the folder.
         """
         self.recipe, self.world, self.say = recipe, world, say
         self.folder = checkpoint_folder(recipe)
-        self.found = found
+        self.found, self._beginning = beginning.found, beginning
         self._fingerprint = ""
         self.saved = 0
         """Last step of which a save has begun, or that the run continues from."""
@@ -48,6 +87,8 @@ class Checkpoints:
             raise RecipeError(
                 f"run.resume is 'never' but {run_dir} already holds a run; choose another run.dir or use 'auto'"
             )
+        if newest is not None and beginning.before is not None:
+            beginning.provenance.require_student(beginning.before, newest)
         if newest is not None and not newest.is_dir():
             raise CheckpointError(
                 f"{newest}: rank 0 sees it and rank {world.rank} does not; checkpoint.dir must be one folder "
@@ -80,6 +121,10 @@ class Checkpoints:
             self._leave_out(damaged)
             self.saved = state.step
             self.say(f"resumed from {folder} after step {state.step}")
+            before = Provenance.saved(state.extra)
+            changes = before and self._provenance(run).changes(before, state.step)
+            if changes:
+                self.say(f"changed since step {state.step}: {changes}")
             self._tell_format(folder)
             return state
         if damaged:
@@ -118,9 +163,17 @@ class Checkpoints:
             run.student.model,
             run.student.optimizer,
             rng=get_rng_state(device=self.world.device),
-            extra={**extra, "order": self._order(run)},
+            extra={
+                **extra,
+                **self._provenance(run).record(),
+                "order": self._order(run),
+                "begun": self._beginning.begun.isoformat(),
+            },
         )
         self.saved = step
+
+    def _provenance(self, run: Run) -> Provenance:
+        return replace(self._beginning.provenance, held_out=fingerprint(run.inputs.held_out))
 
     def _order(self, run: Run) -> dict[str, Any]:
         """What fixes the prompts of every step, by recipe key."""

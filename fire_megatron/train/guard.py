@@ -40,8 +40,9 @@ class UpdateGuard:
         """Whether the last update was skipped for a number that is not finite: the weights themselves may be."""
         self.total = 0
         """Updates skipped in the whole run."""
-        self.exhausted = False
-        """Whether more updates have been skipped in a row than may be."""
+        self.exhausted: tuple[int, str] | None = None
+        """Once more updates in a row have been skipped than may be: how many, and why the last of them was. It stays,
+        whatever a later update of the same step."""
         self._now = {NONFINITE: 0, SPIKE: 0}
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
@@ -78,7 +79,8 @@ class UpdateGuard:
         """Count an update that is not made."""
         self.in_a_row, self.total, self.ruined = self.in_a_row + 1, self.total + 1, reason == NONFINITE
         self._now[reason] += 1
-        self.exhausted = self.exhausted or self.in_a_row > self._config.max_skipped
+        if self.in_a_row > self._config.max_skipped:
+            self.exhausted = self.in_a_row, reason
 
     def metrics(self) -> dict[str, float]:
         """Updates skipped since the last call, in a row and in all; alike on every rank."""

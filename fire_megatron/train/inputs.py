@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from fire_megatron.checkpoint.whole import open_whole
 from fire_megatron.config.checks import ask, check_recipe
 from fire_megatron.config.errors import DataError, RecipeError, UserError
 from fire_megatron.config.hf_config import ModelShape, used_vocabulary
+from fire_megatron.config.kinds import MOST
 from fire_megatron.config.roles import longest_row, roles, routes
 from fire_megatron.config.rope import BY_LENGTH
 from fire_megatron.config.rules.facts import Facts, Machine
-from fire_megatron.config.rules.training import sampling_notes
+from fire_megatron.config.rules.training import sampling_notes, without_effect
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
+from fire_megatron.data.chat_time import chat_time
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.records import Prompt
-from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, stop_ids
+from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer, missing_stops, stop_ids
 from fire_megatron.evaluation.benchmarks import BenchmarkTask, read_benchmark
 from fire_megatron.evaluation.judge import require_math_verify
 from fire_megatron.fire.hooks import Hook, build_hooks, registered_hooks
@@ -102,30 +104,54 @@ def check_settings(
     return hooks, facts
 
 
-def read_inputs(facts: Facts) -> Inputs:
+def read_inputs(facts: Facts, now: datetime | None = None) -> Inputs:
     """Read tokenizers, prompts and benchmarks.
+
+    Args:
+        facts: all rules have been asked.
+        now: the time that chat templates are told; None is the present.
 
     Raises:
         UserError: anything in them that the recipe cannot train on.
     """
+    with chat_time(now or datetime.now()):
+        return _read_inputs(facts)
+
+
+def _read_inputs(facts: Facts) -> Inputs:
     recipe, shapes = facts.recipe, facts.shapes
     tokenizer = load_tokenizer(recipe.student.checkpoint)
-    teachers = {f"teachers.{name}": teacher.checkpoint for name, teacher in recipe.teachers.items()}
-    prints = {path: load_tokenizer(folder).fingerprint() for path, folder in teachers.items()}
-    prints["student"] = tokenizer.fingerprint()
+    teachers = {f"teachers.{name}": load_tokenizer(teacher.checkpoint) for name, teacher in recipe.teachers.items()}
+    prints = {path: each.fingerprint() for path, each in (teachers | {"student": tokenizer}).items()}
     facts = replace(facts, tokenizer=tokenizer, fingerprints=prints)
     ask(facts)
     route = routes(recipe)
-    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), each_row=tick)
+    views = {
+        name: Encoder(recipe.data, tokenizer, options, key=f"teachers.{name}.chat_template_kwargs")
+        for name, teacher in recipe.teachers.items()
+        if (options := teacher.chat_template_kwargs) is not None
+    }
+    common = {"views": views, "each_row": tick}
+    prompts, report = read_prompts(recipe.data, recipe.data.train, tokenizer, set(route), **common)
     mixed = [prompt.label for prompt in prompts if len({route[label] for label, _ in prompt.shares}) > 1]
     ask(replace(facts, mixed=mixed))
-    notes = [*_vocabulary_notes(shapes), *_rotary_notes(recipe, shapes), f"data.train: {report}"]
+    notes = [
+        *without_effect(facts),
+        *_vocabulary_notes(shapes),
+        *_rotary_notes(recipe, shapes),
+        f"data.train: {report}",
+    ]
     held_out: list[Prompt] = []
     if recipe.evaluation.prompts:
-        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), each_row=tick)
+        common["options"] = recipe.evaluation.chat_template_kwargs
+        held_out, report = read_prompts(recipe.data, recipe.evaluation.prompts, tokenizer, set(route), **common)
         held_out = _limit_by_label(held_out, recipe.evaluation.num_prompts)
         notes.append(f"evaluation.prompts: {report}; {len(held_out)} used")
     ends = stop_ids(tokenizer, recipe.rollout.stop_tokens, "rollout.stop_tokens")
+    endings = {path: teacher.eos_ids for path, teacher in teachers.items()}
+    if recipe.data.chat_template != "off":
+        endings["the chat template"] = (tokenizer.turn_end(),)
+    notes += filter(None, [missing_stops(tokenizer, ends, endings, "rollout.stop_tokens")])
     benchmarks = _read_benchmarks(recipe, shapes["student"], tokenizer, ends)
     notes += [f"benchmark {task.name}: {len(task.prompts)} problems" for task in benchmarks]
     return Inputs(tokenizer, prompts, held_out, ends, route, tuple(notes), benchmarks)
@@ -193,8 +219,11 @@ def _read_benchmarks(
     if not configs:
         return ()
     require_math_verify()
-    benchmarks = [read_benchmark(config.path, name=config.name, limit=config.limit) for config in configs]
-    encode = Encoder(recipe.data.replace(max_prompt_tokens=sys.maxsize, too_long="error"), tokenizer)
+    benchmarks = [read_benchmark(config) for config in configs]
+    unlimited = recipe.data.replace(max_prompt_tokens=MOST, too_long="error")
+    options = recipe.evaluation.chat_template_kwargs
+    section = "data" if options is None else "evaluation"
+    encode = Encoder(unlimited, tokenizer, options, key=f"{section}.chat_template_kwargs")
     common = {"positions": shape.max_positions, "seed": recipe.evaluation.seed, "stop_ids": stop_ids}
     read = []
     for i, (config, benchmark) in enumerate(zip(configs, benchmarks, strict=True)):
@@ -221,13 +250,16 @@ def _engine_notes(recipe: Recipe, device: Device) -> list[str]:
     ]
 
 
-def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook], dict[str, ModelShape], Inputs]:
+def check(
+    recipe: Recipe, *, device: Device, num_ranks: int, now: datetime | None = None
+) -> tuple[list[Hook], dict[str, ModelShape], Inputs]:
     """Everything that can be checked before a model is built, on this process alone.
 
     Args:
         recipe: as loaded and checked by config/.
         device: where the run computes.
         num_ranks: ranks of the run.
+        now: see :func:`read_inputs`.
 
     Returns:
         The hooks, the architecture of each role by recipe path, and what the run reads besides weights.
@@ -237,9 +269,6 @@ def check(recipe: Recipe, *, device: Device, num_ranks: int) -> tuple[list[Hook]
     """
     hooks, facts = check_settings(recipe, machine=this_machine(device), num_ranks=num_ranks)
     check_models(recipe, facts, device=device)
-    inputs = read_inputs(facts)
-    return (
-        hooks,
-        dict(facts.shapes),
-        replace(inputs, notes=(*sampling_notes(recipe), *_engine_notes(recipe, device), *inputs.notes)),
-    )
+    inputs = read_inputs(facts, now)
+    notes = (*sampling_notes(recipe), *_engine_notes(recipe, device), *inputs.notes)
+    return hooks, dict(facts.shapes), replace(inputs, notes=notes)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch.distributed as dist
 
-from fire_megatron.checkpoint.steps import find_saved
 from fire_megatron.config.errors import TrainingError, UserError, on_every_rank
 from fire_megatron.config.roles import resolved
 from fire_megatron.config.schema import Recipe
@@ -20,14 +20,14 @@ from fire_megatron.platform.launch import World
 from fire_megatron.platform.rng import seed_everything
 from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.transfer import Transfer
-from fire_megatron.train.checkpoints import Checkpoints
+from fire_megatron.train.checkpoints import Beginning, Checkpoints
 from fire_megatron.train.ending import end_tables, held_out_answers
 from fire_megatron.train.gpu_readings import GpuReadings
-from fire_megatron.train.guard import NONFINITE
+from fire_megatron.train.guard import NONFINITE, SPIKE
 from fire_megatron.train.inputs import rank_roles
 from fire_megatron.train.interrupt import Stopped, StopRequest
 from fire_megatron.train.loop import StepReport, train_step
-from fire_megatron.train.run import Run, checkpoint_folder
+from fire_megatron.train.run import Run
 from fire_megatron.train.run_folder import RunFolder
 from fire_megatron.train.samples import sample_lines
 from fire_megatron.train.setup import Setup
@@ -55,15 +55,14 @@ class Trainer:
         timeout = recipe.run.collective_timeout
         self.watch = watch or launch.watch(world, roles=rank_roles(recipe, world), timeout=timeout)
         self.stop = stop or StopRequest()
-        # The first rank decides: views of a shared folder may differ for a moment. The others then look for these.
-        seen = find_saved(checkpoint_folder(recipe)) if world.is_main else []
-        found = all_gather_objects(seen, group=dist.group.WORLD)[0]
-        self.checkpoints = on_all_ranks(Checkpoints, recipe, world, self._say, found, group=dist.group.WORLD)
+        look = Beginning.of if world.is_main else lambda recipe: None
+        beginning = all_gather_objects(on_all_ranks(look, recipe, group=dist.group.WORLD), group=dist.group.WORLD)[0]
+        self.checkpoints = on_all_ranks(Checkpoints, recipe, world, self._say, beginning, group=dist.group.WORLD)
         self.folder = on_all_ranks(
             RunFolder, recipe, world, self._say, saved=self.checkpoints.newest(), group=dist.group.WORLD
         )
         seed_everything(recipe.run.seed, device=world.device)
-        self.setup = Setup(recipe, world, self.watch, self._say, self.stop)
+        self.setup = Setup(recipe, world, self.watch, self._say, self.stop, begun=beginning.begun)
         self.step = 0
         self.evaluated = -1
         """Last step that has been evaluated, or was not to be."""
@@ -168,8 +167,11 @@ class Trainer:
         }
         metrics = reduce_metrics(measured, group=self.run.grid.span)
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/rollout"]
-        if "grad_norm" not in metrics and metrics.get("fire/dropped/nonfinite"):  # no update, and perhaps no wonder
+        broken = sum(count for key, count in metrics.items() if re.fullmatch("teacher/.*/nonfinite", key))
+        if "grad_norm" not in metrics and metrics["fire/dropped/nonfinite"] > broken:  # the student's own are not
             self.run.guard.skip(NONFINITE)
+        for text in self.run.fruitless.step(metrics):
+            self.logger.message(text)
         self.logger.log(self.step, metrics | self.run.guard.metrics())
         self._tell_saved()
 
@@ -189,6 +191,7 @@ class Trainer:
             self.step, self.first_eval = state.step, dict(state.extra["first_eval"])
             self.run.engine.publish(self.step)
             self.run.guard.load(state.extra.get("guard", {}))
+            self.run.fruitless.load(state.extra.get("fruitless", {}))
             self._unlogged = dict(state.extra.get("untold", {}))
             self.evaluated = state.extra.get("evaluated", self.step - bool(self._unlogged))
         return state is not None
@@ -196,14 +199,19 @@ class Trainer:
     def save(self) -> None:
         """Save the last completed step, or begin to. Collective over the student's ranks."""
         self.watch.doing("saving")
-        extra = {"first_eval": self.first_eval, "guard": self.run.guard.state(), "evaluated": self.evaluated}
+        extra = {
+            "first_eval": self.first_eval,
+            "guard": self.run.guard.state(),
+            "fruitless": self.run.fruitless.state(),
+            "evaluated": self.evaluated,
+        }
         self.checkpoints.save(self.run, self.step, extra)
         self._tell_saved()
 
     def _tell_saved(self) -> None:
         for step, seconds in self.run.saver.finished():
             self.logger.message(f"saved checkpoint of step {step} to {self.checkpoints.folder} in {seconds:.1f} s")
-            self.folder.note(step=self.step, saved=step, restarts=0)
+            self.folder.note(step=self.step, saved=step, restarts=0, progress=True)
 
     def _save_if_due(self) -> None:
         every = self.recipe.checkpoint.every
@@ -281,7 +289,9 @@ class Trainer:
             self._save_if_sound()
             self._finish_saving()
         if done and self.run.guard.ruined:
-            self._give_up("the last update was skipped")
+            self._give_up_skipping("the last update was skipped", NONFINITE)
+        if done and (problem := self.run.fruitless.problem(ended=True)):
+            self._give_up(problem)
         self.folder.note(step=self.step, state="done" if done else "stopped")
         if not done:
             saved = self.checkpoints.saved
@@ -295,19 +305,27 @@ class Trainer:
 
     def _give_up_if_hopeless(self) -> None:
         guard, most = self.run.guard, self.recipe.optimizer.guard.max_skipped
-        if guard.exhausted:
+        problem = self.run.fruitless.problem()
+        if guard.exhausted or problem:
             self._save_if_sound()
-            self._give_up(f"{guard.in_a_row} updates in a row were skipped (optimizer.guard.max_skipped={most})")
+        if guard.exhausted:
+            in_a_row, reason = guard.exhausted
+            what = f"{in_a_row} updates in a row were skipped (optimizer.guard.max_skipped={most})"
+            self._give_up_skipping(what, reason)
+        if problem:
+            self._give_up(problem)
 
-    def _give_up(self, what: str) -> None:
+    def _give_up_skipping(self, what: str, reason: str) -> None:
         """End the run, since updates are skipped."""
-        self._finish_saving()
-        ruined, kept = self.run.guard.ruined, self.checkpoints.newest()
-        why = "loss, gradient or log-probabilities were not finite" if ruined else "loss or gradient jumped"
-        raise on_every_rank(
-            TrainingError(
-                f"step {self.step}: {what}, since {why}, so the run stops; lower optimizer.lr "
-                f"({self.recipe.optimizer.lr:g}) or optimizer.clip_grad, or raise warmup_steps; then "
-                + (f"run again to continue from step {kept}" if kept else "start again")
-            )
+        why = {NONFINITE: "loss, gradient or log-probabilities were not finite", SPIKE: "loss or gradient jumped"}
+        self._give_up(
+            f"{what}, since {why[reason]}, so the run stops; lower optimizer.lr ({self.recipe.optimizer.lr:g}) or "
+            "optimizer.clip_grad, or raise warmup_steps"
         )
+
+    def _give_up(self, problem: str) -> None:
+        """End the run with an error, once what is being saved is."""
+        self._finish_saving()
+        kept = self.checkpoints.newest()
+        then = f"run again to continue from step {kept}" if kept else "start again"
+        raise on_every_rank(TrainingError(f"step {self.step}: {problem}; then {then}"))

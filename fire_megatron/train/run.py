@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -23,17 +22,13 @@ from fire_megatron.platform.host import HostMemory
 from fire_megatron.rollout.engine import MegatronEngine
 from fire_megatron.rollout.sampling import Sampling
 from fire_megatron.teachers.router import TeacherRouter
+from fire_megatron.train.fruitless import Fruitless
 from fire_megatron.train.guard import UpdateGuard
 from fire_megatron.train.inputs import Inputs
 from fire_megatron.train.interrupt import Stopped, StopRequest
 from fire_megatron.train.phases import Phases
 from fire_megatron.train.rebalance import rebalance
 from fire_megatron.train.student import Student
-
-
-def checkpoint_folder(recipe: Recipe) -> Path:
-    """Where the run's checkpoints are."""
-    return Path(recipe.checkpoint.dir or Path(recipe.run.dir) / "checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +50,7 @@ class Run:
     benchmarks: BenchmarkRunner | None
     saver: Saver
     guard: UpdateGuard
+    fruitless: Fruitless
     phases: Phases
     stop: StopRequest
     control: Control | None

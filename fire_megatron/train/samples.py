@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fire_megatron.data.rollouts import Rollouts, Scores
-from fire_megatron.data.tokenizer import token_texts
+from fire_megatron.data.token_texts import token_texts
 from fire_megatron.fire.apply import EMPTY, NONFINITE
 from fire_megatron.fire.batch import Selection
 from fire_megatron.fire.statistics import row_means

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from fire_megatron.checkpoint.saving import Saver
+from fire_megatron.config.checkpoints import checkpoint_folder
 from fire_megatron.config.roles import keeps_cache, resolved, roles
 from fire_megatron.config.schema import Recipe
 from fire_megatron.data.order import PromptOrder
@@ -32,12 +34,13 @@ from fire_megatron.teachers.messages import StateKind
 from fire_megatron.teachers.pool import TeacherPool
 from fire_megatron.teachers.router import TeacherRouter
 from fire_megatron.teachers.teacher import Teacher, TeacherInfo
+from fire_megatron.train.fruitless import Fruitless
 from fire_megatron.train.guard import UpdateGuard
 from fire_megatron.train.inputs import check, role_layout
 from fire_megatron.train.interrupt import StopRequest
 from fire_megatron.train.models import RoleModels
 from fire_megatron.train.phases import Phases
-from fire_megatron.train.run import Run, checkpoint_folder
+from fire_megatron.train.run import Run
 from fire_megatron.train.student import Student
 
 
@@ -45,7 +48,14 @@ class Setup:
     """A run ready to begin, on any of its ranks: what it reads, where its roles are, and this rank's parts."""
 
     def __init__(
-        self, recipe: Recipe, world: World, watch: Watch, say: Callable[[str], None], stop: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        world: World,
+        watch: Watch,
+        say: Callable[[str], None],
+        stop: StopRequest | None = None,
+        *,
+        begun: datetime | None = None,
     ) -> None:
         """Build it. Collective: every rank of the world calls it alike, and all of them raise if one does.
 
@@ -55,6 +65,7 @@ class Setup:
             watch: its signs of life.
             say: tells people.
             stop: hears signals.
+            begun: when the run was, the same on every rank: what chat templates are told of the time.
 
         Raises:
             UserError: recipe, data, layout or checkpoint are not usable; no model has been built yet in most cases.
@@ -63,7 +74,7 @@ class Setup:
         self.recipe, self.world, self.watch = recipe, world, watch
         self.factory = GridFactory(timeout=recipe.run.collective_timeout)
         self.hooks, self.shapes, self.inputs = on_all_ranks(
-            check, recipe, device=world.device, num_ranks=world.size, group=dist.group.WORLD
+            check, recipe, device=world.device, num_ranks=world.size, now=begun, group=dist.group.WORLD
         )
         for note in self.inputs.notes:
             say(note)
@@ -153,6 +164,7 @@ class Setup:
             benchmarks=self._benchmarks(),
             saver=self._saver(),
             guard=UpdateGuard(recipe.optimizer.guard),
+            fruitless=Fruitless(recipe.optimizer.guard.max_skipped),
             phases=Phases(self.watch, self.world.device),
             stop=stop,
             control=self.control,

@@ -30,6 +30,8 @@ class RunStatus:
     """Newest checkpoint that is whole."""
     restarts: int = 0
     """Automatic restarts in a row without a new checkpoint."""
+    progress: bool = True
+    """Whether a checkpoint has been saved since the start."""
     error: str | None = None
     """Why it failed."""
     hopeless: bool = False
@@ -78,16 +80,26 @@ def begin(run_dir: Path, *, saved: int | None, restart: Restart, max_restarts: i
         TrainingError: it has been restarted too often, or another restart would fail too.
     """
     before = read_status(run_dir)
-    if restart is Restart.NO or before is None or before.state in ("done", "stopped"):
-        return RunStatus("running", saved or 0, saved)
+    fresh = RunStatus("running", saved or 0, saved, progress=False)
+    if restart is Restart.NO or before is None or before.state == "done":
+        return fresh
+    stopped = before.state == "stopped"
+    if stopped and before.progress:
+        return fresh
     if restart is Restart.LAUNCHER and before.state == "failed" and before.hopeless:
         raise TrainingError(f"{_IN_VAIN}{(before.error or '').removeprefix(_IN_VAIN)}")
     restarts = before.restarts + 1 if before.saved == saved else 1
     if restarts > max_restarts:
         where = "before its first checkpoint" if saved is None else f"after the checkpoint of step {saved}"
+        last = f"last error: {before.error or 'none told, a process was killed'}"
+        if stopped:
+            last = (
+                "the last time it was asked to stop before it had anything new to save: give it more time (the job's "
+                "time limit), or let a step take less"
+            )
         raise TrainingError(
-            f"the run has failed {restarts} times in a row {where} and was restarted {restarts - 1} times "
-            f"(run.max_restarts={max_restarts}); last error: {before.error or 'none told, a process was killed'}. "
-            "Start it by hand to try again"
+            f"the run has {'failed or been stopped' if stopped else 'failed'} {restarts} times in a row {where} and "
+            f"was restarted {restarts - 1} times (run.max_restarts={max_restarts}); {last}. Start it by hand to try "
+            "again"
         )
-    return RunStatus("running", saved or 0, saved, restarts)
+    return replace(fresh, restarts=restarts)

@@ -9,6 +9,7 @@ import pytest
 from boxed_models import make_model, write_benchmark
 
 from fire_megatron.cli.evaluate import main
+from fire_megatron.evaluation import runner
 from fire_megatron.evaluation.generations import PartFiles
 
 PROBLEMS, SAMPLES = 6, 4
@@ -83,23 +84,26 @@ def test_scores_are_those_of_what_was_written(whole):
         winners = {v for v in said if said.count(v) == max(map(said.count, said))}
         votes += (problem % 4 in winners) / len(winners) if winners else 0.0
     assert scores["maj@4"]["value"] == pytest.approx(votes / PROBLEMS)
+    agreed = sum(r["correct"] == r["math_verify"] for r in rows)
+    assert scores["agrees_with_math_verify"] == pytest.approx(agreed / len(rows))
     assert scores["mean_length"] == pytest.approx(sum(r["tokens"] for r in rows) / len(rows))
     assert sorted(path.name for path in whole.iterdir()) == ["scores.json", "settings.json", "sums.jsonl"]
 
 
 def test_a_stopped_run_continues(evaluate, whole, tmp_path, written, monkeypatch, capsys):
-    add = PartFiles.add
+    last_boxed, looked_at = runner.last_boxed, []
 
-    def stopping(self, name, generation):
-        add(self, name, generation)
-        if len(written) == 6:
+    def stopping(text):
+        looked_at.append(text)
+        if len(looked_at) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return last_boxed(text)
 
-    monkeypatch.setattr(PartFiles, "add", stopping)
+    monkeypatch.setattr(runner, "last_boxed", stopping)
     assert evaluate() == 0
     shown = capsys.readouterr().out
     assert f"stopped with {PROBLEMS * SAMPLES - len(written)} answers to go; run again to continue" in shown
-    assert 6 <= len(written) < PROBLEMS * SAMPLES and not (tmp_path / "out" / "scores.json").exists()
+    assert 1 <= len(written) < PROBLEMS * SAMPLES and not (tmp_path / "out" / "scores.json").exists()
     assert evaluate("--batch-size", 3) == 0
     assert len(written) == len(set(written)) == PROBLEMS * SAMPLES, "nothing is sampled twice"
     assert lines(tmp_path / "out") == lines(whole)
@@ -156,6 +160,8 @@ def test_a_hugging_face_folder(evaluate, whole, tmp_path, inputs):
         (["--tensor", 3], "--tensor: 3 does not divide the model's 4 heads nor its 2 key/value heads"),
         (["--chat-template", "on"], "--chat-template: on, but the tokenizer has no chat template"),
         (["--system-prompt", "be right"], "--system-prompt: needs a chat template"),
+        (["--chat-template-kwargs", '{"a": 1}'], "--chat-template-kwargs.a: prompts go through no chat template"),
+        (["--answer-key", "key"], "sums.jsonl:1: 'key' is None; write the right answer there"),
         (["--benchmark", "none.jsonl"], "--benchmark none.jsonl: none.jsonl does not exist"),
         (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
     ],
@@ -178,5 +184,8 @@ def test_mistakes_in_the_model_and_in_what_is_there(evaluate, whole, inputs, tmp
     fixed = ["--max-new-tokens", 12]
     refused("--seed: ", "--checkpoint", f"{inputs}/model", "--out", whole, *fixed, "--seed", 8)
     refused("has other weights or another tokenizer", "--hf", f"{inputs}/model-hf", "--out", whole, *fixed)
+    for text in ("{", "[1]"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--checkpoint", "a", "--benchmark", "c", "--chat-template-kwargs", text])
     with pytest.raises(SystemExit, match="2"):
         main(["--checkpoint", "a", "--hf", "b", "--benchmark", "c"])

@@ -35,7 +35,7 @@ def score(self, *args, **kwargs):
         mode = os.environ["FIRE_TEST_MODE"]
         (folder / "ready").touch()
         if mode == "raise":
-            raise RuntimeError("made up in a test")
+            raise TypeError("made up in a test")
         if mode == "hang":
             time.sleep(10_000)
         if mode in ("kill", "stop"):
@@ -117,7 +117,7 @@ CASES = {
     "kill": (signal.SIGKILL, "rank 1 (teachers.code and teachers.math): scoring as"),
     "stop": (signal.SIGSTOP, "rank 1 (teachers.code and teachers.math): scoring as"),
     "hang": (None, "did not answer within run.collective_timeout (12 s), so the run ends: rank 1 (teachers.code"),
-    "raise": (None, "teachers.code and teachers.math on rank 1 failed: RuntimeError: made up in a test"),
+    "raise": (None, "teachers.code and teachers.math on rank 1 failed: TypeError: made up in a test"),
 }
 
 
@@ -149,6 +149,7 @@ def test_the_run_ends_names_the_teacher_and_goes_on_when_started_again(runs, who
     assert runs.process.returncode != 0
     assert expected in runs.complaint()
     status, log = read_status(runs.folder / "run"), runs.log.read_text()
+    assert status.hopeless == (mode == "raise"), "another start would meet an error of the program again"
     assert status.state == "failed" and runs.complaint().endswith(status.error), "the verdict, not what follows from it"
     assert ('cli/supervision.py", line' in log) == (mode == "raise"), "a traceback where it tells something"
     records = list((runs.folder / "run" / "flight_recorder").glob("*/rank_0"))

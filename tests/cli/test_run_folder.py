@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from tiny_run import read_metrics, tiny_recipe, train, write_recipe
 
 from fire_megatron.cli.train import main
+from fire_megatron.config.errors import DataError
 from fire_megatron.config.load import load_recipe, recipe_to_dict
 from fire_megatron.config.roles import resolved
+from fire_megatron.platform.folder_lock import alone_in
 
 
 def test_files_of_a_run(tiny, tmp_path, capsys):
@@ -52,15 +55,34 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     assert len({line["prompt"] for line in asked()}) == 1 and all(line["answer"] for line in asked())
     other = "student.precision.dtype=bfloat16"
     assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
-    resumed, told, *_ = [line for line in capsys.readouterr().out.splitlines() if "step_000002" in line]
+    out = capsys.readouterr().out
+    changes = "run.steps 2 -> 3; student.precision.dtype float32 -> bfloat16"
+    assert f"\nchanged since step 2: {changes}\n" in out
+    resumed, told, *_ = [line for line in out.splitlines() if "step_000002" in line]
     assert resumed.startswith("resumed from") and told.startswith("WARNING: student.precision.dtype: ")
     assert "trained in float32 and the run goes on in bfloat16" in told and "dtype=float32" in told
     assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
     again = capsys.readouterr().out
     assert "resumed from" in again and "WARNING" not in again, "it is told once, where it changes"
+    assert "changed since" not in again
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]
     assert [line["step"] for line in asked()] == [0, 2, 3]
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
+
+
+@pytest.mark.parametrize("key", ["run.dir", "checkpoint.dir"])
+def test_one_run_at_a_time(tiny, tmp_path, capsys, key):
+    assert train(tiny, tmp_path / "first", run__steps=1) == 0
+    folder = tmp_path / "first" / ("checkpoints" if key == "checkpoint.dir" else "")
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    run_dir = tmp_path / ("second" if key == "checkpoint.dir" else "first")
+    with alone_in(folder, DataError):
+        assert train(tiny, run_dir, f"{key}={folder}", run__steps=2) == 2
+        assert f"error: {key}: process {os.getpid()} on " in capsys.readouterr().err
+        with alone_in(tmp_path / "third", DataError):  # looking at a recipe is free
+            assert train(tiny, tmp_path / "third", "--check") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()} == before
+    assert train(tiny, run_dir, f"{key}={folder}", run__steps=2) == 0
 
 
 def test_the_loss_is_a_mean_whatever_the_mini_batches(tiny, tmp_path):

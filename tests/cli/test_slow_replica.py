@@ -51,7 +51,7 @@ MegatronEngine.generate = slow
 
 def test_a_slow_replica_is_waited_for_and_one_that_hangs_is_named(tiny, tmp_path):
     (tmp_path / "slow_replica.py").write_text(PLUGIN)
-    changes = {"run__plugins": ["slow_replica"], "evaluation__at_start": False}
+    changes = {"run__plugins": ["slow_replica"]}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tiny, tmp_path / "run", **changes))
     common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     ranks = [

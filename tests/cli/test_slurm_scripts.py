@@ -133,6 +133,15 @@ COURSES = {
         '[[ $(attempts) -gt 6 ]] || { touch "$CHECKPOINTS/step_$(attempts)"; return 9; }', 0, 7, "done after 7"
     ),
     "is a mistake": ('echo "run.foo: wrong" > "$FIRE_MEGATRON_MISTAKE"; return 1', 2, 1, "train: run.foo: wrong"),
+    "is a mistake at a signal": (
+        'echo "run.foo: wrong" > "$FIRE_MEGATRON_MISTAKE"; return 75', 2, 1, "error: run.foo: wrong"
+    ),
+    # As a run that was stopped before and refuses to be restarted.
+    "is a mistake after a stop": (
+        'echo wrong > "$FIRE_MEGATRON_MISTAKE"; echo \'{"state": "stopped"}\' > "$FOLDER/status.json"; return 1', 2, 1,
+        "train: wrong"
+    ),
+    "is killed after a stop": ("return 1", 1, 4, "train failed 4 times in a row without a new checkpoint"),
     "is asked to stop": ("return 75", 75, 1, "scontrol requeue 7"),
     "is preempted": ('echo \'"state": "stopped"\' > "$RUN_DIR/status.json"; return 1', 75, 1, "scontrol requeue 7"),
     # The signal comes to the script, which passes it on; the step ends in its own way.
@@ -150,6 +159,8 @@ COURSES = {
 def test_a_stage_that(course, tmp_path):
     body, code, attempts, words = COURSES[course]
     environment = {**os.environ, "FOLDER": str(tmp_path)}
+    if course.endswith("after a stop"):
+        (tmp_path / "status.json").write_text('"state": "stopped"')
     command = ["bash", "-c", HARNESS.replace("BODY", body)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == code, done.stdout + done.stderr

@@ -11,8 +11,8 @@ from processes import command, environment
 from roles import Roles
 
 from fire_megatron.cli.evaluate import _parser, _read
+from fire_megatron.config.data import BenchmarkConfig, DataConfig, SourceConfig
 from fire_megatron.config.errors import UserError
-from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.encoder import Encoder
 from fire_megatron.data.tokenizer import load_tokenizer
 from fire_megatron.evaluation.benchmarks import BenchmarkTask, encode_problems, read_benchmark
@@ -112,7 +112,7 @@ def measure(world, roles, folder, path, layout, out):
     """The first benchmark in training's way, on a model that is loaded in some layout: metrics, answers, scores."""
     model, grid = roles.build(path, layout)
     tokenizer = load_tokenizer(path)
-    benchmark = read_benchmark(folder / "sums.jsonl")
+    benchmark = read_benchmark(BenchmarkConfig(path=str(folder / "sums.jsonl")))
     prompts = encode_problems(benchmark, Encoder(DATA, tokenizer), room=400)
     sampling = Sampling(max_new_tokens=16, batch_size=4, stop_ids=frozenset(tokenizer.eos_ids), seed=7)
     waiting = roles.factory.cpu_group(range(world.size), purpose="evaluation")

@@ -140,7 +140,12 @@ def test_each_row_is_scored_once_by_its_teacher_in_order_and_evenly(casts, monke
 
     def work():
         mine = [order[i] for i in cast.grid.own_rows(len(whole))]
-        prompts = [Prompt(i, label, tuple(prompt.tolist()), "") for i, (label, prompt, _) in enumerate(whole)]
+        prompts = [
+            Prompt(i, label, tuple(prompt.tolist()[:-1]), "", views=(("math", (6,)), ("code", tuple(prompt.tolist()))))
+            if ROUTE[label] == "code"  # the student's prompt is shorter than that which this teacher is given
+            else Prompt(i, label, tuple(prompt.tolist()), "")
+            for i, (label, prompt, _) in enumerate(whole)
+        ]
         rollouts = make_rollouts(mine, prompts, [response for *_, response in whole])
         scores = cast.score(rollouts, len(whole))
         assert scores.teachers == tuple(ROUTE[whole[i][0]] for i in mine)

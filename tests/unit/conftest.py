@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fire_megatron.config.schema import DataConfig, SourceConfig
+from fire_megatron.config.data import DataConfig, SourceConfig
 from fire_megatron.data.prompts import PromptReport, read_prompts
 from fire_megatron.data.records import Prompt
 from fire_megatron.data.tokenizer import Tokenizer, load_tokenizer

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fire_megatron.config.checkpoints import looked_in
+from fire_megatron.config.checkpoints import holds_model, looked_in
+from fire_megatron.config.data import DataConfig
 from fire_megatron.config.errors import RecipeProblem
 from fire_megatron.config.kinds import BENCHMARK_NAME
 from fire_megatron.config.messages import nearest
 from fire_megatron.config.rules.facts import Facts, Vocabulary
-from fire_megatron.config.schema import DataConfig
 
 
 def labels(facts: Facts) -> Iterator[RecipeProblem]:
@@ -34,6 +35,9 @@ def labels(facts: Facts) -> Iterator[RecipeProblem]:
 
 
 def mixtures(facts: Facts) -> Iterator[RecipeProblem]:
+    loss = facts.recipe.loss
+    if not loss.is_default("mixture") and facts.mixed is not None and not facts.mixed:
+        yield RecipeProblem("loss.mixture", "has no effect, since no row names several teachers; leave it out")
     if facts.recipe.loss.estimator == "topk" and facts.mixed:
         yield RecipeProblem(
             "loss.estimator",
@@ -47,7 +51,7 @@ def file_problem(path: Path) -> str | None:
     if not path.exists():
         return f"{path} does not exist{looked_in(path)}; correct the path"
     if not path.is_file():
-        return f"{path} is a folder; give a file (JSON Lines or a JSON list)"
+        return f"{path} is a folder; give a file (JSON Lines, a JSON list, CSV or Parquet)"
     return None if os.access(path, os.R_OK) else f"{path} may not be read; change its permissions"
 
 
@@ -60,7 +64,7 @@ def files(facts: Facts) -> Iterator[RecipeProblem]:
 
 def benchmark_name(path: str | Path) -> str:
     """The name of a benchmark that is given none: its file's without the ending."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    return re.sub(r"\.(?:jsonl|json|csv|tsv|parquet|pq)$", "", Path(path).name.removesuffix(".gz"))
 
 
 def benchmark_code(name: str) -> int:
@@ -110,10 +114,20 @@ def chat_template(facts: Facts) -> Iterator[RecipeProblem]:
     yield from template(facts.recipe.data, facts.tokenizer, "data.{}".format)
 
 
+def inside_model(path: Path) -> str | None:
+    """What is wrong with a folder to write in that is a model's, or within one; None where it is not."""
+    whole = path.resolve()
+    model = next((folder for folder in (whole, *whole.parents) if holds_model(folder)), None)
+    return model and f"is inside {model}, which holds a model; choose another folder"
+
+
 def writable(facts: Facts) -> Iterator[RecipeProblem]:
     for key, name in (("run.dir", facts.recipe.run.dir), ("checkpoint.dir", facts.recipe.checkpoint.dir)):
         if name is None or facts.elsewhere:
             continue
+        inside = inside_model(Path(name))
+        if inside:
+            yield RecipeProblem(key, f"{name} {inside}")
         folder = Path(name).absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent

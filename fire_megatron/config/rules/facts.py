@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from fire_megatron.config.data import BenchmarkConfig, SourceConfig
 from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import roles
-from fire_megatron.config.schema import BenchmarkConfig, Recipe, RoleConfig, SourceConfig
+from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span, span_problems
 
 
@@ -90,8 +91,8 @@ class Facts:
     """The student's, which all roles share."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Of every role's tokenizer, by the role's key: equal exactly when every id stands for the same token."""
-    mixed: Sequence[str] = ()
-    """Labels of the rows to train on that go to several teachers."""
+    mixed: Sequence[str] | None = None
+    """Labels of the rows to train on that go to several teachers; None until they are read."""
 
     @cached_property
     def roles(self) -> dict[str, Role]:

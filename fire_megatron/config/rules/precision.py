@@ -27,6 +27,10 @@ def fp8(role: Role) -> Iterator[RecipeProblem]:
             f"{name}.recipe",
             "delayed takes its scales from earlier training passes, and a teacher has none; take tensorwise",
         )
+    if not role.trains and not settings.is_default("format"):
+        yield RecipeProblem(
+            f"{name}.format", "has no effect, since formats differ in gradients and a teacher has none; leave it out"
+        )
     yield from _emulation(role) if settings.emulate else _engine(role)
 
 

@@ -40,6 +40,10 @@ def sampling_notes(recipe: Recipe) -> Iterator[str]:
     )
 
 
+_MOST_ANSWERS = 2**22
+"""Of a step: every rank keeps a few numbers of each."""
+
+
 def hook_names(facts: Facts) -> Iterator[RecipeProblem]:
     known = facts.hooks if facts.hooks is not None else None if facts.recipe.run.plugins else BUILTIN_HOOKS
     for i, hook in enumerate(facts.recipe.loss.hooks):
@@ -78,14 +82,52 @@ def micro_batches(facts: Facts) -> Iterator[RecipeProblem]:
 def counts(facts: Facts) -> Iterator[RecipeProblem]:
     recipe = facts.recipe
     answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
+    if answers > _MOST_ANSWERS:
+        yield RecipeProblem(
+            "rollout.prompts_per_step",
+            f"{recipe.rollout.prompts_per_step} x samples_per_prompt {recipe.rollout.samples_per_prompt} are {answers} "
+            f"answers a step, more than {_MOST_ANSWERS}; lower one of them",
+        )
     if recipe.optimizer.mini_batches > answers:
         yield RecipeProblem(
             "optimizer.mini_batches",
             f"{recipe.optimizer.mini_batches} updates from {answers} answers a step "
             "(rollout.prompts_per_step x samples_per_prompt); lower it",
         )
-    if recipe.evaluation.every and not (recipe.evaluation.prompts or recipe.evaluation.benchmarks):
+    once = recipe.optimizer.mini_batches == 1
+    if once and recipe.loss.estimator == "sampled" and not recipe.loss.is_default("clip"):
         yield RecipeProblem(
-            "evaluation.every",
-            f"{recipe.evaluation.every}, but evaluation.prompts and evaluation.benchmarks name no file; give one",
+            "loss.clip",
+            "has no effect with one update from each step's answers, where new and old probabilities are the same; "
+            "leave it out, or raise optimizer.mini_batches",
         )
+    if recipe.optimizer.warmup_steps > recipe.run.steps:
+        yield RecipeProblem(
+            "optimizer.warmup_steps",
+            f"{recipe.optimizer.warmup_steps} exceeds run.steps, {recipe.run.steps}, so the rate would never reach "
+            "optimizer.lr; lower it",
+        )
+
+
+def label_key(facts: Facts) -> Iterator[RecipeProblem]:
+    """It is read of rows whose file gives no label."""
+    chosen = not facts.recipe.data.is_default("label_key")
+    if chosen and all(source.label is not None for source in facts.sources.values()):
+        yield RecipeProblem(
+            "data.label_key", "has no effect, since every file is given a label; leave it out, or the labels"
+        )
+
+
+def without_effect(facts: Facts) -> Iterator[str]:
+    """What to tell people of keys of which a run of this length, or on this machine, makes nothing. They are no
+    mistakes: one recipe serves short trials and machines without a GPU as well."""
+    recipe, steps = facts.recipe, facts.recipe.run.steps
+    for key, every in (("checkpoint.every", recipe.checkpoint.every), ("evaluation.every", recipe.evaluation.every)):
+        if every > steps:
+            yield f"{key} is {every} and run.steps {steps}, so it has no effect"
+    if facts.machine and facts.machine.kind == "cpu":
+        keys = [role.at("layer_spec") for role in facts.roles.values() if role.config.layer_spec == "local"]
+        keys += [] if recipe.rollout.is_default("cuda_graphs") else ["rollout.cuda_graphs"]
+        keys += [] if recipe.metrics.is_default("gpu_interval") else ["metrics.gpu_interval"]
+        if keys:
+            yield f"without a GPU, {' and '.join(keys)} {'have' if len(keys) > 1 else 'has'} no effect"

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tiny_run import make_inputs, tiny_recipe
 
 from fire_megatron.checkpoint import saving
+from fire_megatron.checkpoint.convert import megatron_to_hf
 from fire_megatron.checkpoint.resuming import load_training_state
 from fire_megatron.checkpoint.steps import saved_steps, step_folder
 from fire_megatron.checkpoint.torch_dist import ShardWriter
@@ -24,8 +26,8 @@ from fire_megatron.train.loop import train_step
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A student with an optimizer that has taken a step."""
-    folder = make_inputs(tmp_path_factory.mktemp("saving"), num_hidden_layers=1)
+    """A student with an optimizer that has taken a step, in float32 from a checkpoint in bfloat16."""
+    folder = make_inputs(tmp_path_factory.mktemp("saving"), num_hidden_layers=1, dtype=torch.bfloat16)
     trainer = Trainer(recipe_from_dict(tiny_recipe(folder, folder / "run")), launch.start("cpu", threads=1))
     train_step(trainer.run, 0)
     yield trainer.run
@@ -68,6 +70,17 @@ def test_what_changes_meanwhile_is_not_in_it(run, saver, tmp_path, monkeypatch):
     state = load_training_state(step_folder(tmp_path, 1), run.student.model, run.student.optimizer, grid=run.grid)
     assert (state.step, state.extra) == (1, {"mark": "first"})
     assert all(map(torch.equal, before, run.student.memory()))
+
+
+def test_a_step_is_exported_in_the_dtype_of_its_source(run, saver, tmp_path):
+    save(saver, run, 1)
+    saver.wait()
+    back = [megatron_to_hf(step_folder(tmp_path, 1), tmp_path / str(told), dtype=told) for told in (None, "float32")]
+    narrow, wide = (load_file(folder / "model.safetensors") for folder in back)
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+    assert all(torch.equal(tensor.bfloat16(), narrow[name]) for name, tensor in wide.items())
+    assert not all(torch.equal(tensor, narrow[name].float()) for name, tensor in wide.items())
 
 
 def test_one_after_the_other(run, saver, tmp_path):

@@ -53,5 +53,7 @@ def test_every_key_is_on_the_page_and_every_link_has_a_target() -> None:
     page = reference()
     for key in all_keys(Recipe):
         assert f"`{key.rsplit('.', 1)[-1]}`" in page
-    headings = {line[3:].lower().replace(".", "") for line in page.splitlines() if line.startswith("## ")}
+    headings = {
+        line[3:].lower().replace(".", "").replace(" ", "-") for line in page.splitlines() if line.startswith("## ")
+    }
     assert set(re.findall(r"\]\(#([^)]*)\)", page)) <= headings

@@ -2,17 +2,21 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from fire_megatron.config.errors import RecipeError, RecipeProblems, UserError
 from fire_megatron.config.load import load_recipe, recipe_from_dict, recipe_text, recipe_to_dict
-from fire_megatron.config.loss import FilterOptions, HookConfig, ImportanceConfig, LossConfig
+from fire_megatron.config.loss import FilterOptions, HookConfig, ImportanceConfig, LossConfig, ReweightOptions
+from fire_megatron.config.messages import Hint, parse_hint
 from fire_megatron.config.schema import OptimizerConfig, ParallelConfig, Recipe, RolloutConfig, TeacherConfig
 
 
@@ -65,7 +69,11 @@ def test_a_section_with_nothing_below_it_takes_its_defaults(values: dict[str, An
         ("run.steps", None, "run.steps: null; it must be a whole number"),
         ("run.name", 7, "run.name: 7 is a whole number; it must be a string, not empty (put it in quotes)"),
         ("optimizer.lr", "fast", "optimizer.lr: 'fast' is a string; it must be a number, above 0"),
-        ("optimizer.lr", float("nan"), "optimizer.lr: nan is a number; it must be a number, above 0; infinities"),
+        (
+            "optimizer.lr",
+            float("nan"),
+            "optimizer.lr: nan is a number; it must be a number, above 0 and at most 1e+30; infinities",
+        ),
         ("optimizer.lr", float("inf"), "infinities and not-a-number are no settings"),
         ("optimizer.lr", 10**400, "infinities and not-a-number are no settings"),
         ("optimizer.betas", [0.9], "optimizer.betas: [0.9] is not allowed; it must be 2 entries long"),
@@ -115,7 +123,9 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ("rollout.top_p", 0, "rollout.top_p: 0 is not allowed; it must be above 0 and at most 1"),
         ("rollout.top_p", 1.1, "rollout.top_p: 1.1 is not allowed"),
         ("loss.clip", 0, "loss.clip: 0 is not allowed; it must be above 0"),
-        ("loss.importance.low", 2, "loss.importance.low: 2.0 is not below high, which is 2.0"),
+        ("loss.importance.low", 2, "loss.importance.low: has no effect with mode truncate; leave it out, or use mask"),
+        ("loss.importance", {"mode": "mask", "low": 2}, "loss.importance.low: 2.0 is not below high, which is 2.0"),
+        ("loss.importance", {"mode": "off", "high": 3}, "loss.importance.high: has no effect with mode off; leave it"),
         ("loss.hooks", [{"name": "filter", "percentile": 100}], "loss.hooks.0.percentile: 100 is not allowed"),
         (
             "loss.hooks",
@@ -124,7 +134,49 @@ def test_wrong_types(values: dict[str, Any], key: str, value: Any, expected: str
         ),
         ("loss.hooks", [{"name": "reweight", "alpha": -1}], "loss.hooks.0.alpha: -1 is not allowed"),
         ("optimizer.lr", 0, "optimizer.lr: 0 is not allowed; it must be above 0"),
-        ("optimizer.min_lr", 1, "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr"),
+        (
+            "optimizer",
+            {"min_lr": 1, "schedule": "linear"},
+            "optimizer.min_lr: 1.0 is above lr, which is 1e-05; lower it or raise lr",
+        ),
+        (
+            "optimizer.guard.spike_window",
+            9,
+            "optimizer.guard.spike_window: has no effect with spike_factor 0; leave it",
+        ),
+        ("evaluation.num_prompts", 9, "evaluation.num_prompts: has no effect without prompts; leave it out, or give"),
+        ("evaluation.at_end", False, "evaluation.at_end: has no effect without prompts or benchmarks; leave it out"),
+        (
+            "evaluation",
+            {"seed": 1, "benchmarks": [{"path": "a.jsonl", "temperature": 0}]},
+            "evaluation.seed: has no effect where every benchmark has temperature 0; leave it out, or raise one",
+        ),
+        (
+            "rollout",
+            {"prompts_per_step": 1, "max_new_tokens": 1, "temperature": 0, "top_p": 0.5},
+            "rollout.top_p: has no",
+        ),
+        (
+            "evaluation.benchmarks",
+            [{"path": "a.jsonl", "temperature": 0, "top_p": 0.5}],
+            "evaluation.benchmarks.0.top_p: has no effect at temperature 0, which takes the likeliest token; leave it",
+        ),
+        (
+            "loss.hooks",
+            [{"name": "filter", "percentile": 0, "group_by": "batch"}],
+            "loss.hooks.0.group_by: has no effect with percentile 0, which keeps all; leave it out, or raise",
+        ),
+        (
+            "loss.hooks",
+            [{"name": "reweight", "alpha": 0, "beta": 0, "normalise_over": "all"}],
+            "loss.hooks.0.normalise_over: has no effect with alpha and beta 0, where every weight is 1; leave it out",
+        ),
+        (
+            "student.precision.fp8",
+            {"amax_history": 16},
+            "student.precision.fp8.amax_history: has no effect with recipe tensorwise; leave it out, or take recipe",
+        ),
+        ("optimizer.min_lr", 1, "optimizer.min_lr: has no effect with schedule constant; leave it out, or use linear"),
         (
             "optimizer",
             {"micro_batch_size": 2, "micro_batch_tokens": 64},
@@ -292,6 +344,40 @@ def test_reading_a_recipe_loads_neither_torch_nor_megatron() -> None:
     code = f"import sys, {imports}; sys.exit(bool({{'torch', 'megatron', 'numpy', 'transformers'}} & set(sys.modules)))"
     root = str(Path(__file__).resolve().parents[3])
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": root}, timeout=30)
+
+
+def numbers(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Hint]]:
+    """Every number of a section, and what is allowed."""
+    for name, field in section.model_fields.items():
+        key, hint = f"{prefix}{name}", parse_hint(field)
+        while hint.origin in (dict, tuple):
+            hint = parse_hint(hint.item())
+        if hint.is_section:
+            yield from numbers(hint.type, f"{key}.")
+        elif hint.type in (int, float):
+            yield key, hint
+
+
+def test_every_number_has_an_upper_bound() -> None:
+    found = dict(numbers(Recipe)) | dict(numbers(FilterOptions)) | dict(numbers(ReweightOptions))
+    assert len(found) > 60 and {"run.collective_timeout", "alpha", "optimizer.betas"} <= found.keys()
+    assert [key for key, hint in found.items() if not re.search("below|at most", hint.limits)] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.collective_timeout", 1e300),
+        ("student.vocab_multiple", 10**9),
+        ("run.steps", 10**30),
+        ("loss.student_temperature", 1e300),
+        ("optimizer.guard.spike_window", 10**9),
+    ],
+)
+def test_enormous_numbers(values: dict[str, Any], key: str, value: float) -> None:
+    assert re.fullmatch(
+        rf"{key}: .* is not allowed; it must be .* (below|at most) \S+", complaint(put(values, key, value))
+    )
 
 
 def test_types_of_the_loaded_recipe(values: dict[str, Any]) -> None:

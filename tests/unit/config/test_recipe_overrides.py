@@ -78,6 +78,14 @@ def test_hooks_start_from_their_defaults(path: Path) -> None:
     assert by_index == by_name == (HookConfig("filter", percentile=30.0), HookConfig("reweight"))
 
 
+def test_entries_of_one_name_go_by_their_index(path: Path) -> None:
+    two = "loss.hooks=[{name: filter}, {name: reweight}, {name: filter, group_by: batch}]"
+    message = complaint(path, two, "loss.hooks.filter.percentile=40")
+    assert "loss.hooks.filter: several entries have the name; use loss.hooks.0 or loss.hooks.2" in message
+    hooks = load_recipe(path, [two, "loss.hooks.2.percentile=40", "loss.hooks.reweight.alpha=2"]).loss.hooks
+    assert [hook.options.get("percentile") for hook in hooks] == [20.0, None, 40.0] and hooks[1].options["alpha"] == 2
+
+
 def test_a_new_hook_is_added_after_the_last(path: Path) -> None:
     hooks = load_recipe(path, ["loss.hooks.2.name=mine", "loss.hooks.2.depth=3"]).loss.hooks
     assert hooks[2] == HookConfig("mine", depth=3) and len(hooks) == 3

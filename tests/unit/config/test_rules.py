@@ -1,71 +1,11 @@
 """The rule book: what each rule refuses, alone, with key, value and fix; and what passes."""
 
-import json
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
+from rules import BARE_GPU, CPU, EXPERTS, FILE, GPU, MIXED, TWO, Tokens, Values, ask, fp8, hooked, untried
 
-from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import RecipeProblems
-from fire_megatron.config.load import recipe_from_dict
-from fire_megatron.config.rules.facts import Machine
-
-Values = dict[str, Any]
-
-GPU = Machine("cuda", None, lambda recipe: "no Blackwell" if recipe == "mxfp8" else None)
-BARE_GPU = Machine("cuda", "not installed", lambda recipe: None)
-CPU = Machine("cpu", "not installed", lambda recipe: None)
-EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-MIXED = EXPERTS | {"intermediate_size": 65, "mlp_only_layers": [0]}
-FILE = "{prompts}"
-TWO = {"hooks": [{"name": "filter"}, {"name": "reweight", "scope": "microbatch"}]}
-
-
-class Tokens:
-    """A tokenizer, as far as rules look at it."""
-
-    def __init__(self, vocab_size: int = 200, has_chat_template: bool = False) -> None:
-        self.vocab_size, self.has_chat_template = vocab_size, has_chat_template
-
-
-def ask(values: Values, changes: Values) -> None:
-    """Ask about changed values. A change is that of a dotted key, of ``ROLE/config.json``, of ``world_size``, or of
-    something else that is ``known``."""
-    known: Values = dict(changes.get("known", {}))
-    prompts = values["data"]["train"][0]["path"]
-    for key, change in changes.items():
-        change = json.loads(json.dumps(change).replace(FILE, prompts)) if key != "known" else change
-        if key.endswith("/config.json"):
-            path = Path(_at(values, f"{key.partition('/')[0]}.checkpoint")) / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        elif key not in ("known", "world_size"):
-            section, _, last = key.rpartition(".")
-            _at(values, section)[last] = change
-    check_recipe(recipe_from_dict(values), world_size=changes.get("world_size"), **known)
-
-
-def _at(values: Any, key: str) -> Any:
-    for name in filter(None, key.split(".")):
-        values = values[int(name)] if name.isdigit() else values.setdefault(name, {})
-    return values
-
-
-def fp8(role: str = "student", *, device: str = "cuda", **settings: Any) -> Values:
-    """FP8 for a role, on a GPU."""
-    return {"run.device": device, f"{role}.precision": {"dtype": "bfloat16", "fp8": settings}}
-
-
-def megatron(field: str, value: Any, role: str = "student") -> Values:
-    """A field of TransformerConfig."""
-    return {f"{role}.megatron": {field: value}}
-
-
-def hooked(*names: str, **known: Any) -> Values:
-    """Hooks of the loss."""
-    return {"loss.hooks": [{"name": name} for name in names], "known": known}
-
 
 PASSES: dict[str, Values] = {
     "as it is": {},
@@ -75,7 +15,7 @@ PASSES: dict[str, Values] = {
         "student.parallel": {"tensor": 4, "pipeline": 4, "sequence": True},
         "teachers.math.parallel": {"tensor": 2, "pipeline": 8},
         "teachers.code.parallel": {"context": 2, "tensor": 2},
-        "teachers.code.megatron": {"cp_comm_type": "a2a"},
+        "teachers.code.megatron": {"cp_comm_type": "a2a"}, "teachers.code.megatron_untested": True,
         "teachers.code.layer_spec": "te",
         "optimizer.micro_batch_tokens": 4096,
         "evaluation": {"every": 2, "prompts": [{"path": FILE, "label": "sql"}]},
@@ -108,7 +48,16 @@ PASSES: dict[str, Values] = {
     "a system prompt": {"data.system_prompt": "Be brief.", "known": {"tokenizer": Tokens(has_chat_template=True)}},
     "one teacher a row": {"loss": {"estimator": "topk"}},
     "several teachers a row": {"loss": {"estimator": "full"}, "known": {"mixed": ("code+math",)}},
-    "megatron": {"student.megatron": {"recompute_granularity": "full", "recompute_modules": ["core_attn"]}},
+    "megatron": {"student.megatron": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}},
+    "a null field of megatron": {
+        "student.megatron": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+                             "recompute_modules": None},
+    },
+    "parts that nobody has tried": {
+        "student/config.json": EXPERTS, "student.megatron_untested": True, "known": {"machine": GPU},
+        "student.megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]},
+    },
+    "a field of a newer release": {"student.megatron": {"warp_drive": 9}, "student.megatron_untested": True},
     "megatron for experts": {
         "student/config.json": EXPERTS,
         "student.megatron": {
@@ -116,9 +65,12 @@ PASSES: dict[str, Values] = {
         },
         "teachers.math/config.json": EXPERTS,
         "teachers.math.megatron": {"moe_grouped_gemm": False, "moe_router_dtype": "fp64"},
+        "teachers.math.megatron_untested": True,
         "known": {"machine": BARE_GPU},
     },
-    "values of types that megatron-core will refuse": fp8() | {"student.megatron": {"recompute_modules": 5}},
+    "values of types that megatron-core will refuse": fp8() | {
+        "student.megatron": {"recompute_granularity": "selective", "recompute_modules": 5}
+    },
     "a plan for a CPU recipe on GPUs": {**fp8(device="cpu"), "known": {"machine": GPU}},
 }  # fmt: skip
 
@@ -269,25 +221,25 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     ({"rollout.group_size": 2, "world_size": 4}, "rollout.group_size: 2, but every teacher shares the student's ranks"),
     (
-        megatron("cp_comm_type", "all_gather"),
+        untried("cp_comm_type", "all_gather"),
         "student.megatron.cp_comm_type: 'all_gather' has no effect, since student.parallel.context is 1; leave it",
     ),
     (
-        megatron("cp_comm_type", "all_gather") | {"student.parallel.context": 2, "student.layer_spec": "local"},
+        untried("cp_comm_type", "all_gather") | {"student.parallel.context": 2, "student.layer_spec": "local"},
         "'all_gather' is read by Transformer Engine's layers and student.layer_spec is local; leave it out",
     ),
     (
-        megatron("cp_comm_type", "a2a", "teachers.code") | {"teachers.code.parallel": {"context": 4, "tensor": 2}},
+        untried("cp_comm_type", "a2a", "teachers.code") | {"teachers.code.parallel": {"context": 4, "tensor": 2}},
         "teachers.code.megatron.cp_comm_type: 'a2a' shares out the model's 4 key/value heads over tensor 2 x context 4 "
         "= 8 ranks, which does not divide them; use 'p2p' or 'all_gather'",
     ),
     (
-        megatron("cp_comm_type", "p2p") | {
+        untried("cp_comm_type", "p2p") | {
             "student/config.json": {"model_type": "mistral", "sliding_window": 7}, "student.parallel.context": 2
         },
         "student.megatron.cp_comm_type: 'p2p' knows no sliding window, and the model's is 7 tokens; leave it out, or",
     ),
-    (megatron("cp_comm_type", "a2a+p2p"), "student.megatron.cp_comm_type: 'a2a+p2p' is not one of p2p, all_gather"),
+    (untried("cp_comm_type", "a2a+p2p"), "student.megatron.cp_comm_type: 'a2a+p2p' is not one of p2p, all_gather"),
     # FP8
     (fp8(first_last_bf16=2), "student.precision.fp8.first_last_bf16: 2 layers at each end of the model's 4, over 1"),
     (fp8("teachers.math", first_last_bf16=4), "teachers.math.precision.fp8.first_last_bf16: 4 layers at each end"),
@@ -295,6 +247,7 @@ REFUSED: list[tuple[Values, str]] = [
         fp8("teachers.math", first_last_bf16=3) | {"teachers.math.parallel.pipeline": 4},
         "over 4 pipeline stages; at most 2",
     ),
+    (fp8("teachers.math", format="e4m3"), "format: has no effect, since formats differ in gradients and a teacher has"),
     (fp8() | {"student.precision.dtype": "float32"}, "student.precision.dtype: float32, but between FP8 products"),
     (fp8("teachers.math", recipe="delayed"), "teachers.math.precision.fp8.recipe: delayed takes its scales from"),
     (fp8(recipe="delayed", param_gather=True), "student.precision.fp8.param_gather: true with recipe delayed would"),
@@ -329,44 +282,6 @@ REFUSED: list[tuple[Values, str]] = [
         fp8(recipe="mxfp8") | {"student.parallel.tensor": 4},
         "'mxfp8' multiplies in blocks of 32, which does not divide the model's query heads of 16 on each of 4 tensor-",
     ),
-    # fields of megatron-core
-    (megatron("tensor_model_parallel_size", 2), ": this is set by student.parallel.tensor; leave it out"),
-    (megatron("sequence_parallel", True), "this is set by student.parallel.sequence"),
-    (megatron("bf16", True), "this is set by student.precision.dtype"),
-    (megatron("fp8", "e4m3"), "this is set by student.precision.fp8"),
-    (megatron("num_layers", 3), "this is set by student.checkpoint (the model's own config.json)"),
-    (megatron("moe_router_topk", 1), "this is set by student.checkpoint (the model's own config.json)"),
-    (megatron("calculate_per_token_loss", False), ": the trainer relies on its own value; leave it out"),
-    (megatron("hidden_dropout", 0.1), "so there is no dropout; leave it out"),
-    (megatron("moe_expert_capacity_factor", 1.0), "would depend on the tokens beside it, or on chance; leave it out"),
-    (megatron("moe_per_layer_logging", True), "nothing here reads it; leave it out"),
-    (megatron("moe_aux_loss_coeff", 0.1), "student.megatron.moe_aux_loss_coeff: the model has no experts; leave it"),
-    (
-        {"student/config.json": EXPERTS} | megatron("moe_router_load_balancing_type", "sinkhorn"),
-        "student.megatron.moe_router_load_balancing_type: 'sinkhorn', but packs hold rows of many lengths and",
-    ),
-    (
-        {"student/config.json": EXPERTS} | megatron("moe_token_dispatcher_type", "allgather"),
-        "'allgather', but micro-batches differ in length, which allgather refuses; use alltoall or flex",
-    ),
-    ({"student/config.json": EXPERTS} | megatron("moe_aux_loss_coeff", [0.1]), "[0.1] is not allowed; give one number"),
-    ({"student/config.json": EXPERTS} | megatron("moe_z_loss_coeff", -1.0), "-1.0 is not allowed; give one number of"),
-    (
-        {"teachers.math/config.json": EXPERTS} | megatron("moe_aux_loss_coeff", 0.1, "teachers.math"),
-        "teachers.math.megatron.moe_aux_loss_coeff: a teacher is not trained, so it has no effect; leave it out",
-    ),
-    (
-        {"student/config.json": EXPERTS, "student.layer_spec": "local"} | megatron("moe_permute_fusion", True),
-        "True needs Transformer Engine's kernels and student.layer_spec is local; leave it out",
-    ),
-    (
-        megatron("fp4", "e2m1") | {"known": {"machine": BARE_GPU}},
-        "student.megatron.fp4: 'e2m1' needs Transformer Engine's kernels and Transformer Engine cannot be",
-    ),
-    (
-        fp8() | megatron("recompute_modules", ["moe"]),
-        "student.megatron.recompute_modules: 'moe' with student.precision.fp8 reads process groups that only",
-    ),
     # the loss's hooks, counts
     (
         hooked("filter", "reweigh"),
@@ -393,8 +308,20 @@ REFUSED: list[tuple[Values, str]] = [
     ),
     ({"optimizer.mini_batches": 5}, "optimizer.mini_batches: 5 updates from 4 answers a step"),
     (
-        {"evaluation.every": 5},
-        "evaluation.every: 5, but evaluation.prompts and evaluation.benchmarks name no file; give one",
+        {"loss": {"clip": 0.3}},
+        "loss.clip: has no effect with one update from each step's answers, where new and old probabilities",
+    ),
+    (
+        {"optimizer.warmup_steps": 4},
+        "optimizer.warmup_steps: 4 exceeds run.steps, 3, so the rate would never reach optimizer.lr; lower it",
+    ),
+    (
+        {"data.label_key": "topic", "data.train.1.label": "sql"},
+        "data.label_key: has no effect, since every file is given a label; leave it out, or the labels",
+    ),
+    (
+        {"loss": {"mixture": "log_probs"}, "known": {"mixed": ()}},
+        "loss.mixture: has no effect, since no row names several teachers; leave it out",
     ),
 ]  # fmt: skip
 

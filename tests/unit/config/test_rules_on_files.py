@@ -70,6 +70,23 @@ def test_a_folder_that_is_not_writable_even_for_root(
     assert f"run.dir: {locked}/a/run cannot be written because {locked} is not writable" in complaint(values)
 
 
+@pytest.mark.parametrize("converted", [True, False])
+@pytest.mark.parametrize("key", ["run", "checkpoint"])
+def test_nothing_is_written_into_a_model(
+    values: Values, tmp_path: Path, make_checkpoint: Make, key: str, converted: bool
+) -> None:
+    model = make_checkpoint(tmp_path / "model", converted=converted)
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "models").mkdir()
+    for place in ("model", "model/runs/first", "models/../model/new", "link/new"):
+        values[key] = {**values.get(key, {}), "dir": str(tmp_path / place)}
+        assert complaint(values) == (
+            f"{key}.dir: {tmp_path / place} is inside {model}, which holds a model; choose another folder"
+        )
+    values[key]["dir"] = str(tmp_path / "model-runs")
+    check_recipe(recipe_from_dict(values), world_size=None)
+
+
 def test_a_benchmark_whose_file_has_no_name_for_it(values: Values, tmp_path: Path) -> None:
     path = tmp_path / "a b.jsonl.gz"
     path.touch()

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
+from fire_megatron.config.data import DataConfig, SourceConfig
 from fire_megatron.config.errors import DataError
-from fire_megatron.config.schema import DataConfig, SourceConfig
 from fire_megatron.data.prompts import fingerprint, read_prompts
 
 ROW = {"problem": "what is two", "label": "math"}

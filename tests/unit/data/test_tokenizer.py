@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.data.tokenizer import load_tokenizer, token_texts
+from fire_megatron.data.token_texts import token_texts
+from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
 
 CHAT = [{"role": "user", "content": "what is two"}]
 
@@ -43,6 +44,45 @@ def test_eos_ids_join_the_generation_config(make_hf_tokenizer, tmp_path, listed,
     folder = make_hf_tokenizer(tmp_path / "t")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
     assert load_tokenizer(folder).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"), [(None, (2, 4, 3)), ({}, (2, 4, 3)), ({"eos_token_id": 3}, (2, 3))], ids=str
+)
+def test_the_models_configuration_counts_where_that_of_generation_names_none(
+    make_hf_tokenizer, tmp_path, generation, expected
+):
+    folder = make_hf_tokenizer(tmp_path / "t")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [4, 2, 3]}))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert load_tokenizer(folder).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }} {% endfor %}", 2),
+        ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' + m['content'] + ' three ' }}{% endfor %}", None),
+        ("{{ messages[0]['content'] }}<|im_end|>", None),
+        ("{{ raise_exception('no assistant') }}", None),
+        (None, None),
+    ],
+    ids=["the tokenizer's", "a word", "no answers", "refuses", "no template"],
+)
+def test_the_end_of_a_turn(make_hf_tokenizer, tmp_path, chat_tokenizer, template, expected):
+    assert chat_tokenizer.turn_end() == 4
+    assert load_tokenizer(make_hf_tokenizer(tmp_path / "t", template=template)).turn_end() == expected
+
+
+def test_ends_that_are_missing_are_named(chat_tokenizer, sentencepiece_tokenizer):
+    endings = {"the chat template": (chat_tokenizer.turn_end(),), "teachers.math": (2, 7), "teachers.code": (2,)}
+    warning = missing_stops(chat_tokenizer, {2}, endings, "rollout.stop_tokens")
+    assert "(the chat template: <|im_end|>; teachers.math: two)" in warning
+    assert warning.endswith('add ["<|im_end|>", "two"] to rollout.stop_tokens')
+    assert stop_ids(chat_tokenizer, ["<|im_end|>", "two"], "rollout.stop_tokens") == (2, 4, 7)
+    assert missing_stops(chat_tokenizer, {2, 4, 7}, endings, "rollout.stop_tokens") is None
+    assert missing_stops(sentencepiece_tokenizer, {2}, {"a": [sentencepiece_tokenizer.turn_end()]}, "b") is None
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [1, true]}', "{", "\x00"])

@@ -103,14 +103,16 @@ def test_bootstrap_is_the_same_every_time():
 def test_a_table_worked_by_hand():
     correct = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     classes = [[0, 0, 1, 1], [0, 1, None, 2], [0, 0, 0, 0]]
-    scores = score(correct, classes, np.full((3, 4), 10), np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]))
+    truncated = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    scores = score(correct, correct ^ [1, 0, 0, 0], classes, np.full((3, 4), 10), truncated)
     assert scores.average.value == pytest.approx(6 / 12)
     assert {k: e.value for k, e in scores.passes.items()} == pytest.approx(
         {1: 6 / 12, 2: (1 - 1 / 6 + 0 + 1) / 3, 4: 2 / 3}
     )
     assert scores.vote.value == pytest.approx((0.5 + 0 + 1) / 3)
     assert (scores.mean_length, scores.truncated, scores.unanswered) == pytest.approx((10, 1 / 12, 1 / 12))
-    assert set(scores.as_dict()) >= {"avg@4", "pass@1", "pass@2", "pass@4", "maj@4"}
+    assert scores.agrees_with_math_verify == pytest.approx(3 / 4)
+    assert set(scores.as_dict()) >= {"agrees_with_math_verify", "avg@4", "pass@1", "pass@2", "pass@4", "maj@4"}
     assert "50.0 [0.0, 100.0]" in table({"three": scores})
 
 

@@ -1,6 +1,7 @@
 """Files of answers: cut short, continued by other ranks, merged, and refused with other settings."""
 
 import json
+import os
 
 import pytest
 
@@ -18,7 +19,7 @@ SETTINGS = {"temperature": 1.0, "max_new_tokens": 16, "seed": 7}
 
 
 def generation(problem, sample, text="so \\boxed{2}"):
-    return Generation(problem, sample, 7, text, "2", "2", True, 5, False)
+    return Generation(problem, sample, 7, text, "2", "2", True, True, 5, False)
 
 
 def write(folder, rank, *generations):
@@ -88,7 +89,7 @@ def test_settings_that_are_none(tmp_path, text):
 
 
 def test_one_evaluation_at_a_time(tmp_path):
-    busy = pytest.raises(DataError, match=f"--out {tmp_path}/out: another evaluation writes there")
+    busy = pytest.raises(DataError, match=rf"--out {tmp_path}/out: process {os.getpid()} on \S+ writes there")
     with only_writer(tmp_path / "out"), busy, only_writer(tmp_path / "out"):
         pass
     with only_writer(tmp_path / "out"):

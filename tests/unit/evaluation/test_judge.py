@@ -1,12 +1,19 @@
 """The judge, by a table of right answers and what a model may write for them."""
 
+import json
+import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from fire_megatron.config.errors import DataError
+from fire_megatron.evaluation.answers import last_boxed
 from fire_megatron.evaluation.judge import LONGEST, Judge
 
+PAIRS = "FIRE_JUDGE_PAIRS"
+MORE = json.loads((Path(__file__).parents[2] / "data" / "judged_answers.json").read_text(encoding="utf-8"))
+"""Right answers with writings that say the same, and with answers that do not."""
 RIGHT = [
     # the same, written in other ways
     (r"\frac{1}{2}", [r"\dfrac{1}{2}", r"\tfrac12", "1/2", "0.5", ".5"]),
@@ -217,14 +224,54 @@ def each(table):
     return [(right, given) for right, answers in table for given in answers]
 
 
-@pytest.mark.parametrize(("right", "given"), each(RIGHT))
+@pytest.mark.parametrize(("right", "given"), each([*RIGHT, *MORE["right"].items()]))
 def test_right(judge, right, given):
     assert judge.equal(right, given)
 
 
-@pytest.mark.parametrize(("right", "given"), each(WRONG))
+@pytest.mark.parametrize(("right", "given"), each([*WRONG, *MORE["wrong"].items()]))
 def test_wrong(judge, right, given):
     assert not judge.equal(right, given)
+
+
+RESPONSES = [
+    (r"\[\boxed{(1, 2)} \quad\text{or}\quad \boxed{(2, 1)}\]", "(2,1),(1,2)", True),
+    (r"$\boxed{-4}$, $\boxed{0}$, and $\boxed{7}$", "0,7,-4", True),
+    (r"$x = \boxed{3}$ and $y = \boxed{5}$", "(3,5)", True),
+    (r"$x = \boxed{3}$ and $y = \boxed{5}$", "(5,3)", False),
+    ("1. \\boxed{3}\n2. \\boxed{5}", "3,5", True),
+    (r"At first \boxed{8}; but that is not whole, so \boxed{9}", "9", True),
+    (r"At first \boxed{8}; but that is not whole, so \boxed{9}", "8,9", False),
+    (r"\boxed{9} \boxed{9}", "9", True),
+    (r"\boxed{9}, \boxed{}", "9", False),
+    (r"<think> maybe \boxed{4}", "4", False),
+    (r"<think> maybe \boxed{4} </think> It is \boxed{6}.", "6", True),
+    (r"<think> a </think> \boxed{4} <think> rather \boxed{6}", "4", True),
+    ("It is **12**.\n\n**Final Answer:** **12**", "12", True),
+    ("Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.", "0.5", True),
+    ("so 7 apples remain.\n#### 7", "7", True),
+    ("The final answer is not 12.", "12", False),
+    ("I get 12 in the end.", "12", False),
+]
+
+
+@pytest.mark.parametrize(("response", "right", "verdict"), RESPONSES)
+def test_responses(judge, response, right, verdict):
+    assert judge.equal(right, last_boxed(response)) == verdict
+
+
+@pytest.mark.skipif(PAIRS not in os.environ, reason=f"{PAIRS} names no JSON Lines of gold, response and right")
+def test_pairs_of_a_file(judge):
+    rows = [json.loads(line) for line in Path(os.environ[PAIRS]).read_text(encoding="utf-8").splitlines()]
+    wrong = [row for row in rows if judge.equal(row["gold"], last_boxed(row["response"])) != row["right"]]
+    assert rows and not wrong
+
+
+def test_math_verify_judges_by_its_own_lights(judge):
+    assert judge.published_verdict(r"\frac12", r"It is $\boxed{0.5}$.")
+    assert judge.published_verdict("5", r"\boxed{x+y=5}") and not judge.equal("5", "x+y=5")
+    assert not judge.published_verdict("3", r"\boxed{3 \checkmark}") and judge.equal("3", r"3 \checkmark")
+    assert judge.published_verdict("$8$,$4$", "so $4, 8$") and not judge.published_verdict("7", "")
 
 
 ENDLESS = ["9^{9^{9^9}}", "(" * 400]

@@ -49,7 +49,8 @@ def test_the_default_recipe_filters_then_reweights(random_batch):
         "fire/keep_ratio", "fire/threshold/math", "fire/threshold/code", "fire/confidence", "fire/confusion",
         "fire/token_weight_mean", "fire/token_weight_min", "fire/token_weight_max", "fire/dropped/empty",
         "fire/dropped/nonfinite", "fire/dropped/below_threshold", "fire/dropped/truncated",
-        "teacher/math/rows", "teacher/math/keep_ratio", "teacher/code/rows", "teacher/code/keep_ratio",
+        "teacher/math/rows", "teacher/math/keep_ratio", "teacher/math/nonfinite",
+        "teacher/code/rows", "teacher/code/keep_ratio", "teacher/code/nonfinite",
     } == set(metrics)  # fmt: skip
     assert all(isinstance(value, float) for value in reduce_metrics(metrics, group=None).values())
 
@@ -174,13 +175,71 @@ def test_a_hook_may_scale_weights_and_forget_earlier_metrics(random_batch, unreg
     assert "fire/threshold/math" in selection.metrics and "threshold" in selection.details
 
 
-def test_a_hook_cannot_bring_back_dropped_rows(random_batch, unregister):
-    @register_hook("revive")
-    def revive():
-        return lambda batch, selection, reducer: replace(selection, keep_B=torch.ones_like(selection.keep_B))
+WRONG = {
+    "nothing": (lambda b, s: None, "returned None; a hook returns a Selection"),
+    "a table": (lambda b, s: s.weight_BR, r"returned tensor\(.*a hook returns a Selection"),
+    "dropped rows": (lambda b, s: replace(s, keep_B=torch.ones_like(s.keep_B)), "kept that were dropped before"),
+    "a weight a row": (lambda b, s: s.reweight(s.weight_BR[:, :1]), r"weights have shape \(\d+, 1\), not \(\d+, 9\)"),
+    "such weights by hand": (lambda b, s: replace(s, weight_BR=s.weight_BR[:, :1]), r"weights of shape \(\d+, 1\)"),
+    "weights of a row": (lambda b, s: replace(s, weight_BR=s.weight_BR[:, 0]), "it must be float32"),
+    "rows by token": (lambda b, s: s.drop(b.mask_BR[:, :1], "x"), "it must be bool"),
+    "rows as numbers": (lambda b, s: replace(s, keep_B=s.keep_B.long()), "keep_B is torch.int64"),
+    "fewer reasons": (lambda b, s: replace(s, reason=()), "with 0 reasons"),
+    "bare metrics": (lambda b, s: s.report({"x": 1.0}), "metric 'x' is 1.0; give a Sum"),
+    "a detail of another shape": (lambda b, s: s.report({}, x=torch.zeros(3, 3, 3)), "detail 'x' has shape"),
+    "weights that are no numbers": (lambda b, s: s.reweight(s.weight_BR / 0 * 0), "weights that are not finite"),
+    "an error of its own": (lambda b, s: {}["x"], r"KeyError: 'x' \(.*test_apply.py:\d+\)"),
+    "an assertion": (lambda b, s: pytest.fail("no") if len(b) < 0 else torch.zeros(2)[5], "IndexError: "),
+}
 
-    with pytest.raises(AssertionError, match="dropped before"):
-        run(random_batch(40), [HookConfig("filter"), HookConfig("revive")])
+
+@pytest.mark.parametrize("scope", ["global", "microbatch"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_hook_that_gives_back_something_else_is_named(random_batch, unregister, wrong, scope):
+    decide, message = WRONG[wrong]
+
+    @register_hook("wrong")
+    def make():
+        def hook(batch, selection, reducer):
+            return decide(batch, selection)
+
+        hook.scope = scope
+        return hook
+
+    with pytest.raises(RecipeError, match=rf"(?s)^loss\.hooks\.1: .*{message}"):
+        run(random_batch(40), [HookConfig("filter", scope=scope), HookConfig("wrong")], 20)
+
+
+def test_what_a_device_or_another_rank_does_stays_what_it_is(random_batch, unregister):
+    @register_hook("lost")
+    def lost():
+        def hook(batch, selection, reducer):
+            raise RuntimeError("Connection closed by peer")
+
+        return hook
+
+    with pytest.raises(RuntimeError, match="^Connection closed by peer") as error:
+        run(random_batch(), [HookConfig("lost")])
+    assert error.value.__notes__ == ["in loss.hooks.0"]
+
+
+@pytest.mark.parametrize("made", [None, 3, "filter"])
+def test_a_factory_that_returns_no_hook(unregister, made):
+    register_hook("made")(lambda: made)
+    with pytest.raises(RecipeError, match=rf"loss\.hooks\.0 \(made\): its factory returned {made!r}, which cannot be"):
+        build_hooks([HookConfig("made")])
+
+
+def test_whose_scores_are_not_finite(random_batch):
+    """A row that the student's own entropies spoil is not the teacher's."""
+    batch = random_batch(20)
+    tables = {name: getattr(batch, name).clone() for name in ("teacher_logp_BR", "student_entropy_BR")}
+    tables["teacher_logp_BR"][[3, 5], 0] = math.nan
+    tables["student_entropy_BR"][[5, 8], 0] = math.nan
+    metrics = run(replace(batch, **tables), BOTH).metrics
+    blamed = {name: metrics[f"teacher/{name}/nonfinite"].value for name in batch.teacher_names}
+    assert blamed == {name: float(batch.teacher_B[3] == i) for i, name in enumerate(batch.teacher_names)}
+    assert metrics["fire/dropped/nonfinite"] == Sum(3.0)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"min_token": 3}, "min_token"), ({"min_tokens": 0}, "at least 1")])

@@ -34,7 +34,9 @@ def expected_weights(batch, counted, alpha, beta, group_by):
 @pytest.mark.parametrize("normalise_over", ["kept", "all"])
 def test_weights_after_the_filter(random_batch, group_by, alpha, beta, normalise_over):
     batch = random_batch(40)
-    options = {"alpha": alpha, "beta": beta, "group_by": group_by, "normalise_over": normalise_over}
+    options = {"alpha": alpha, "beta": beta}
+    if alpha or beta:  # otherwise they have no effect, which is refused
+        options |= {"group_by": group_by, "normalise_over": normalise_over}
     selection = run(batch, ("filter", {"percentile": 40}), ("reweight", options))
     kept = (batch.mask_BR & selection.keep_B[:, None]).numpy()
     counted = kept if normalise_over == "kept" else batch.mask_BR.numpy()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from models import FAMILIES, SIZES
+from models import FAMILIES, SIZES, in_release
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def save_config(tmp_path: Path) -> Callable[..., Any]:
 
     def save(family: str, **changes: Any) -> Any:
         prefix, settings = FAMILIES[family]
-        config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **settings, **changes})
+        config = getattr(transformers, f"{prefix}Config")(**in_release({**SIZES, **settings, **changes}))
         config.save_pretrained(tmp_path)
         return config
 

@@ -29,9 +29,12 @@ def role_of(**values):
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 @pytest.mark.parametrize("format", ["hybrid", "e4m3"])
 def test_settings_are_megatron_cores(recipe, format):
-    config = config_of(role_of(recipe=recipe, format=format, margin=2, amax_history=16, amax_algorithm="most_recent"))
-    assert (config.fp8, config.fp8_recipe, config.fp8_margin) == (format, recipe, 2)
-    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "most_recent")
+    scales = {"margin": 2, "amax_history": 16, "amax_algorithm": "most_recent"} if recipe == "delayed" else {}
+    config = config_of(role_of(recipe=recipe, format=format, **scales))
+    assert (config.fp8, config.fp8_recipe) == (format, recipe)
+    if scales:
+        found = config.fp8_margin, config.fp8_amax_history_len, config.fp8_amax_compute_algo
+        assert found == (2, 16, "most_recent")
     assert not config.fp8_param and not config.first_last_layers_bf16
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import call, free_ports
+from processes import call, command, free_ports
+from processes import environment as environment_of
 
 from fire_megatron.config.errors import LayoutError, UserError
 from fire_megatron.platform import launch
@@ -108,6 +110,43 @@ def test_a_problem_of_the_only_rank(launcher):
     launch.raise_on_any_rank(None)
     with pytest.raises(UserError, match="^a problem$"):
         launch.raise_on_any_rank("a problem")
+
+
+LATE = """
+import sys, time
+from fire_megatron.config.errors import UserError
+from fire_megatron.platform import launch
+
+class Late:
+    def __init__(self, store):
+        self.store = store
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+    def add(self, key, number):
+        result = self.store.add(key, number)
+        if key == "told":
+            time.sleep(1.0)
+        return result
+
+meeting = launch._meeting
+if launch.launched_rank() == 1:
+    launch._meeting = lambda timeout: Late(meeting(timeout))
+try:
+    launch.raise_on_any_rank("wrong", timeout=60)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_the_store_stays_until_the_last_rank_has_asked_it(launcher):
+    """Where no launcher holds it, it goes with rank 0, and torch would write a backtrace below a good message."""
+    port = free_ports(1)[0]
+    ranks = []
+    for rank in (0, 1):
+        own = environment_of(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen(command("-c", LATE), env=own, **pipes))
+    assert [process.communicate(timeout=120) for process in ranks] == [("wrong\n", "")] * 2
 
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

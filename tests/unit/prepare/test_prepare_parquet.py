@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fire_megatron.config.errors import DataError
-from fire_megatron.prepare.parquet import read_parquet
+from fire_megatron.data.parquet import read_parquet
 from fire_megatron.prepare.prompt_file import PromptFileOptions, make_prompt_file
 from fire_megatron.prepare.row_keys import KeyChoice
 from fire_megatron.prepare.tally import PrepareReport

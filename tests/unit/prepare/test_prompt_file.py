@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fire_megatron.config.schema import DataConfig, SourceConfig
+from fire_megatron.config.data import DataConfig, SourceConfig
+from fire_megatron.config.errors import DataError
 from fire_megatron.data.prompts import read_prompts
 from fire_megatron.data.rows import Reason
 from fire_megatron.prepare.prompt_file import PromptFileOptions, make_prompt_file
@@ -282,8 +283,16 @@ def test_lengths(run):
     assert report.labels["b"].lengths["p100"] == 17 and report.length_unit == "characters"
 
 
+def test_a_label_column_of_answers_is_no_label(run):
+    rows = [{"problem": f"what is {i}", "label": str(i)} for i in range(3)]
+    with pytest.raises(DataError, match=r"under 'label' looks like answers.*such as .0.\); give every row a"):
+        run(rows)
+    assert run(rows, label="math")[1].labels["math"].rows == 3
+    assert len(run(rows, keys=KeyChoice(label="label"))[1].labels) == 3
+
+
 def test_many_labels_are_summed_up_in_the_table(run):
-    _, report = run([{"problem": str(i), "label": f"l{i:02d}"} for i in range(25)])
+    _, report = run([{"problem": str(i), "label": f"l{i:02d}"} for i in range(25)], keys=KeyChoice(label="label"))
     assert re.search(r"^\.\.\. 5 more +5", str(report), re.MULTILINE) and len(report.labels) == 25
 
 

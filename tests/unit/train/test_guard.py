@@ -24,9 +24,9 @@ def test_not_finite(loss, norm):
     guard = UpdateGuard(GuardConfig(max_skipped=1))
     assert guard.judge(loss, norm) == "nonfinite"
     assert guard.ruined and guard.in_a_row == 1 and not guard.exhausted
-    assert guard.judge(loss, norm) == "nonfinite" and guard.exhausted
+    assert guard.judge(loss, norm) == "nonfinite" and guard.exhausted == (2, "nonfinite")
     assert guard.judge(2.0, 1.0) is None and not guard.ruined and guard.in_a_row == 0 and guard.total == 2
-    assert guard.exhausted, "a good update of the same step does not make it good"
+    assert guard.exhausted == (2, "nonfinite"), "a good update of the same step does not make it good"
     assert guard.metrics() == {"skipped/nonfinite": 2, "skipped/spike": 0, "skipped/in_a_row": 0, "skipped/total": 2}
     assert guard.metrics()["skipped/nonfinite"] == 0, "since the last call"
 

@@ -14,6 +14,7 @@ LR, MIN_LR = 0.8, 0.1
 
 def rates(schedule, warmup, total, *, min_lr=MIN_LR, beyond=0):
     """The rate of each step."""
+    min_lr = 0.0 if schedule == "constant" else min_lr
     config = OptimizerConfig(lr=LR, min_lr=min_lr, schedule=schedule, warmup_steps=warmup)
     return [learning_rate(config, step, total) for step in range(total + beyond)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,33 @@ def test_a_new_checkpoint_counts_anew(tmp_path):
     assert start(tmp_path, saved=4).restarts == 2
     with pytest.raises(TrainingError, match="after the checkpoint of step 4"):
         start(tmp_path, saved=4)
+
+
+def stop(folder):
+    """The run is asked to stop."""
+    write_status(folder, replace(read_status(folder), state="stopped"))
+
+
+def test_stops_without_anything_new_saved_count(tmp_path):
+    start(tmp_path, restart=Restart.NO)
+    for restarts in (1, 2):
+        stop(tmp_path)
+        assert start(tmp_path, restart=Restart.SCHEDULER).restarts == restarts
+    stop(tmp_path)
+    with pytest.raises(TrainingError, match=r"failed or been stopped 3 times in a row before its first.*time limit"):
+        start(tmp_path, restart=Restart.SCHEDULER)
+    assert start(tmp_path, restart=Restart.NO).restarts == 0
+    write_status(tmp_path, replace(read_status(tmp_path), saved=4, restarts=0, progress=True))
+    stop(tmp_path)
+    for restarts in (0, 1):
+        assert start(tmp_path, saved=4, restart=Restart.SCHEDULER).restarts == restarts, "the first one saved something"
+        stop(tmp_path)
+
+
+def test_the_status_of_an_earlier_version(tmp_path):
+    values = {"state": "stopped", "step": 0, "saved": None, "restarts": 0, "error": None, "hopeless": False, "time": 1}
+    (tmp_path / STATUS_FILE).write_text(json.dumps(values))
+    assert start(tmp_path, restart=Restart.SCHEDULER).restarts == 0
 
 
 @pytest.mark.parametrize("state", ["done", "stopped"])

@@ -37,20 +37,22 @@ def column_names(path: Path) -> list[str]:
         return list(file.schema_arrow.names)
 
 
-def read_parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def read_parquet(
+    path: Path, columns: Collection[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """Place (``file:row``, counted from 1) and row, or what is wrong with it.
 
     Structs and maps become dicts, lists become lists.
 
     Args:
         path: the file.
-        columns: top-level columns to read; names that the file lacks are passed over.
+        columns: top-level columns to read; names that the file lacks are passed over. None reads all.
 
     Raises:
         DataError: no pyarrow, or a file that cannot be read.
     """
     with _opened(path) as file:
-        wanted = [name for name in file.schema_arrow.names if name in columns]
+        wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
         if not wanted:
             yield from ((f"{path}:{number + 1}", {}) for number in range(file.metadata.num_rows))
             return

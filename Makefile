@@ -41,8 +41,12 @@ endif
 demo/megatron/%/fire_checkpoint.json: demo/hf/%/config.json | $(ENVIRONMENT)
 	$(PYTHON) tools/convert.py hf-to-megatron --hf demo/hf/$* --out demo/megatron/$* --overwrite
 
-demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json &: | $(DEMO_ENVIRONMENT)
-	$(PYTHON) tools/make_demo.py --out demo/hf student=15 math=30 code=24
+DEMO_MODELS = demo/hf/student/config.json demo/hf/math/config.json demo/hf/code/config.json
+
+# Anew where the tool has changed, since it may make other models then.
+$(DEMO_MODELS) &: tools/make_demo.py | $(DEMO_ENVIRONMENT)
+	$(PYTHON) tools/make_demo.py --out demo/hf student=-3,5,12,17,25 math=30 code=-3
+	touch $(DEMO_MODELS)
 
 # SmolLM2 as Hugging Face folders.
 demo: demo/hf/math/config.json
@@ -55,8 +59,8 @@ tiny: $(ENVIRONMENT)
 	done
 
 quickstart: $(ENVIRONMENT) demo/megatron/student/fire_checkpoint.json demo/megatron/math/fire_checkpoint.json demo/megatron/code/fire_checkpoint.json
-	$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 -m fire_megatron.train \
-		--recipe recipes/smollm2_two_teachers.yaml
+	$(TORCHRUN) --nproc-per-node 2 -m fire_megatron.train --recipe recipes/quickstart.yaml
+	$(PYTHON) -m fire_megatron report runs/quickstart
 
 # Before a commit: a minute or two. `make test` runs everything that needs no GPU, in a quarter of an hour.
 check: lint

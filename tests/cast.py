@@ -31,7 +31,10 @@ from fire_megatron.train.student import Student
 
 ESTIMATORS = {
     "sampled": LossConfig(),
-    "full": LossConfig(estimator="full", divergence="jensen_shannon", beta=0.3, teacher_temperature=1.5),
+    "sampled, temperature": LossConfig(temperature=0.7, chunk_tokens=5),
+    "full": LossConfig(
+        estimator="full", divergence="jensen_shannon", beta=0.3, temperature=1.2, teacher_temperature=1.5
+    ),
     "full, log_probs": LossConfig(estimator="full", mixture="log_probs", student_temperature=0.8, chunk_tokens=5),
     "topk": LossConfig(estimator="topk", top_k=7, divergence="forward_kl", chunk_tokens=5),
 }
@@ -123,7 +126,9 @@ class Cast:
 
     def score(self, rollouts, total):
         """Scores of this replica's rollouts, sent in groups as an engine would."""
-        scoring = self.router.open(rollouts.prompts, rollouts.row_ids, total=total, keep_states=True)
+        scoring = self.router.open(
+            rollouts.prompts, rollouts.row_ids, total=total, keep_states=True, temperature=self.loss.temperature
+        )
         size = scoring.group_size if self.pool.remote else max(len(rollouts), 1)
         for start in range(0, len(rollouts), size):
             scoring.send(rollouts.row_ids[start : start + size], rollouts.responses[start : start + size])

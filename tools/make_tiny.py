@@ -10,7 +10,9 @@ a run shows is that everything fits together, not that anything is learned. A fe
 
 import argparse
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 PROMPTS = Path(__file__).resolve().parents[1] / "recipes" / "data"
@@ -63,6 +65,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that gets student, math and code")
     args = parser.parse_args()
 
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # a file would keep every state of a bar
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 

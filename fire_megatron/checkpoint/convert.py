@@ -15,26 +15,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from fire_megatron.checkpoint.folder import carry_files, check_target
+from fire_megatron.checkpoint.folder import carry_files, check_conversion, check_export, read_hf_folder
 from fire_megatron.checkpoint.hf_names import check_head, check_names
 from fire_megatron.checkpoint.hf_tensors import INDEX, SINGLE, HFReader
 from fire_megatron.checkpoint.maps import Tensor, holds_fused_experts, pack, tensor_map, unpack
 from fire_megatron.checkpoint.torch_dist import ShardReader, ShardWriter, write_metadata
 from fire_megatron.checkpoint.whole import open_whole
-from fire_megatron.config.checkpoints import (
-    MARKER,
-    WEIGHTS,
-    adapter_problem,
-    is_hf_folder,
-    read_json_object,
-    read_marker,
-    require_checkpoint,
-)
+from fire_megatron.config.checkpoints import MARKER, WEIGHTS, read_json_object, read_marker
 from fire_megatron.config.errors import CheckpointError
-from fire_megatron.config.hf_config import ModelShape, read_hf_config
-from fire_megatron.config.quantization import fp8_blocks
+from fire_megatron.config.hf_config import ModelShape
+from fire_megatron.metrics.progress import progress_bar
 from fire_megatron.platform.files import new_folder, write_json
 from fire_megatron.platform.watch import tick
 
@@ -54,11 +45,7 @@ def open_hf(folder: Path) -> tuple[ModelShape, HFReader]:
     Raises:
         CheckpointError: it is not a whole model of a supported architecture.
     """
-    problem = adapter_problem(folder)
-    if problem:
-        raise CheckpointError(problem)
-    fp8 = fp8_blocks(read_json_object(folder / "config.json") or {})
-    shape = read_hf_config(folder, quantized=fp8 is not None)
+    shape, fp8 = read_hf_folder(folder)
     reader = HFReader(folder, fp8)
     check_names(reader, _tensors(reader, shape), shape)
     return shape, reader
@@ -85,15 +72,15 @@ def hf_to_megatron(
     """
     hf, out = Path(hf), Path(out)
     target_dtype = _require_dtype(dtype)
+    check_conversion(hf, out, overwrite=overwrite)
     shape, reader = open_hf(hf)
-    check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
     tensors = _tensors(reader, shape)
     check_head(reader, tensors, shape)
     dtypes = {name: target_dtype or reader.dtype(name) for tensor in tensors for name in tensor.sources}
     with new_folder(out) as temporary, ShardWriter(temporary / WEIGHTS, rank=0) as writer:
         (temporary / WEIGHTS).mkdir()
         stored: set[str] = set()
-        for tensor in tqdm(tensors, desc=f"converting {hf.name}", unit="tensor", disable=not progress):
+        for tensor in progress_bar(tensors, desc=f"converting {hf.name}", unit="tensor", show=progress):
             tick()
             kept = reduce(torch.promote_types, (dtypes[name] for name in tensor.sources))
             stored.add(_name(kept))
@@ -132,7 +119,7 @@ def _source_dtypes(tensors: list[Tensor], dtypes: Mapping[str, torch.dtype], sha
 def _export_tensors(
     reader: ShardReader, tensors: list[Tensor], shape: ModelShape, dtypes: Mapping[str, torch.dtype], progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for tensor in tqdm(tensors, desc="exporting", unit="tensor", disable=not progress):
+    for tensor in progress_bar(tensors, desc="exporting", unit="tensor", show=progress):
         for where, piece in tensor.parts():
             whole = reader.read(tensor.key, at=where)
             for name, part in zip(piece.sources, unpack(piece, whole, shape), strict=True):
@@ -197,11 +184,10 @@ def megatron_to_hf(
         CheckpointError: the checkpoint is incomplete or damaged, or the target may not be written.
     """
     source, out = Path(checkpoint), Path(out)
-    require_checkpoint(source)
-    shape, target_dtype = read_hf_config(source), _require_dtype(dtype)
+    target_dtype = _require_dtype(dtype)
     if not 0 < shard_gb < float("inf"):
         raise CheckpointError(f"--shard-gb {shard_gb}: give a size above 0")
-    check_target(out, overwrite=overwrite, is_ours=is_hf_folder, what="a Hugging Face model")
+    shape = check_export(source, out, overwrite=overwrite)
     reader, tensors = open_whole(source, shape), tensor_map(shape)
     dtypes = _export_dtypes(reader, tensors, read_marker(source) or {}, target_dtype)
     with new_folder(out) as temporary:

@@ -11,7 +11,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from fire_megatron.config.checkpoints import (
+    adapter_problem,
+    is_hf_folder,
+    read_json_object,
+    read_marker,
+    require_checkpoint,
+)
 from fire_megatron.config.errors import CheckpointError
+from fire_megatron.config.hf_config import ModelShape, read_hf_config
+from fire_megatron.config.quantization import Fp8Blocks, fp8_blocks
 
 _CARRIED = (
     "config.json", "generation_config.json", "tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
@@ -49,3 +58,38 @@ def check_target(target: Path, *, overwrite: bool, is_ours: Callable[[Path], boo
         raise CheckpointError(f"{target}: exists and is not {what}, so it is left alone; choose another --out")
     if not overwrite:
         raise CheckpointError(f"{target}: already holds {what}; pass --overwrite to replace it")
+
+
+def read_hf_folder(folder: Path) -> tuple[ModelShape, Fp8Blocks | None]:
+    """The architecture of a Hugging Face folder, and the blocks of its FP8 weights; imports no torch.
+
+    Raises:
+        CheckpointError: it holds no model, or one of an architecture that is not supported.
+    """
+    problem = adapter_problem(folder)
+    if problem:
+        raise CheckpointError(problem)
+    fp8 = fp8_blocks(read_json_object(folder / "config.json") or {})
+    return read_hf_config(folder, quantized=fp8 is not None), fp8
+
+
+def check_conversion(hf: Path, out: Path, *, overwrite: bool) -> None:
+    """Whether a Hugging Face folder may be converted into ``out``, as far as that shows without torch.
+
+    Raises:
+        CheckpointError: the source is not of a supported architecture, or the target may not be written.
+    """
+    read_hf_folder(hf)
+    check_target(out, overwrite=overwrite, is_ours=lambda p: read_marker(p) is not None, what="a converted checkpoint")
+
+
+def check_export(checkpoint: Path, out: Path, *, overwrite: bool) -> ModelShape:
+    """The architecture of a converted checkpoint that may be exported to ``out``; imports no torch.
+
+    Raises:
+        CheckpointError: the source is no complete checkpoint, or the target may not be written.
+    """
+    require_checkpoint(checkpoint)
+    shape = read_hf_config(checkpoint)
+    check_target(out, overwrite=overwrite, is_ours=is_hf_folder, what="a Hugging Face model")
+    return shape

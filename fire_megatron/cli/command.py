@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fire_megatron.config.errors import UserError
+from fire_megatron.platform.quiet import quiet_third_parties
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -33,6 +34,7 @@ def telling_mistakes(main: Main) -> Main:
 
     @functools.wraps(main)
     def told(argv: Sequence[str] | None = None) -> int:
+        quiet_third_parties()
         try:
             return main(argv)
         except UserError as error:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fire_megatron.checkpoint.folder import check_conversion, check_export
 from fire_megatron.cli.command import telling_mistakes
 
 
@@ -31,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert. Exit codes: 0 done, 2 a mistake in the input."""
     args = _parser().parse_args(argv)
+    # torch takes seconds to import; mistakes that config.json tells should not.
+    if args.command == "hf-to-megatron":
+        check_conversion(args.hf, args.out, overwrite=args.overwrite)
+    else:
+        check_export(args.checkpoint, args.out, overwrite=args.overwrite)
     from fire_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
     common = {"dtype": args.dtype, "overwrite": args.overwrite, "progress": True}

@@ -9,13 +9,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fire_megatron.checkpoint.folder import read_hf_folder
 from fire_megatron.cli.supervision import run_command, supervised
 from fire_megatron.config import schema
+from fire_megatron.config.checkpoints import require_checkpoint
+from fire_megatron.config.checks import role_problems
 from fire_megatron.config.data import DataConfig, EvaluationConfig, SourceConfig
 from fire_megatron.config.errors import RecipeError, RecipeProblem, RecipeProblems
+from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.kinds import MOST
-from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, inside_model
+from fire_megatron.config.rules.data import benchmark_name, benchmark_names, file_problem, inside_model, template
+from fire_megatron.config.rules.facts import Role
 from fire_megatron.config.section import build
+from fire_megatron.platform.launcher import launched_rank, launched_world_size
 
 if TYPE_CHECKING:
     from fire_megatron.evaluation.standalone import EvaluationJob
@@ -122,6 +128,24 @@ def _sections(args: argparse.Namespace) -> tuple[EvaluationConfig, schema.Parall
     return evaluation, parallel
 
 
+def _role(args: argparse.Namespace, parallel: schema.ParallelConfig, kind: str) -> schema.RoleConfig:
+    """The model as a recipe would name it, computed on a device of kind ``cpu`` or ``cuda``."""
+    precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(kind)
+    return schema.RoleConfig(checkpoint=args.hf or args.checkpoint, parallel=parallel, precision=precision)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What options and JSON files tell without torch, whose import takes seconds. Raises UserError: a mistake."""
+    _, parallel = _sections(args)
+    if args.hf is not None:
+        shape, _ = read_hf_folder(Path(args.hf))
+    else:
+        require_checkpoint(Path(args.checkpoint))
+        shape = read_hf_config(args.checkpoint)
+    role = _role(args, parallel, "cpu" if args.device == "cpu" else "cuda")
+    _refuse(role_problems(Role(_option, role, trains=False, shape=shape, ranks=launched_world_size())))
+
+
 def _out(args: argparse.Namespace) -> Path:
     """Where the results go."""
     folder = Path(args.hf or args.checkpoint).absolute()
@@ -134,9 +158,6 @@ def _read(args: argparse.Namespace, device: Device, begun: datetime) -> Evaluati
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.config.checks import role_problems
-    from fire_megatron.config.rules.data import template
-    from fire_megatron.config.rules.facts import Role
     from fire_megatron.data.chat_time import chat_time
     from fire_megatron.data.encoder import Encoder
     from fire_megatron.data.tokenizer import load_tokenizer, missing_stops, stop_ids
@@ -145,7 +166,6 @@ def _read(args: argparse.Namespace, device: Device, begun: datetime) -> Evaluati
     from fire_megatron.evaluation.source import open_source
     from fire_megatron.evaluation.standalone import EvaluationJob
     from fire_megatron.models.build import this_machine
-    from fire_megatron.platform import launch
 
     require_math_verify()
     config, parallel = _sections(args)
@@ -159,16 +179,15 @@ def _read(args: argparse.Namespace, device: Device, begun: datetime) -> Evaluati
         max_prompt_tokens=MOST,
         too_long="error",
     )
-    precision = schema.PrecisionConfig(dtype=None if args.dtype == "auto" else args.dtype).on(device.kind)
-    role = schema.RoleConfig(checkpoint=str(source.folder), parallel=parallel, precision=precision)
-    known = {"ranks": launch.launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
+    role = _role(args, parallel, device.kind)
+    known = {"ranks": launched_world_size(), "kind": device.kind, "machine": this_machine(device)}
     model = Role(_option, role, trains=False, shape=source.shape, tokenizer=tokenizer, **known)
     _refuse([*role_problems(model), *template(data, tokenizer, _option)])
     encode = Encoder(data, tokenizer, args.chat_template_kwargs, key="--chat-template-kwargs")
     ends = stop_ids(tokenizer, args.stop_token, "--stop-token")
     endings = {"the chat template": [tokenizer.turn_end() if encode.use_template else None]}
     warning = missing_stops(tokenizer, ends, endings, "--stop-token")
-    if warning and launch.launched_rank() == 0:
+    if warning and launched_rank() == 0:
         print(warning)
     common = {"positions": source.shape.max_positions, "seed": config.seed, "stop_ids": ends}
     read = zip(benchmarks, config.benchmarks, strict=True)
@@ -181,7 +200,7 @@ def _read(args: argparse.Namespace, device: Device, begun: datetime) -> Evaluati
         role=role,
         tokenizer=tokenizer,
         tasks=tasks,
-        settings={name: getattr(args, name) for name in fixed} | {"dtype": precision.dtype},
+        settings={name: getattr(args, name) for name in fixed} | {"dtype": role.precision.dtype},
         out=_out(args),
         timeout=args.timeout,
         begun=begun,
@@ -211,11 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed, 130 interrupted twice.
     """
     args = _parser().parse_args(argv)
-    # torch takes seconds to import; mistakes in options should not.
-    from fire_megatron.platform import launch
 
     def work(_: object) -> None:
+        from fire_megatron.platform import launch
+
         world = launch.start(args.device, timeout=args.timeout)
         supervised(world, lambda watch: _evaluate(args, world, watch), held="the model", timeout=args.timeout)
 
-    return run_command(lambda: _sections(args), work)
+    return run_command(lambda: _check(args), work)

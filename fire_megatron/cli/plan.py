@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fire_megatron.cli.command import add_recipe, check_least, telling_mistakes
+from fire_megatron.config.checks import check_recipe, found_elsewhere
 from fire_megatron.config.errors import UserError
 from fire_megatron.config.load import load_recipe
+from fire_megatron.plan.hardware import GPUS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,18 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     refuse_other_apex()
     warnings.filterwarnings("ignore")
-    from tqdm import tqdm
-
-    from fire_megatron.plan.advice import advise
-    from fire_megatron.plan.hardware import GPUS
-    from fire_megatron.plan.plan import as_json, make_job, make_plan
-    from fire_megatron.plan.text import describe
-
     if args.gpu is not None and args.gpu not in GPUS:
         raise UserError(f"--gpu {args.gpu}: not known; use one of {', '.join(GPUS)}")
     check_least(args, 1, "world_size", "gpus_per_node")
+    recipe = load_recipe(args.recipe, args.overrides)
+    # torch takes seconds to import; mistakes that the recipe and config.json tell should not.
+    check_recipe(recipe, world_size=args.world_size, elsewhere=found_elsewhere(recipe, args.models))
+    from tqdm import tqdm
+
+    from fire_megatron.plan.advice import advise
+    from fire_megatron.plan.plan import as_json, make_job, make_plan
+    from fire_megatron.plan.text import describe
+
     job = make_job(
-        load_recipe(args.recipe, args.overrides),
+        recipe,
         world_size=args.world_size,
         gpu=GPUS.get(args.gpu),
         gpus_per_node=args.gpus_per_node,

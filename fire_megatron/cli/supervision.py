@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fire_megatron.config.errors import UserError
+from fire_megatron.platform import launcher
+from fire_megatron.platform.apex import refuse_other_apex
+from fire_megatron.platform.quiet import quiet_third_parties
 
 if TYPE_CHECKING:
     from fire_megatron.platform.launch import World
@@ -121,10 +124,8 @@ def _is_hopeless(error: Exception) -> bool:
 
 
 def _report_hopeless(error: Exception) -> None:
-    from fire_megatron.platform import launch
-
     if _is_hopeless(error):
-        launch.report_mistake(str(error) if isinstance(error, UserError) else _named(error))
+        launcher.report_mistake(str(error) if isinstance(error, UserError) else _named(error))
 
 
 def run_command(check: Callable[[], Checked], work: Callable[[Checked], object]) -> int:
@@ -137,17 +138,20 @@ def run_command(check: Callable[[], Checked], work: Callable[[Checked], object])
     Returns:
         0 done, 2 a mistake in the input, 130 interrupted. :func:`supervised` ends the process with codes of its own.
     """
-    from fire_megatron.platform import launch
-    from fire_megatron.platform.apex import refuse_other_apex
-
-    rank, checked, problem = 0, None, None
+    rank, checked, problem, stop = 0, None, None, lambda: None
+    quiet_third_parties()
     try:
-        rank = launch.launched_rank()
+        rank = launcher.launched_rank()
         try:
             refuse_other_apex()
             checked = check()
         except UserError as error:
             problem = str(error)
+            if launcher.launched_world_size() == 1:  # nobody to tell: without torch, whose import takes seconds
+                raise
+        from fire_megatron.platform import launch
+
+        stop = launch.stop
         launch.raise_on_any_rank(problem)
         work(checked)
         return 0
@@ -160,15 +164,13 @@ def run_command(check: Callable[[], Checked], work: Callable[[Checked], object])
         _report_hopeless(error)
         raise
     finally:
-        launch.stop()
+        stop()
 
 
 def _report(error: UserError, rank: int) -> int:
     """Tell a user's mistake once; exit code 2."""
-    from fire_megatron.platform import launch
-
     _report_hopeless(error)
     if rank == 0 or not error.everywhere:
-        where = "" if error.everywhere or launch.launched_world_size() == 1 else f" on rank {rank}"
+        where = "" if error.everywhere or launcher.launched_world_size() == 1 else f" on rank {rank}"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     return 2

@@ -17,6 +17,7 @@ from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
 from fire_megatron.metrics.logger import writing_to
+from fire_megatron.platform import launcher
 from fire_megatron.platform.folder_lock import alone_in
 
 if TYPE_CHECKING:
@@ -52,11 +53,10 @@ def _check(path: str, recipe: Recipe) -> None:
     Raises:
         UserError: what is wrong.
     """
-    from fire_megatron.platform import launch
     from fire_megatron.platform.device import select_device
     from fire_megatron.train import inputs
 
-    ranks = launch.launched_world_size()
+    ranks = launcher.launched_world_size()
     _, _, read = inputs.check(recipe, device=select_device(recipe.run.device), num_ranks=ranks)
     for note in read.notes:
         print(note)
@@ -89,19 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank has died or failed, 130 interrupted twice or before there was anything to save.
     """
     args = _parser().parse_intermixed_args(argv)
-    # torch takes seconds to import; mistakes in a recipe should not.
-    from fire_megatron.platform import launch
 
     def read() -> Recipe:
         recipe = load_recipe(args.recipe, args.overrides)
-        check_recipe(recipe, world_size=launch.launched_world_size())
-        if not args.check and launch.launched_rank() == 0:
+        check_recipe(recipe, world_size=launcher.launched_world_size())
+        if not args.check and launcher.launched_rank() == 0:
             for key, folder in _written(recipe).items():
                 with writing_to(folder, key):
                     held.enter_context(alone_in(folder, partial(_in_use, key, folder)))
         return recipe
 
     def work(recipe: Recipe) -> None:
+        from fire_megatron.platform import launch  # torch takes seconds to import; mistakes in a recipe should not
+
         if not args.check:
             settings = recipe.run
             world = launch.start(
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records=Path(settings.dir) / "flight_recorder",
             )
             _train(recipe, world)
-        elif launch.launched_rank() == 0:
+        elif launcher.launched_rank() == 0:
             _check(args.recipe, recipe)
 
     with ExitStack() as held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def adapter_problem(folder: Path) -> str | None:
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a folder is no converted checkpoint and what to give instead; None when it is one."""
     if not folder.exists():
-        return f"{folder} does not exist{looked_in(folder)}; convert a Hugging Face model or correct the path"
+        where = f"{folder} does not exist{looked_in(folder)}"
+        return f"{where}; convert a Hugging Face model or correct the path{download(folder)}"
     if not folder.is_dir():
         return f"{folder} is a file; give the folder of a converted checkpoint"
     if read_marker(folder) is not None:
@@ -92,3 +94,12 @@ def require_checkpoint(folder: Path) -> None:
 def looked_in(path: Path) -> str:
     """Where a relative path was looked for, for messages; empty for an absolute one."""
     return "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+
+
+def download(folder: Path) -> str:
+    """How to get a model of the Hugging Face hub whose name stands in a folder's place; empty where it looks like none.
+    For the end of messages."""
+    if folder.is_absolute() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(folder)):
+        return ""
+    command = f"hf download {folder} --local-dir {folder.name}"
+    return f"; a model of the Hugging Face hub has to be downloaded first: {command}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fire_megatron.config.checkpoints import read_marker
 from fire_megatron.config.errors import CheckpointError, RecipeProblem, RecipeProblems
 from fire_megatron.config.hf_config import ModelShape, read_hf_config
 from fire_megatron.config.roles import roles
@@ -45,6 +46,7 @@ RECIPE_RULES: tuple[Callable[[Facts], Iterator[RecipeProblem]], ...] = (
     layout.sharing,
     precision.fp8_optimizer,
     training.hook_names,
+    training.trackers,
     training.micro_batches,
     training.counts,
     training.label_key,
@@ -95,3 +97,18 @@ def check_recipe(
     facts = Facts(recipe, world_size, shapes, unreadable, elsewhere or {}, **known)
     ask(facts)
     return facts
+
+
+def found_elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
+    """Folders with the architectures of checkpoints that are not here, by recipe path."""
+    found = {}
+    for path, role in roles(recipe).items():
+        folder = Path(role.checkpoint)
+        if read_marker(folder) is not None:
+            continue
+        candidates = [folder, *([models / folder.name] if models is not None else [])]
+        for candidate in candidates:
+            if (candidate / "config.json").is_file():
+                found[path] = candidate
+                break
+    return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.checkpoints import looked_in
+from fire_megatron.config.checkpoints import download, looked_in
 from fire_megatron.config.errors import CheckpointError
 from fire_megatron.config.hf_reader import Reader
 from fire_megatron.config.rope import ROPE_TYPES, read_rope
@@ -223,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if path.parent.is_file():
         raise CheckpointError(f"{path.parent} is a file; give the folder of a model")
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent} does not exist{looked_in(path)}; correct the path")
+        raise CheckpointError(f"{path.parent} does not exist{looked_in(path)}; correct the path{download(path.parent)}")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; give the folder of a model, or restore the file")
     try:

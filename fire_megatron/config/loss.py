@@ -109,10 +109,15 @@ class LossConfig(Section):
     """How much of its first argument a skewed KL mixes into its second."""
     top_k: Size = 64
     """Tokens that a teacher sends for `topk`."""
-    student_temperature: Positive = 1.0
-    """Divides the student's logits in `full` and `topk`."""
-    teacher_temperature: Positive = 1.0
-    """Divides the teachers' logits in `full` and `topk`; the filter and the weights see temperature 1."""
+    temperature: Positive = 1.0
+    """Divides the logits of student and teachers wherever a step takes log-probabilities: in the loss, in the filter
+    and in the reverse KL that is reported. With `sampled` it should be `rollout.temperature`, so that the answers are
+    samples of the distribution that is trained. Entropies, and so the weights of `reweight`, are those of
+    temperature 1."""
+    student_temperature: Positive | None = None
+    """Divides the student's logits in the divergence of `full` and `topk`; null is `temperature`."""
+    teacher_temperature: Positive | None = None
+    """Divides the teachers' logits in the divergence of `full` and `topk`; null is `temperature`."""
     mixture: Literal["distributions", "log_probs"] = "distributions"
     """What the weights mix where a row names several teachers: their distributions, or their log-probabilities."""
     chunk_tokens: Count = 0
@@ -125,6 +130,12 @@ class LossConfig(Section):
     """Correction between rollout engine and trainer, in `sampled`."""
     hooks: List[HookConfig] = (HookConfig("filter"), HookConfig("reweight"))
     """Applied in this order to each step's scored answers; `[]` is plain on-policy distillation."""
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """The student's and the teachers', in the divergence."""
+        student, teacher = self.student_temperature, self.teacher_temperature
+        return (self.temperature if student is None else student, self.temperature if teacher is None else teacher)
 
     def _problems(self) -> Iterator[RecipeProblem]:
         dense = ("full", "topk")
@@ -140,6 +151,8 @@ class LossConfig(Section):
             "importance": (("sampled",), ()),
         }
         for key, (estimators, divergences) in read_by.items():
+            if "temperature" in key and getattr(self, key) == self.temperature:  # the same, written out
+                continue
             if self.estimator not in estimators:
                 yield from self._idle((key,), f"with estimator {self.estimator}", f"use {' or '.join(estimators)}")
             elif divergences and self.divergence not in divergences:

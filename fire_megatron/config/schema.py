@@ -303,6 +303,8 @@ class MetricsConfig(Section):
     """`metrics.jsonl` in the run's folder, one object for each step and each evaluation."""
     tensorboard: bool = False
     """TensorBoard files in `tensorboard` of the run's folder, when the package is installed."""
+    trackers: List[Literal["wandb", "mlflow"]] = ()
+    """Services that are told besides (docs/metrics.md), by their libraries: `pip install -e ".[trackers]"`."""
     samples: Count = 0
     """Answers of each step written to `samples.jsonl` in the run's folder, up to half of them dropped ones; see
     docs/metrics.md."""

@@ -8,6 +8,7 @@ the weights alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fire_megatron.data.records import Prompt
 from fire_megatron.metrics.table import ruled
@@ -36,6 +37,14 @@ class HeldOut:
     def own_rows(self) -> int:
         """Answers that this replica samples."""
         return len(self.grid.own_rows(len(self.prompts)))
+
+    def likeliest_answer(self) -> list[int]:
+        """Token ids of the answer to the first prompt that takes the likeliest token each time, for people to read;
+        on ranks of the replica that has this prompt, nothing on others. Collective over the student's grid."""
+        mine = [row for row in self.grid.own_rows(len(self.prompts)) if row == 0]
+        prompts, sampling = [self.prompts[row] for row in mine], replace(self.sampling, temperature=0.0)
+        rollouts = self.engine.generate(prompts, mine, sampling=sampling, step=0)
+        return [token for response in rollouts.responses for token in response.tolist()]
 
     def measure(
         self, progress: Progress | None = None, sampled: Callable[[], object] = lambda: None

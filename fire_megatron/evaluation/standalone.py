@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from fire_megatron.checkpoint.loading import load_weights
 from fire_megatron.config.schema import RoleConfig
@@ -27,6 +25,7 @@ from fire_megatron.evaluation.generations import PartFiles, only_writer, read_ge
 from fire_megatron.evaluation.judge import Judge
 from fire_megatron.evaluation.runner import Batch, BenchmarkRunner
 from fire_megatron.evaluation.source import Source
+from fire_megatron.metrics.progress import progress_bar
 from fire_megatron.models.build import build_model
 from fire_megatron.parallel.collectives import all_gather_objects, on_all_ranks
 from fire_megatron.parallel.grid import GridFactory, Layout
@@ -171,10 +170,9 @@ class Evaluation:
     def _progress(self, total: int) -> Iterator[None]:
         """Rank 0 shows how many answers all replicas have written: a bar, or now and then a line."""
         end, store = threading.Event(), launch.store()
-        terminal = sys.stderr.isatty()
 
         def show() -> None:
-            with tqdm(total=total, desc="answers", unit="answer", mininterval=0.2 if terminal else 30.0) as bar:
+            with progress_bar(total=total, desc="answers", unit="answer") as bar:
                 while not end.wait(0.5):
                     bar.update(store.add(self._done, 0) - bar.n)
                 bar.update(store.add(self._done, 0) - bar.n)

@@ -57,11 +57,13 @@ def chunks(
 class OutputLayer:
     """This rank's rows of an output weight, with the memory for one chunk of logits."""
 
-    def __init__(self, weight_VH: torch.Tensor, columns: int | None = None) -> None:
+    def __init__(self, weight_VH: torch.Tensor, columns: int | None = None, *, temperature: float = 1.0) -> None:
         """Args:
         weight_VH: [V, H].
         columns: rows that stand for a token; vocabulary padding after them is not projected. None for all.
+        temperature: divides the logits.
         """
+        self.temperature = temperature
         self.columns = len(weight_VH) if columns is None else columns
         self.weight_VH = weight_VH.detach()
         self._buffer = torch.empty(0, dtype=sum_dtype(weight_VH.dtype), device=weight_VH.device)
@@ -73,7 +75,8 @@ class OutputLayer:
             self.release()  # before more is asked for
             self._buffer = self._buffer.new_empty(size)
         logits_CV = self._buffer[:size].view(len(hidden_CH), self.columns)
-        return project(hidden_CH.detach(), self._used, logits_CV)
+        project(hidden_CH.detach(), self._used, logits_CV)
+        return logits_CV if self.temperature == 1 else logits_CV.mul_(1 / self.temperature)
 
     @property
     def _used(self) -> torch.Tensor:
@@ -96,7 +99,10 @@ class OutputLayer:
         total_VH: torch.Tensor | None,
     ) -> None:
         """From the gradient of a chunk's logits, write that of its hidden states and add that of the weight to a sum;
-        of either only where there is memory for it. See losses/products.py for the formats."""
+        of either only where there is memory for it, perhaps overwriting the former. See losses/products.py for the
+        formats."""
+        if self.temperature != 1:
+            grad_CV = grad_CV.mul_(1 / self.temperature)
         factor_CV = as_factor(grad_CV, self.weight_VH)
         if out_CH is not None:
             hidden_gradient(factor_CV, self._used, out_CH)
@@ -128,6 +134,7 @@ def chunked_linear_loss(
     columns: int | None = None,
     segments: Sequence[int] = (),
     chunk_tokens: int = 0,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of a loss over tokens, from hidden states and the output weight, with the gradients of both.
 
@@ -150,7 +157,7 @@ def chunked_linear_loss(
     if not torch.is_grad_enabled():
         hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
     parts = chunks(len(hidden_NH), len(weight_VH), hidden_NH.device, chunk_tokens, segments) or [slice(0, 0)]
-    layer = OutputLayer(weight_VH, columns)
+    layer = OutputLayer(weight_VH, columns, temperature=temperature)
     return _ChunkedLinearLoss.apply(hidden_NH, weight_VH, layer, token_loss, parts)
 
 

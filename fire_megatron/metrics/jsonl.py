@@ -24,7 +24,7 @@ class JsonlFile:
             stays: tells of each line, which has a ``step``, whether it stays as it is. The others are dropped, and so
                 is a line that was cut short.
         """
-        _keep(path, stays)
+        keep_lines(path, stays)
         self._stream: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ def replace_json(path: Path, value: Any) -> None:
     write_whole(path, [json.dumps(finite(value), indent=2, ensure_ascii=False), "\n"])
 
 
-def _keep(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> None:
+def keep_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> None:
     """Rewrite the file without the other lines, in one rename."""
     if not path.exists():
         return

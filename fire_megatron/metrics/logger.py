@@ -1,4 +1,4 @@
-"""Where metrics go: console, ``metrics.jsonl``, ``samples.jsonl``, TensorBoard."""
+"""Where metrics go: console, ``metrics.jsonl``, ``samples.jsonl``, trackers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, Self
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.schema import MetricsConfig
 from fire_megatron.metrics.console import Console, open_console
-from fire_megatron.metrics.jsonl import METRICS_FILE, JsonlFile
+from fire_megatron.metrics.jsonl import METRICS_FILE, JsonlFile, keep_lines
+from fire_megatron.metrics.trackers import SERVICES, TensorBoard, Tracker
 
 SAMPLES_FILE = "samples.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 RECIPE_FILE = "recipe.yaml"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 def set_aside(run_dir: str | Path) -> list[Path]:
@@ -44,7 +45,7 @@ def writing_to(folder: str | Path, key: str = "run.dir") -> Iterator[None]:
 
 def _set_aside(folder: Path) -> list[Path]:
     renamed = []
-    for name in (METRICS_FILE, SAMPLES_FILE, RECIPE_FILE):
+    for name in (METRICS_FILE, SAMPLES_FILE, HELD_OUT_FILE, RECIPE_FILE):
         path = folder / name
         if path.exists() and path.stat().st_size:
             free = next(
@@ -78,8 +79,10 @@ class MetricsLogger:
         logged: int | None = None,
         evaluated: int | None = None,
         enabled: bool,
+        name: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the files.
+        """Open the files, and begin with the trackers.
 
         Args:
             run_dir: the run's folder; made when missing.
@@ -89,15 +92,18 @@ class MetricsLogger:
             logged: last step whose metrics stay, ``start_step`` by default; later ones are going to be logged again.
             evaluated: last step whose evaluation stays, likewise.
             enabled: whether this process writes.
+            name: of the run, for trackers.
+            settings: its recipe, for trackers.
 
         Raises:
-            RecipeError: the folder cannot be written.
+            RecipeError: the folder cannot be written, or a run that is not resumed cannot begin with a tracker.
         """
         self.config = config
         self._console: Console | None = None
         self._metrics: JsonlFile | None = None
         self._samples: JsonlFile | None = None
-        self._tensorboard: Any = None
+        self._held_out: Path | None = None
+        self._trackers: dict[str, Tracker] = {}
         self._closed = not enabled
         self._enabled = enabled
         if not enabled:
@@ -116,24 +122,35 @@ class MetricsLogger:
                     self._metrics = JsonlFile(folder / METRICS_FILE, stays)
                 if config.samples:
                     self._samples = JsonlFile(folder / SAMPLES_FILE, lambda line: line["step"] <= start_step)
+                keep_lines(folder / HELD_OUT_FILE, lambda line: line["step"] <= evaluated)
+                self._held_out = folder / HELD_OUT_FILE
         except RecipeError:
             self.close()
             raise
         if config.console:
             self._console = open_console(total_steps=total_steps, start_step=max(start_step, 0))
-        if config.tensorboard:
-            self._tensorboard = self._open_tensorboard(folder / TENSORBOARD_FOLDER, logged)
+        self._open_trackers(folder, name, settings or {}, logged=logged, resumed=start_step >= 0)
 
-    def _open_tensorboard(self, folder: Path, start_step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.message(
-                "metrics.tensorboard is on but the tensorboard package is not installed, so none is written; "
-                "pip install tensorboard"
-            )
-            return None
-        return SummaryWriter(str(folder), purge_step=start_step + 1)
+    def _open_trackers(
+        self, folder: Path, name: str, settings: Mapping[str, Any], *, logged: int, resumed: bool
+    ) -> None:
+        if self.config.tensorboard:
+            try:
+                self._trackers["tensorboard"] = TensorBoard(folder, logged)
+            except ImportError:
+                self.message(
+                    "metrics.tensorboard is on but the tensorboard package is not installed, so none is written; "
+                    "pip install tensorboard"
+                )
+        for service in self.config.trackers:
+            try:
+                self._trackers[service] = SERVICES[service](folder, name, settings, resumed=resumed)
+            except Exception as error:  # of a library that may raise anything
+                told = f"metrics.trackers: {service} cannot begin ({type(error).__name__}: {error})"
+                if not resumed:
+                    self.close()
+                    raise RecipeError(f"{told}; log in, name a server, or use WANDB_MODE=offline") from error
+                self.message(f"WARNING: {told}; the run goes on without it")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write what a step has measured, or its evaluation: a record each.
@@ -146,10 +163,15 @@ class MetricsLogger:
             return
         if self._metrics is not None:
             self._metrics.write({"step": step, **{key: metrics[key] for key in sorted(metrics)}})
-        if self._tensorboard is not None:
-            for key, value in metrics.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(key, value, step)
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        kind = "evaluation" if is_evaluation(metrics) else "step"
+        for service, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(step, finite, kind)
+            except Exception as error:
+                del self._trackers[service]
+                told = f"{service} takes no more metrics ({type(error).__name__}: {error})"
+                self.message(f"WARNING: {told}; the run goes on without it")
         if self._console is not None:
             self._guarded(self._console.step, step, metrics)
 
@@ -159,6 +181,12 @@ class MetricsLogger:
             return
         for row in rows:
             self._samples.write({"step": step, **row})
+
+    def held_out(self, step: int, prompt: str, answer: str) -> None:
+        """Add to ``held_out.jsonl`` what the student answers to a held-out prompt after a step."""
+        if self._held_out is not None:
+            with contextlib.closing(JsonlFile(self._held_out, lambda line: True)) as file:
+                file.write({"step": step, "prompt": prompt, "answer": answer})
 
     def message(self, text: str) -> None:
         """Show a line on the console, above the bar where there is one. Works after :meth:`close` too."""
@@ -188,12 +216,18 @@ class MetricsLogger:
     def close(self) -> None:
         """Flush and close everything. May be called more than once."""
         self._closed = True
-        for sink in (self._metrics, self._samples, self._tensorboard):
-            if sink is not None:
-                sink.close()
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                file.close()
+        for service, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self.message(f"WARNING: {service} was not finished ({type(error).__name__}: {error})")
         if self._console is not None:
             self._guarded(self._console.close)
-        self._console = self._metrics = self._samples = self._tensorboard = None
+        self._console = self._metrics = self._samples = None
+        self._trackers = {}
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fire_megatron.config.checkpoints import read_marker
+from fire_megatron.config.checks import found_elsewhere
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.hf_config import ModelShape
 from fire_megatron.config.roles import resolved, roles
@@ -113,7 +113,7 @@ def make_job(
     Raises:
         UserError: what the run would end with.
     """
-    elsewhere = _elsewhere(recipe, models)
+    elsewhere = found_elsewhere(recipe, models)
     kind = "cpu" if recipe.run.device == "cpu" and gpu is None else "cuda"
     machine = Machine(kind, None, lambda fp8: None if gpu is None else _no_fp8(gpu, fp8))
     _, facts = check_settings(recipe, machine=machine, num_ranks=world_size, elsewhere=elsewhere)
@@ -142,21 +142,6 @@ def local_recipe(recipe: Recipe) -> Recipe:
     """The recipe with layers that any machine can build: of Transformer Engine's only the parameters matter here."""
     teachers = {name: planned_role(teacher) for name, teacher in recipe.teachers.items()}
     return recipe.replace(student=planned_role(recipe.student), teachers=teachers)
-
-
-def _elsewhere(recipe: Recipe, models: Path | None) -> dict[str, Path]:
-    """Folders with the architectures of checkpoints that are not here, by recipe path."""
-    found = {}
-    for path, role in roles(recipe).items():
-        folder = Path(role.checkpoint)
-        if read_marker(folder) is not None:
-            continue
-        candidates = [folder, *([models / folder.name] if models is not None else [])]
-        for candidate in candidates:
-            if (candidate / "config.json").is_file():
-                found[path] = candidate
-                break
-    return found
 
 
 def _no_fp8(gpu: Gpu, recipe: str) -> str | None:

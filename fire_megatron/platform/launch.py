@@ -1,4 +1,4 @@
-"""Process start-up under torchrun, srun or a plain ``python``: the only reader of launcher variables."""
+"""Process start-up under torchrun, srun or a plain ``python``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import datetime
 import enum
 import itertools
 import json
-import logging
 import math
 import os
 import resource
 import socket
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,8 @@ from fire_megatron.platform import cpu_seam
 from fire_megatron.platform.apex import hide_unusable_apex
 from fire_megatron.platform.device import Device, choose_attention_kernels, own_gpu, same_kind, select_device
 from fire_megatron.platform.flight_recorder import PREFIX_VARIABLES
+from fire_megatron.platform.launcher import launched_rank, launched_world_size, variable
+from fire_megatron.platform.quiet import quiet_third_parties
 from fire_megatron.platform.watch import Watch
 
 _store: dist.Store | None = None
@@ -57,38 +57,6 @@ class World:
         return self.rank == 0
 
 
-def _variable(*names: str, default: int) -> int:
-    """The first of these environment variables that is set, as an integer."""
-    for name in names:
-        value = os.environ.get(name)
-        if value is not None:
-            try:
-                return int(value)
-            except ValueError:
-                raise LayoutError(f"environment variable {name}={value!r} is not a whole number") from None
-    return default
-
-
-def launched_world_size() -> int:
-    """World size the launcher announces, before any process group exists. In an sbatch script itself, outside srun,
-    Slurm tells of tasks that have not been started; only srun sets the number of a step."""
-    return _variable("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
-
-
-def launched_rank() -> int:
-    """Global rank the launcher announces."""
-    return _variable("RANK", "SLURM_PROCID", default=0)
-
-
-def report_mistake(text: str) -> None:
-    """Let the script that started this process know of an error that another start would meet again, in the file that
-    it has named; exit codes do not come through torchrun."""
-    path = os.environ.get("FIRE_MEGATRON_MISTAKE")
-    if path:
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as stream:
-            stream.write(f"{text}\n")
-
-
 class Restart(enum.Enum):
     """How this process came to be started."""
 
@@ -99,9 +67,9 @@ class Restart(enum.Enum):
 
 def restart() -> Restart:
     """What launcher and scheduler say of this start."""
-    if _variable("FIRE_MEGATRON_RESTART", "TORCHELASTIC_RESTART_COUNT", default=0):
+    if variable("FIRE_MEGATRON_RESTART", "TORCHELASTIC_RESTART_COUNT", default=0):
         return Restart.LAUNCHER
-    return Restart.SCHEDULER if _variable("SLURM_RESTART_COUNT", default=0) else Restart.NO
+    return Restart.SCHEDULER if variable("SLURM_RESTART_COUNT", default=0) else Restart.NO
 
 
 def _meeting_point(timeout: float) -> dist.Store:
@@ -170,16 +138,6 @@ def raise_on_any_rank(problem: str | None, *, timeout: float = 600.0) -> None:
         if rank == 0:
             store.wait(["all_told"], patience)
     raise raised
-
-
-def _quiet_third_parties() -> None:
-    """Keep import-time chatter of optional dependencies off the console; our report says what is missing."""
-    for pattern in (".*absl.logging.*", ".*Apex is not installed.*", ".*Transformer Engine.*", ".*[Gg]rouped.*gemm.*"):
-        warnings.filterwarnings("ignore", message=pattern)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron.*")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
 def _set_threads(threads: int, local_size: int) -> None:
@@ -294,12 +252,12 @@ def start(device: str = "auto", *, timeout: float = 600.0, threads: int = 0, rec
         UserError: on every rank: the device setting makes no sense on one of them, two are on one GPU, or some on GPUs
             and others not.
     """
-    _quiet_third_parties()
+    quiet_third_parties()
     _prepare_torch(timeout)
     _allow_open_files()
     rank, size = launched_rank(), launched_world_size()
-    local_rank = _variable("LOCAL_RANK", "SLURM_LOCALID", default=0)
-    local_size = _variable("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1)
+    local_rank = variable("LOCAL_RANK", "SLURM_LOCALID", default=0)
+    local_size = variable("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1)
     chosen = _own_device(device, local_rank, timeout)
     choose_attention_kernels(chosen)
     hide_unusable_apex(on_gpu=chosen.is_cuda)
@@ -321,7 +279,7 @@ def simulate(kind: str) -> Iterator[None]:
     Args:
         kind: ``cpu`` or ``cuda``, the device that the run is planned for.
     """
-    _quiet_third_parties()
+    quiet_third_parties()
     device, before = cpu_seam.standing_in()
     cpu_seam.install("meta", kind=kind)
     try:

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from fire_megatron.config.data import DataConfig, SourceConfig
 from fire_megatron.config.errors import DataError
 from fire_megatron.config.kinds import MOST
 from fire_megatron.data.encoder import Encoder, surely_longer
 from fire_megatron.data.rows import Reason, RowError, check_weights, present, row_messages, shown
 from fire_megatron.data.tokenizer import load_tokenizer
+from fire_megatron.metrics.progress import Progress, progress_bar
 from fire_megatron.platform.files import NewFiles
 from fire_megatron.prepare.contamination import OVERLAP, BenchmarkProblems
 from fire_megatron.prepare.row_keys import KeyChoice, RowKeys, open_rows
@@ -107,7 +106,7 @@ def make_prompt_file(options: PromptFileOptions, *, progress: bool = False) -> P
         preparation = _Preparation(options, benchmarks)
         out = files.open(options.out)
         rejects, report_file = (files.open(path) if path else None for path in (options.rejects, options.report))
-        with tqdm(unit=" rows", mininterval=0.5, disable=not progress) as bar:
+        with progress_bar(unit=" rows", show=progress) as bar:
             for path, file_keys in zip(inputs, keys, strict=True):
                 bar.set_postfix_str(path.name)
                 preparation.read(path, file_keys, out, rejects, bar)
@@ -161,7 +160,7 @@ class _Preparation:
             self.encode = Encoder(unlimited, load_tokenizer(options.tokenizer))
         self._seen = _Seen()
 
-    def read(self, path: Path, keys: RowKeys, out: IO[str], rejects: IO[str] | None, bar: tqdm) -> None:
+    def read(self, path: Path, keys: RowKeys, out: IO[str], rejects: IO[str] | None, bar: Progress) -> None:
         """Take or reject every row of a file."""
         constant = {} if self.options.label is None else {"label": f"{self.options.label} (all rows)"}
         source = SourceReport(str(path), keys.named | constant)

@@ -19,11 +19,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import fire_megatron
 from fire_megatron.config.errors import UserError
 from fire_megatron.metrics.jsonl import finite
+from fire_megatron.metrics.progress import progress_bar
 from fire_megatron.platform.files import write_whole
 from fire_megatron.report.charts import SECTIONS, make_charts
 from fire_megatron.report.read import RunData
@@ -78,7 +77,7 @@ def _page(runs: Sequence[RunData], library: str) -> Iterator[str]:
     total = sum(len(run.samples) for run in runs)
     index, shades = [], Shades(total)
     samples = ((number, sample) for number, run in enumerate(runs) for sample in run.samples)
-    for number, sample in tqdm(samples, total=total, desc="trajectories", delay=1, leave=False, disable=None):
+    for number, sample in progress_bar(samples, total=total, desc="trajectories", delay=1, leave=False):
         shown = body(sample)
         shades.see(shown)
         yield _block(f"trajectory-{len(index)}", _json(shown))

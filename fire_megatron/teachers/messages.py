@@ -103,7 +103,7 @@ class StateKind:
     def of(cls, loss: LossConfig) -> StateKind:
         """What an estimator needs."""
         if loss.estimator == "topk":
-            return cls("topk", loss.top_k, loss.teacher_temperature)
+            return cls("topk", loss.top_k, loss.temperatures[1])
         return cls("hidden" if loss.estimator == "full" else "none")
 
 

@@ -95,13 +95,14 @@ class TeacherPool:
             teacher.forget()
         self._loads = {name: [0] * info.layout.data for name, info in self.infos.items()}
 
-    def serve(self, name: str, *, keep: bool) -> None:
+    def serve(self, name: str, *, keep: bool, temperature: float = 1.0) -> None:
         """Answer one request of every row replica of the student. Collective over the teacher's span, together with a
         message from each of the replicas' leaders; a no-op on other ranks.
 
         Args:
             name: the teacher.
             keep: whether to keep states of the rows, if the loss needs any.
+            temperature: of the log-probabilities (:meth:`Teacher.score`).
         """
         if name not in self.teachers:
             return
@@ -118,6 +119,7 @@ class TeacherPool:
             rows.responses,
             keep=Keep(rows.ids, self.student.tensor) if keep else None,
             loads=self._loads[name],
+            temperature=temperature,
         )
         seconds = time.perf_counter() - started
         if scored.kept is not None:
@@ -162,12 +164,19 @@ class TeacherPool:
             offload.come_back()
         self._resident = offload
 
-    def serve_all(self, names: Iterable[str], *, keep: bool, progress: Callable[[str], None] | None = None) -> None:
+    def serve_all(
+        self,
+        names: Iterable[str],
+        *,
+        keep: bool,
+        temperature: float = 1.0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
         """:meth:`serve` these in turn; ``progress`` is told of each that this rank holds."""
         for name in names:
             if progress and name in self.teachers:
                 progress(name)
-            self.serve(name, keep=keep)
+            self.serve(name, keep=keep, temperature=temperature)
         self._bring(None)
 
     def obey(
@@ -196,9 +205,9 @@ class TeacherPool:
             match order["do"]:
                 case "sample":
                     self.begin()
-                    self.serve_all(self.schedule(order["rounds"]), keep=order["keep"])
+                    self.serve_all(self.schedule(order["rounds"]), keep=order["keep"], temperature=order["temperature"])
                 case "score":
-                    self.serve_all(self.shared, keep=order["keep"])
+                    self.serve_all(self.shared, keep=order["keep"], temperature=order["temperature"])
                 case "attach":
                     for name in order["teachers"]:
                         attach(name)

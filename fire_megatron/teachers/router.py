@@ -81,7 +81,13 @@ class TeacherRouter:
         return Target(tuple(sorted(weights)), tuple(weights[name] for name in sorted(weights)))
 
     def open(
-        self, prompts: Sequence[Prompt], row_ids: Sequence[int], *, total: int, keep_states: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        row_ids: Sequence[int],
+        *,
+        total: int,
+        keep_states: bool = False,
+        temperature: float = 1.0,
     ) -> Scoring:
         """Begin to have this replica's rows scored. Collective over the student's grid, as is everything that is done
         with the scoring.
@@ -91,11 +97,13 @@ class TeacherRouter:
             row_ids: of this replica's rows.
             total: rows of all replicas, spread evenly over them.
             keep_states: lets the teachers keep what :meth:`attach` will bring.
+            temperature: of the log-probabilities; entropies are those of temperature 1.
         """
         most = max(1, -(-total // self.student_grid.row_replicas))
         size = (self.group_size or -(-most // 4)) if self.pool.remote else most
         by_row = dict(zip(row_ids, prompts, strict=True))
-        return Scoring(self, by_row, rounds=-(-most // size), group_size=size, keep=keep_states)
+        rounds = -(-most // size)
+        return Scoring(self, by_row, rounds=rounds, group_size=size, keep=keep_states, temperature=temperature)
 
     def attach(self, rows: TrainingRows, kept: Mapping[str, KeptStates]) -> tuple[TrainingRows, dict[str, Value]]:
         """Bring what the teachers kept of these rows: :meth:`Transfer.attach`."""
@@ -141,11 +149,19 @@ class Scoring:
     """
 
     def __init__(
-        self, router: TeacherRouter, prompts: Mapping[int, Prompt], *, rounds: int, group_size: int, keep: bool
+        self,
+        router: TeacherRouter,
+        prompts: Mapping[int, Prompt],
+        *,
+        rounds: int,
+        group_size: int,
+        keep: bool,
+        temperature: float,
     ) -> None:
         """Args: prompts: of this replica's rows, by id; rounds: groups that each replica sends; group_size: rows of a
-        group; keep: whether teachers keep states of the rows."""
-        self.router, self.pool, self.keep = router, router.pool, keep
+        group; keep: whether teachers keep states of the rows; temperature: of the log-probabilities."""
+        self.router, self.pool = router, router.pool
+        self._how = {"keep": keep, "temperature": temperature}
         self.group_size = group_size
         self._prompts, self._rounds, self._round = dict(prompts), rounds, 0
         self._targets = {row: router.target(prompt) for row, prompt in prompts.items()}
@@ -159,7 +175,7 @@ class Scoring:
         except Silence as silence:
             raise router.no_answer(silence.peer) from None
         if self.pool.reaching:
-            router.announce(do="sample", rounds=rounds, keep=keep)
+            router.announce(do="sample", rounds=rounds, **self._how)
 
     def send(self, row_ids: Sequence[int], responses: Sequence[torch.Tensor]) -> None:
         """A group of finished rows: off to the teachers on other ranks. Does not wait."""
@@ -221,7 +237,7 @@ class Scoring:
             targets=tuple(targets),
             log_probs=tuple(log_probs for log_probs, _ in combined),
             entropies=tuple(entropies for _, entropies in combined),
-            kept=self._kept(holders) if self.keep else {},
+            kept=self._kept(holders) if self._how["keep"] else {},
         )
 
     def metrics(self) -> dict[str, Value]:
@@ -236,11 +252,11 @@ class Scoring:
         for name in self.pool.shared:
             self._request(name, self._held)
         if set(self.pool.shared) & set(self.pool.reaching):
-            self.router.announce(do="score", keep=self.keep)
+            self.router.announce(do="score", **self._how)
         away = self.router.offload if any(name in self.pool.teachers for name in self.pool.shared) else None
         if away:
             away.leave()
-        self.pool.serve_all(self.pool.shared, keep=self.keep, progress=progress)
+        self.pool.serve_all(self.pool.shared, **self._how, progress=progress)
         if away:
             away.come_back()
 

@@ -123,6 +123,7 @@ class Teacher:
         *,
         keep: Keep | None = None,
         loads: list[int] | None = None,
+        temperature: float = 1.0,
     ) -> ScoredRows:
         """Score rows; every rank of the teacher's grid passes the same rows and gets the same answer.
 
@@ -133,12 +134,13 @@ class Teacher:
             responses: [R_i] int64 token ids of each row.
             keep: None keeps nothing. What is kept stays until :meth:`forget`.
             loads: tokens that each replica has had before, of rows that count with these; these are added to them.
+            temperature: divides the logits of the log-probabilities; entropies are those of temperature 1.
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         shares = balance(lengths, self.grid.layout.data, loads)
         keep = None if self.state_kind.name == "none" else keep
         slices: dict[int, dict[int, torch.Tensor]] = {}
-        mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep, slices)
+        mine = self._score_share(prompts, responses, lengths, shares[self.grid.dp_rank], keep, slices, temperature)
         gathered = all_gather_flat(mine, group=self.grid.pg.dp)
         log_probs: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         entropies: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
@@ -160,6 +162,7 @@ class Teacher:
         share: Sequence[int],
         keep: Keep | None,
         slices: dict[int, dict[int, torch.Tensor]],
+        temperature: float,
     ) -> torch.Tensor:
         """This replica's rows through its pipeline: [2 * tokens] float32, log-probs then entropies. The last stage adds
         to ``slices`` what it keeps."""
@@ -181,7 +184,7 @@ class Teacher:
         ]
 
         def last_stage(hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
-            return self._last_stage(hidden, pack, keep, slices)
+            return self._last_stage(hidden, pack, keep, slices, temperature)
 
         with torch.no_grad():
             results = run_pipeline(self.model, packs, last_stage, grid=self.grid, forward_only=True)
@@ -196,7 +199,12 @@ class Teacher:
         )
 
     def _last_stage(
-        self, hidden: torch.Tensor, pack: Pack, keep: Keep | None, slices: dict[int, dict[int, torch.Tensor]]
+        self,
+        hidden: torch.Tensor,
+        pack: Pack,
+        keep: Keep | None,
+        slices: dict[int, dict[int, torch.Tensor]],
+        temperature: float,
     ) -> torch.Tensor:
         """[T, H] of this context rank's tokens -> [2, whole T] float32 of the rows, on all context ranks."""
         shard = {"group": self.grid.pg.tp, "vocab_start": self.model.vocab_start}
@@ -205,7 +213,10 @@ class Teacher:
         def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
             if keep is not None and kind.name == "topk":
                 tops.append(pack_topk(top_k(logits, kind.k, temperature=kind.temperature, **shard)))
-            return torch.stack(score_log_prob_and_entropy(logits, pack.targets[part], **shard))
+            log_prob, entropy = score_log_prob_and_entropy(logits, pack.targets[part], **shard)
+            if temperature != 1:
+                log_prob, _ = score_log_prob_and_entropy(logits.mul_(1 / temperature), pack.targets[part], **shard)
+            return torch.stack((log_prob, entropy))
 
         scores = map_chunks(hidden, self._output_layer, score)
         self._output_layer.release()

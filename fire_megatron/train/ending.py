@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fire_megatron.evaluation.heldout import format_table
+from fire_megatron.metrics.logger import HELD_OUT_FILE
 from fire_megatron.metrics.table import ruled
 
 _SCORE = re.compile(r"eval/(.+)/avg@(\d+)")
@@ -26,6 +29,18 @@ def end_tables(first: Mapping[str, float], last: Mapping[str, float], targets: S
     if any(map(_SCORE.fullmatch, last)):
         parts.append(f"% right on benchmarks\n{benchmark_table(first, last)}")
     return "\n\n".join(parts)
+
+
+def held_out_answers(run_dir: Path) -> str:
+    """What the student answered to a held-out prompt before and after; empty where it was not asked twice."""
+    path = run_dir / HELD_OUT_FILE
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if len(lines) < 2:
+        return ""
+    shown = {"prompt": lines[0]["prompt"]}
+    shown |= {f"after step {line['step']}": line["answer"] for line in (lines[0], lines[-1])}
+    texts = (f"--- {name}\n{text.strip()}\n" for name, text in shown.items())
+    return "\nThe student's likeliest answer to a held-out prompt\n" + "".join(texts)
 
 
 def benchmark_table(first: Mapping[str, float], last: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from fire_megatron.config.kinds import MOST
 from fire_megatron.config.roles import longest_row, roles, routes
 from fire_megatron.config.rope import BY_LENGTH
 from fire_megatron.config.rules.facts import Facts, Machine
-from fire_megatron.config.rules.training import without_effect
+from fire_megatron.config.rules.training import sampling_notes, without_effect
 from fire_megatron.config.schema import Recipe, RoleConfig
 from fire_megatron.config.spans import parse_span
 from fire_megatron.data.chat_time import chat_time
@@ -270,4 +270,5 @@ def check(
     hooks, facts = check_settings(recipe, machine=this_machine(device), num_ranks=num_ranks)
     check_models(recipe, facts, device=device)
     inputs = read_inputs(facts, now)
-    return hooks, dict(facts.shapes), replace(inputs, notes=(*_engine_notes(recipe, device), *inputs.notes))
+    notes = (*sampling_notes(recipe), *_engine_notes(recipe, device), *inputs.notes)
+    return hooks, dict(facts.shapes), replace(inputs, notes=notes)

@@ -21,7 +21,7 @@ from fire_megatron.platform.rng import seed_everything
 from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Beginning, Checkpoints
-from fire_megatron.train.ending import end_tables
+from fire_megatron.train.ending import end_tables, held_out_answers
 from fire_megatron.train.gpu_readings import GpuReadings
 from fire_megatron.train.guard import NONFINITE, SPIKE
 from fire_megatron.train.inputs import rank_roles
@@ -258,6 +258,8 @@ class Trainer:
         if run.held_out is not None:
             most = run.held_out.own_rows * self.recipe.evaluation.max_new_tokens
             measured = run.held_out.measure(run.phases.progress("evaluation", most), self._make_room)
+            answer = run.inputs.tokenizer.decode(run.held_out.likeliest_answer())
+            self.logger.held_out(self.step, run.inputs.held_out[0].text, answer)
         reduced = reduce_metrics(measured if run.grid.leads_rows else {}, group=run.grid.span)
         answered: dict[str, float] | None = {}
         if run.benchmarks is not None:
@@ -299,6 +301,7 @@ class Trainer:
         elif self.last_eval and self.world.is_main:
             targets = [self.run.router.target(prompt).name for prompt in self.run.inputs.held_out]
             print(f"\n{end_tables(self.first_eval, self.last_eval, targets)}", flush=True)
+            print(held_out_answers(self.folder.path), end="", flush=True)
 
     def _give_up_if_hopeless(self) -> None:
         guard, most = self.run.guard, self.recipe.optimizer.guard.max_skipped

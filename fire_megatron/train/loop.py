@@ -62,7 +62,13 @@ def train_step(run: Run, step: int) -> StepReport:
 def open_scoring(run: Run, rows: Mapping[int, Prompt]) -> Scoring:
     """Tell the teachers that this replica's rows of a step will come."""
     with run.phases("rollout"):
-        return run.router.open(list(rows.values()), list(rows), total=run.rows_per_step, keep_states=True)
+        return run.router.open(
+            list(rows.values()),
+            list(rows),
+            total=run.rows_per_step,
+            keep_states=True,
+            temperature=run.recipe.loss.temperature,
+        )
 
 
 def sample(run: Run, rows: Mapping[int, Prompt], scoring: Scoring, step: int) -> Rollouts:

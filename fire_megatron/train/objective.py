@@ -136,15 +136,17 @@ class Objective:
         """Whether the loss depends on the log-probabilities at the time of the rollouts."""
         self._settings = DivergenceSettings(
             build_divergence(loss.divergence, beta=loss.beta, skew=loss.skew),
-            loss.student_temperature,
-            loss.teacher_temperature,
+            *loss.temperatures,
             loss.mixture,
         )
+        self._sampled_at = loss.temperature if loss.estimator == "sampled" else 1.0
+        """Divides the logits before a loss of sampled tokens sees them; divergences have temperatures of their own."""
         self._build = {"sampled": self._sampled, "full": self._full, "topk": self._topk}[loss.estimator]
         self._names = SAMPLED_REPORT if loss.estimator == "sampled" else DIVERGENCE_REPORT
 
     def log_probs(self, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """[N, H] final hidden states -> [N] float32 log-probabilities of the response tokens, without gradient."""
+        """[N, H] final hidden states -> [N] float32 log-probabilities of the response tokens, as the loss of sampled
+        tokens takes them, without gradient."""
         shard = self._shard()
 
         def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
@@ -152,7 +154,7 @@ class Objective:
                 logits, pack.targets[part], group=shard.group, vocab_start=shard.vocab_start, with_entropy=False
             )[0]
 
-        layer = OutputLayer(self.model.output_weight, self.model.used_columns)
+        layer = OutputLayer(self.model.output_weight, self.model.used_columns, temperature=self._sampled_at)
         return map_chunks(hidden, layer, score, chunk_tokens=self.loss.chunk_tokens)
 
     def __call__(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, LossReport]:
@@ -167,6 +169,7 @@ class Objective:
                 columns=self.model.used_columns,
                 segments=lengths,
                 chunk_tokens=self.loss.chunk_tokens,
+                temperature=self._sampled_at,
             )
         finally:
             for head in self.heads.values():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fire_megatron.config.load import load_recipe, recipe_text
+from fire_megatron.config.load import load_recipe, recipe_text, recipe_to_dict
 from fire_megatron.config.schema import Recipe
 from fire_megatron.metrics.logger import RECIPE_FILE, MetricsLogger, set_aside, writing_to
 from fire_megatron.platform import launch
@@ -71,6 +71,8 @@ class RunFolder:
             logged=logged if resumed else -1,
             evaluated=evaluated if resumed else -1,
             enabled=self._main,
+            name=self._recipe.run.name,
+            settings=recipe_to_dict(self._recipe),
         )
 
     def _save_recipe(self, step: int) -> None:

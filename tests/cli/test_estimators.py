@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
 
 def run(inputs, run_dir, **changes):
     common = {"run__steps": 12, "optimizer__lr": 3e-3, "checkpoint__final": False, "loss__hooks": []}
-    assert train(inputs, run_dir, **common, **changes) == 0
+    assert train(inputs, run_dir, **common | changes) == 0
     return read_metrics(run_dir)
 
 
@@ -87,3 +87,18 @@ def test_bfloat16(inputs, tmp_path):
     first, last = (sum(step["loss/divergence"] for step in part) for part in (steps[:3], steps[-3:]))
     assert last < 0.8 * first, (first, last)
     assert {step["teacher/math/bytes_per_token"] for step in steps if "teacher/math/divergence" in step} == {2 * 64 + 8}
+
+
+def test_one_temperature_leaves_importance_correction_nothing_to_do(inputs, tmp_path, capsys):
+    """Where engine and loss differ, it takes the ratio of two distributions for that of two engines, which is told.
+    Held-out prompts are sampled and scored at temperature 1 whatever the loss."""
+    found = {}
+    held_out = {"prompts": [{"path": str(inputs / "math.jsonl")}], "max_new_tokens": 4, "at_end": False}
+    for temperature in (1.0, 0.5):
+        changes = {"rollout__temperature": 0.5, "loss__temperature": temperature, "evaluation": held_out}
+        first, step = run(inputs, tmp_path / f"run{temperature}", **changes | {"run__steps": 1})
+        said = "rollout.temperature is 0.5 and loss.temperature 1" in capsys.readouterr().out
+        found[temperature] = first["eval/math/reverse_kl"], step["rollout/importance_mean"], said
+    assert found[1.0][0] == found[0.5][0]
+    assert abs(found[1.0][1] - 1) > 0.02 and found[1.0][2]
+    assert found[0.5][1] == pytest.approx(1, abs=1e-5) and not found[0.5][2]

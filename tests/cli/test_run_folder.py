@@ -45,7 +45,14 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
         for weight in sample["by_token"].get("weight", []):
             assert step["fire/token_weight_min"] * 0.999 <= weight <= step["fire/token_weight_max"] * 1.001
 
-    assert "WARNING" not in capsys.readouterr().out
+    def asked():
+        return [json.loads(line) for line in (run_dir / "held_out.jsonl").read_text().splitlines()]
+
+    out = capsys.readouterr().out
+    assert "WARNING" not in out and "The student's likeliest answer to a held-out prompt\n--- prompt\nw" in out
+    assert "\n--- after step 0\n" in out and out.index("--- after step 2") > out.index("--- after step 0")
+    assert [line["step"] for line in asked()] == [0, 2]
+    assert len({line["prompt"] for line in asked()}) == 1 and all(line["answer"] for line in asked())
     other = "student.precision.dtype=bfloat16"
     assert main(["--recipe", str(recipe), "run.steps=3", other]) == 0
     out = capsys.readouterr().out
@@ -59,6 +66,7 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     assert "resumed from" in again and "WARNING" not in again, "it is told once, where it changes"
     assert "changed since" not in again
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3]
+    assert [line["step"] for line in asked()] == [0, 2, 3]
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
 
 

@@ -12,10 +12,11 @@ from roles import (
     hf_response_logits,
     layouts,
     load_role,
+    log_prob_and_entropy,
     parallel_config,
     telling_layouts,
 )
-from steps import ROWS, rows
+from steps import ROWS, rollouts_of, rows
 
 from fire_megatron.config.hf_config import read_hf_config
 from fire_megatron.config.loss import LossConfig
@@ -136,16 +137,48 @@ def test_the_loss_is_the_dense_divergence_from_transformers_logits(checkpoints, 
             name: hf_response_logits(model, torch.tensor(prompt.token_ids), response)[:, :VOCABULARY]
             for name, model in models.items()
         }
-        log_s = dense.log_softmax(logits["student"], loss.student_temperature)
+        log_s = dense.log_softmax(logits["student"], loss.temperatures[0])
         names, shares = zip(*prompt.shares, strict=True)
         shares = torch.tensor(shares).expand(len(response), -1)
-        log_t = dense.mixture([logits[n] for n in names], shares, loss.mixture, loss.teacher_temperature)
+        log_t = dense.mixture([logits[n] for n in names], shares, loss.mixture, loss.temperatures[1])
         if loss.estimator == "topk":
             ids = log_t.topk(loss.top_k).indices
             log_s, log_t = dense.buckets(log_s, ids), dense.buckets(log_t, ids)
         total += dense.divergence(loss.divergence, log_s, log_t, beta=loss.beta).sum()
         tokens += len(response)
     assert metrics["loss"] == metrics["loss/divergence"] == pytest.approx(float(total / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.8])
+def test_sampled_loss_and_gradient_are_the_dense_ones_at_the_temperature(checkpoints, world, factory, temperature):
+    """Of student and teachers, as the engine samples; entropies stay those of temperature 1."""
+    layout = telling_layouts(world.size)[-1]
+    cast = Cast(checkpoints, world, factory, layout, layout, LossConfig(temperature=temperature, hooks=()))
+    scores, metrics, gradients = cast.step()
+    student = make_hf("qwen3", num_hidden_layers=3)
+    teachers = {
+        "math": make_hf("qwen3", seed=1, num_hidden_layers=5),
+        "code": make_hf("llama", seed=2, hidden_size=96, num_hidden_layers=2, vocab_size=320),
+    }
+    student.lm_head.weight.requires_grad_()
+    total, tokens, sampled = 0, 0, rollouts_of(range(ROWS))
+    for row, (prompt, response) in enumerate(zip(sampled.prompts, sampled.responses, strict=True)):
+        text = torch.cat((torch.tensor(prompt.token_ids), response))
+        logits = student(text[None]).logits[0, len(prompt.token_ids) - 1 : -1, :VOCABULARY]
+        log_prob, _ = log_prob_and_entropy(logits / temperature, response)
+        theirs = hf_response_logits(teachers[prompt.label], torch.tensor(prompt.token_ids), response)[:, :VOCABULARY]
+        teacher, _ = log_prob_and_entropy(theirs / temperature, response)
+        _, entropy = log_prob_and_entropy(theirs, response)
+        torch.testing.assert_close(scores[row][0].double(), teacher, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scores[row][1].double(), entropy, rtol=1e-5, atol=1e-5)
+        old = log_prob.detach()
+        importance = (old - sampled.log_probs[row]).exp().clamp_max(2.0)
+        total = total - (importance * (teacher - old) * (log_prob - old).exp()).sum()
+        tokens += len(response)
+    (total / tokens).backward()
+    assert metrics["loss"] == pytest.approx(float(total / tokens), rel=1e-5)
+    ours, expected = gradients["output_layer.weight"][:VOCABULARY], student.lm_head.weight.grad[:VOCABULARY]
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_bytes_that_teachers_send(checkpoints, world, factory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -47,22 +48,36 @@ def test_kept_layers_are_spread_evenly(keep):
     assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("a=30", range(30)), ("a=1", [0]), ("a=-29,0", range(1, 29)), ("a=-3", [*range(3), *range(4, 30)])],
+)
+def test_layers_to_keep_or_to_leave_out(text, layers):
+    assert _tool("make_demo").parse_model(text) == ("a", list(layers))
+
+
+@pytest.mark.parametrize("text", ["a", "=15", "a=0", "a=31", "a=x", "a=-30", "a=-3,3", "a=1,2", "a=-", "a="])
+def test_layers_that_cannot_be(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="write NAME=LAYERS with 1 to 30 layers"):
+        _tool("make_demo").parse_model(text)
+
+
 def test_pruned_weights_are_renumbered():
     tool = _tool("make_demo")
     weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.tensor(i) for i in range(30)}
     weights |= {"model.embed_tokens.weight": torch.tensor(-1), "lm_head.weight": torch.tensor(-2)}
-    pruned = tool.pruned(weights, 15)
-    assert [int(pruned.pop(f"model.layers.{i}.mlp.up_proj.weight")) for i in range(15)] == tool.kept_layers(30, 15)
+    pruned = tool.pruned(weights, [0, 3, 29])
+    assert [int(pruned.pop(f"model.layers.{i}.mlp.up_proj.weight")) for i in range(3)] == [0, 3, 29]
     assert set(pruned) == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-def test_a_folder_is_complete_at_its_depth_only(tmp_path):
+def test_a_folder_is_complete_with_its_layers_only(tmp_path):
     tool = _tool("make_demo")
-    assert not tool.is_complete(tmp_path, 15)
-    (tmp_path / "config.json").write_text('{"num_hidden_layers": 15}')
-    assert not tool.is_complete(tmp_path, 15), "no weights"
+    assert not tool.is_complete(tmp_path, [0, 1])
+    (tmp_path / tool.LAYERS_FILE).write_text("[0, 1]")
+    assert not tool.is_complete(tmp_path, [0, 1]), "no weights"
     (tmp_path / "model.safetensors").touch()
-    assert tool.is_complete(tmp_path, 15) and not tool.is_complete(tmp_path, 16)
+    assert tool.is_complete(tmp_path, [0, 1]) and not tool.is_complete(tmp_path, [0, 2])
 
 
 def test_without_the_demo_extra(monkeypatch):

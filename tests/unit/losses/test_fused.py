@@ -113,6 +113,24 @@ def test_equals_the_unfused_loss(loss, chunk, dtype):
     assert torch.equal(of_weight[COLUMNS:], torch.zeros(ROWS - COLUMNS, HIDDEN, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_temperature_divides_logits_in_value_and_gradients(dtype):
+    case, temperature = Case(dtype), 0.6
+    loss = next(iter(LOSSES))
+    ours = case.run(case.token_loss(loss), chunk_tokens=4, temperature=temperature)
+    hidden, weight = case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()
+    values = case.loss(loss).dense(case.teacher)(hidden @ weight[:COLUMNS].t() / temperature)
+    total = (values * case.scale).sum()
+    expected = (total, values, *torch.autograd.grad(total, (hidden, weight)))
+    exact = 1e-12 if dtype is torch.float64 else 1e-5
+    for i, (mine, reference) in enumerate(zip(ours, expected, strict=True)):
+        rounding = max(exact, torch.finfo(dtype).eps * 0.51) if i > 1 else exact
+        used = slice(None) if i != 3 else slice(COLUMNS)
+        torch.testing.assert_close(
+            mine.double()[used] if i else mine.double(), reference[used] if i else reference, rtol=rounding, atol=exact
+        )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", list(LOSSES)[:3])
 def test_every_divergence_equals_the_unfused_one(kind, loss):

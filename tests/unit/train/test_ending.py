@@ -1,6 +1,9 @@
 """The tables that a run ends with."""
 
-from fire_megatron.train.ending import end_tables
+import json
+
+from fire_megatron.metrics.logger import HELD_OUT_FILE
+from fire_megatron.train.ending import end_tables, held_out_answers
 
 
 def of(name, **scores):
@@ -27,3 +30,15 @@ def test_scores_before_and_after():
         ["aime", "maj@8", "25.0", "0.0", "-25.0"],
         ["new", "avg@1", "-", "100.0", "-"],
     ]
+
+
+def test_an_answer_before_and_after(tmp_path):
+    path = tmp_path / HELD_OUT_FILE
+    assert held_out_answers(tmp_path) == ""
+    lines = [{"step": step, "prompt": "What is 2?", "answer": f" It is {step}.\n"} for step in (0, 5, 10)]
+    path.write_text(json.dumps(lines[0]) + "\n")
+    assert held_out_answers(tmp_path) == "", "asked once"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert held_out_answers(tmp_path).splitlines()[2:] == [
+        "--- prompt", "What is 2?", "--- after step 0", "It is 0.", "--- after step 10", "It is 10."
+    ]  # fmt: skip

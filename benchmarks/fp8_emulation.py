@@ -62,6 +62,7 @@ def _settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "run.dir": folder / "run",
         "run.steps": args.steps,
+        "optimizer.warmup_steps": min(3, args.steps),
         "run.device": "cpu",
         **{
             f"{role}.checkpoint": args.models / role.split(".")[-1]

@@ -85,7 +85,8 @@ def _run(args: argparse.Namespace, way: str) -> dict[str, float]:
             "data.shuffle": "false",
             "rollout.prompts_per_step": args.rollouts,
             "rollout.max_new_tokens": args.new_tokens,
-            "evaluation.prompts": "[]",
+            "optimizer.warmup_steps": 0,
+            "evaluation": "{}",
             "checkpoint.final": "false",
             **(dict.fromkeys(overrides, "0-0") if args.toy else overrides),
         }

@@ -38,6 +38,10 @@ TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 4000, 500
 _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
 
 
+TOY = {"run.steps": 2, "optimizer.warmup_steps": 1, "rollout.prompts_per_step": 16, "rollout.max_new_tokens": 4}
+"""Settings of the runs of a test."""
+
+
 @dataclass(frozen=True)
 class Study:
     """A folder that the study is made in."""
@@ -103,7 +107,7 @@ class Study:
             **{f"data.train.{i}.path": self.out / "data" / f"train_{label}.jsonl" for i, label in enumerate(DOMAINS)},
             "loss.hooks": {**ARMS, **CONTROLS}[arm],
             **({"run.plugins": "[benchmarks.fire_vs_opd.controls]"} if arm in CONTROLS else {}),
-            **({"run.steps": 2, "rollout.prompts_per_step": 16, "rollout.max_new_tokens": 4} if self.toy else {}),
+            **(TOY if self.toy else {}),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
         return values

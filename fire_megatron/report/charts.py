@@ -63,6 +63,7 @@ CHARTS = (
     Chart(_TEACHERS, "Teacher's log-prob of the samples", "nats a token", ("teacher/*/log_prob",)),
     Chart(_TEACHERS, "Filter's threshold", "mean log-prob, nats", ("fire/threshold/*",)),
     Chart(_TEACHERS, "Rows", "rows a step", ("teacher/*/rows",)),
+    Chart(_TEACHERS, "Rows whose scores are not finite", "rows a step", ("teacher/*/nonfinite",), quiet=True),
     Chart(_FIRE, "Dropped rows by reason", "rows a step", ("fire/dropped/*",), bars=True),
     Chart(_FIRE, "Confidence and confusion", "mean over tokens", ("fire/confidence", "fire/confusion"),
           ("teacher's confidence", "student's confusion")),

@@ -165,9 +165,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"\\math(?:bf|it|sf|normal)\s*\{\s*(\w)\s*\}|\\mathrm\s*\{\s*([ie])\s*\}", r" \1\2"),  # variables
         (r"\\(?:text|math)(?:rm|bf|it|sf|tt|sc|up|md|normal)\s*\{|\\(?:mbox|operatorname|text)\*?\s*\{", r"\\text{"),
         (r"\\text\s*\{\s*\}", ""),
-        (r"\\text\s*\{\s*(-?[\d.,]*\d)\s*\}", r" \1 "),
+        (r"\\text\s*\{\s*(-?[\d.,/]*\d)\s*\}", r" \1 "),
         (r"^\\text\s*\{\s*(-?[\d.,]*\d) ([a-zA-Z][^{}\d]*)\}$", r"\1 \\text{\2}"),
-        (r"^\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:]\s*([^a-zA-Z{}]*\1[^a-zA-Z{}]*)\\\}$", r"\2"),
+        (r"^\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:]\s*((?:[^a-zA-Z{}]|\1|\\[lg]e(?![a-z]))+)\\\}$", r"\2"),
         (r"[.\s]+\}$", "}"),
         (r"(?i)\\%|\\text\s*\{\s*(?:\\?%|percent|percentage|pct)\s*\}|\b(?:percent|percentage|pct)\b", r"\\%"),
         (r"[,;]?\s*(?:\\text\{[\s,;]*(?:and|or)[\s,]*\}|\b(?:and|or)\b)", ","),

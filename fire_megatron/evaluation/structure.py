@@ -145,7 +145,9 @@ class Chain:
 
     @classmethod
     def of(cls, text: str) -> Chain | None:
-        """None for what is no equation."""
+        """None for what is no equation, or several."""
+        if split(text, ",", ";")[1]:
+            return None
         parts, signs = split(text, "=", r"\approx", r"\in")
         parts = [part.removesuffix(":").strip() for part in parts]
         if not signs or not all(parts):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from datetime import datetime
 
 import pytest
 import torch.distributed as dist
@@ -68,7 +69,8 @@ def _arguments(folder, out):
 
 def evaluate(world, folder, out, *options, stopped=lambda: None):
     """The command as ranks that are there already run it."""
-    job = _read(_parser().parse_args([*_arguments(folder, folder / out), *options]), world.device)
+    args = _parser().parse_args([*_arguments(folder, folder / out), *options])
+    job = _read(args, world.device, datetime(2026, 1, 1))
     return Evaluation(job, world, launch.watch(world, roles="the model", timeout=60), stopped).run()
 
 

@@ -313,7 +313,7 @@ _CHATS = st.lists(st.fixed_dictionaries({"role": _TEXTS, "content": _TEXTS}), ma
 )
 def test_every_row_is_kept_or_rejected_whatever_it_holds(run, tmp_path, chat_tokenizer, rows):
     """And what is kept is what training takes."""
-    lines, report = run([ROW, *rows])
+    lines, report = run([ROW, *rows], keys=KeyChoice(label="label"))
     assert report.rows == 1 + len(rows) and len(lines) == report.kept
     assert report.kept + sum(_rejected(report).values()) == report.rows
     config = DataConfig(train=(SourceConfig(path=str(tmp_path / "out.jsonl")),))

@@ -95,6 +95,7 @@ TURNS: dict[str, tuple[Any, Changes]] = {
     "loss.beta": (0.9, FULL | {"loss.divergence": "jensen_shannon"}),
     "loss.skew": (0.5, FULL | {"loss.divergence": "skewed_forward_kl"}),
     "loss.top_k": (3, {"loss.estimator": "topk"}),
+    "loss.temperature": (2.0, {}),
     "loss.student_temperature": (2.0, FULL),
     "loss.teacher_temperature": (2.0, FULL),
     "loss.mixture": ("log_probs", FULL),
@@ -166,6 +167,7 @@ ELSEWHERE = {
     "run.name": "people see it in a report and in a plan",
     "optimizer.distributed": "it takes several replicas: distributed/test_experts.py has them",
     "metrics.tensorboard": "it takes the package: unit/metrics/test_metrics_logger.py",
+    "metrics.trackers": "they take their packages: test_trackers.py",
     "run.max_restarts": "test_random_kills.py restarts runs",
 }
 """Keys that a run which ends well cannot show."""

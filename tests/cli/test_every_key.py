@@ -167,7 +167,7 @@ ELSEWHERE = {
     "run.name": "people see it in a report and in a plan",
     "optimizer.distributed": "it takes several replicas: distributed/test_experts.py has them",
     "metrics.tensorboard": "it takes the package: unit/metrics/test_metrics_logger.py",
-    "metrics.trackers": "they take their packages: test_trackers.py",
+    "metrics.trackers": "they take their packages: unit/metrics/test_trackers.py",
     "run.max_restarts": "test_random_kills.py restarts runs",
 }
 """Keys that a run which ends well cannot show."""

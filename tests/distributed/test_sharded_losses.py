@@ -3,78 +3,29 @@
 import pytest
 import torch
 import torch.distributed as dist
-from dense import KINDS, overwritten, value_and_gradient
+from dense import overwritten, value_and_gradient
 from interpreted import by_kernels, needs_triton
-from token_losses import DIVERGENCES, LOSSES, Loss, draw_weights
+from sharded import (
+    REAL,
+    VOCABULARY,
+    draw,
+    every_kind,
+    every_layout,
+    every_loss,
+    of,
+    same,
+    same_on_all_ranks,
+    shard,
+    sharded,
+)
+from token_losses import DIVERGENCES, Loss, draw_weights
 
 from fire_megatron.losses import softmax
 from fire_megatron.losses.divergences import build_divergence
 from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
 from fire_megatron.losses.token_losses import DivergenceSettings, Segment, VocabShard, full_loss
 from fire_megatron.losses.topk import top_k
-from fire_megatron.losses.vocab_divergence import divergence
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy, score_log_prob_and_entropy
-
-VOCABULARY, REAL = 96, 6
-LAYOUTS = ["even", "padded", "cut", "uneven"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
-
-
-def borders(layout, size):
-    """Where the shards of a layout begin, and the end. Of what is padded or cut, whole shards have no real column."""
-    if layout == "uneven":
-        return [0, 1, 96] if size == 2 else [0, 1, 1, 60, 96]
-    even = [VOCABULARY * rank // size for rank in range(size + 1)]
-    return [min(border, REAL) for border in even] if layout == "cut" else even
-
-
-def shard(logits, layout, group):
-    """This rank's columns and the first one's id."""
-    start, stop = borders(layout, group.size())[group.rank() :][:2]
-    return logits[:, start:stop], start
-
-
-def draw(tokens, layout="even", dtype=torch.float32, models=2, scale=3.0):
-    """The same on every rank: logits of the student and its teachers, and output gradients."""
-    generator = torch.Generator().manual_seed(tokens)
-    logits = torch.randn(models, tokens, VOCABULARY, generator=generator).mul_(scale).to(dtype)
-    if layout == "cut":
-        logits = logits[..., :REAL]
-    elif layout == "padded":
-        logits[..., REAL:] = -torch.inf
-    return (*logits.unbind(), torch.randn(tokens, generator=generator))
-
-
-def of(kind, teachers, group=None, **options):
-    """A divergence over the vocabulary from one or several teachers."""
-    built = build_divergence(kind, **KINDS[kind])
-    return lambda logits: divergence(logits, teachers, kind=built, group=group, **options)
-
-
-def sharded(loss, teacher, layout, group, **options):
-    """The loss over this rank's shard, of the whole teacher."""
-    mine, start = shard(teacher, layout, group)
-    return loss.ours(mine if loss.of_shards else teacher, group=group, vocab_start=start, **options)
-
-
-def same_on_all_ranks(values, group):
-    gathered = [torch.empty_like(values) for _ in range(group.size())]
-    dist.all_gather(gathered, values.contiguous(), group=group)
-    return all(torch.equal(value, values) for value in gathered)
-
-
-def same(ours, whole, layout, group, roundings=1):
-    """Values on all ranks and this shard of the gradient, against those of the whole vocabulary in float64."""
-    assert same_on_all_ranks(ours[0], group)
-    exact, rounding = 1e-12, 1e-12
-    if ours[1].dtype is not torch.float64:
-        exact, rounding = 1e-5, max(1e-5, torch.finfo(ours[1].dtype).eps) * roundings
-    # A gradient is the difference of two terms of the size of the value.
-    close = 0.2 * exact * max(1, whole[0].max().item() / 10)
-    torch.testing.assert_close(ours[0].double(), whole[0], rtol=exact, atol=0.2 * exact)
-    torch.testing.assert_close(ours[1].double(), shard(whole[1], layout, group)[0], rtol=rounding, atol=close)
 
 
 @every_loss
@@ -184,6 +135,16 @@ def test_extreme_logits(group, loss, dtype):
         ours = run(sharded(loss, teacher, "even", group, **options), mine, grad)
         assert all(x.isfinite().all() for x in ours)
         same(ours, whole, "even", group)
+
+
+@needs_triton
+@pytest.mark.two_ranks
+@every_loss
+def test_kernels_at_the_extremes(monkeypatch, group, loss):
+    by_kernels(monkeypatch)
+    test_extreme_logits(group, loss, torch.float32)
+    if loss in DIVERGENCES:
+        test_masked_tokens_are_exactly_zero_whatever_they_hold(group, loss, reuse=True)
 
 
 @every_layout

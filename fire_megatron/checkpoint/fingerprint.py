@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from fire_megatron.checkpoint.checksums import CHECKSUMS, reading
 from fire_megatron.config.checkpoints import WEIGHTS, read_json_object
+from fire_megatron.config.hf_config import read_hf_config
 
 _PIECE = 64 * 1024
-_OF_THE_WRITER = ("transformers_version", "_name_or_path")
-"""Keys of config.json that say nothing of the model."""
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a converted checkpoint's configuration and weights: of their checksums, or in a folder from elsewhere,
-    which has none, of the beginning, middle and end of each file.
+    """SHA-256 of a converted checkpoint's architecture and weights: of their checksums, or in a folder from elsewhere,
+    which has none, of the beginning, middle and end of each file. What config.json says besides, such as where answers
+    end, may be corrected.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -26,8 +27,7 @@ def model_fingerprint(folder: str | Path) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    config = read_json_object(folder / "config.json") or {}
-    digest = hashlib.sha256(_text({key: value for key, value in config.items() if key not in _OF_THE_WRITER}))
+    digest = hashlib.sha256(_text(asdict(read_hf_config(folder))))
     chunks = (read_json_object(folder / WEIGHTS / CHECKSUMS) or {}).get("chunks")
     if chunks:
         digest.update(_text(chunks))

@@ -16,7 +16,7 @@ from fire_megatron.config.checks import check_recipe
 from fire_megatron.config.errors import RecipeError
 from fire_megatron.config.load import load_recipe
 from fire_megatron.config.schema import Recipe
-from fire_megatron.metrics.logger import writing_to
+from fire_megatron.metrics.logger import RECIPE_FILE, writing_to
 from fire_megatron.platform import launcher
 from fire_megatron.platform.folder_lock import alone_in
 
@@ -36,11 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _written(recipe: Recipe) -> dict[str, Path]:
-    """Folders that a run writes in, by recipe key; none is within another."""
+def _written(recipe: Recipe) -> list[tuple[str, Path]]:
+    """Folders that a run has to hold, with their recipe keys. Another run's holds its checkpoints too."""
     run, checkpoints = Path(recipe.run.dir), checkpoint_folder(recipe)
-    inside = checkpoints.resolve().is_relative_to(run.resolve())
-    return {"run.dir": run} if inside else {"run.dir": run, "checkpoint.dir": checkpoints}
+    if checkpoints.resolve().is_relative_to(run.resolve()):
+        return [("run.dir", run)]
+    around = [folder for folder in (checkpoints.parent, checkpoints.parent.parent) if (folder / RECIPE_FILE).exists()]
+    return [("run.dir", run), *(("checkpoint.dir", folder) for folder in (checkpoints, *around))]
 
 
 def _in_use(key: str, folder: Path, holder: str) -> RecipeError:
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         check_recipe(recipe, world_size=launcher.launched_world_size())
         if not args.check and launcher.launched_rank() == 0:
-            for key, folder in _written(recipe).items():
+            for key, folder in _written(recipe):
                 with writing_to(folder, key):
                     held.enter_context(alone_in(folder, partial(_in_use, key, folder)))
         return recipe

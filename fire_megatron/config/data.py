@@ -107,6 +107,8 @@ class EvaluationConfig(Section):
     """Seeds the sampling, in the same way at every evaluation."""
 
     def _problems(self) -> Iterator[RecipeProblem]:
+        if (self.prompts or self.benchmarks) and not (self.every or self.at_start or self.at_end):
+            yield RecipeProblem("every", "0, but at_start and at_end are false, so nothing is evaluated; raise it")
         if not self.prompts:
             yield from self._idle(("num_prompts", "max_new_tokens"), "without prompts", "give prompts")
         if not self.prompts and not self.benchmarks:

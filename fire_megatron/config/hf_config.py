@@ -255,6 +255,8 @@ def read_hf_config(directory: str | Path, *, quantized: bool = False) -> ModelSh
         raise CheckpointError(f"{path}: model_type is {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     config = Reader(path, {**_DEFAULTS, **family.defaults, **values})
+    if config.values["hidden_act"] == "swish":  # transformers' other name of it
+        config.values["hidden_act"] = "silu"
     required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "per_layer_config": None}
     for key, supported in required.items():
         config.require(key, supported)

@@ -41,6 +41,7 @@ MOST_SAMPLES = 2**16
 Samples = Annotated[int, Ge(1), Lt(MOST_SAMPLES)]
 LongSeed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0), Le(1e30)]  # float32 holds no number above 3e38
+Temperature = Annotated[float, Ge(1e-4), Le(1e4)]  # beyond it all distributions are points, or flat
 NonNegative = Annotated[float, Ge(0), Le(1e30)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Lt(1)]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 
 from fire_megatron.config.errors import RecipeProblem
-from fire_megatron.config.kinds import Count, NonNegative, Positive, Share, Size, Text
+from fire_megatron.config.kinds import Count, NonNegative, Positive, Share, Size, Temperature, Text
 from fire_megatron.config.section import List, Plain, Section, build, plain
 
 
@@ -109,14 +109,14 @@ class LossConfig(Section):
     """How much of its first argument a skewed KL mixes into its second."""
     top_k: Size = 64
     """Tokens that a teacher sends for `topk`."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits of student and teachers wherever a step takes log-probabilities: in the loss, in the filter
     and in the reverse KL that is reported. With `sampled` it should be `rollout.temperature`, so that the answers are
     samples of the distribution that is trained. Entropies, and so the weights of `reweight`, are those of
     temperature 1."""
-    student_temperature: Positive | None = None
+    student_temperature: Temperature | None = None
     """Divides the student's logits in the divergence of `full` and `topk`; null is `temperature`."""
-    teacher_temperature: Positive | None = None
+    teacher_temperature: Temperature | None = None
     """Divides the teachers' logits in the divergence of `full` and `topk`; null is `temperature`."""
     mixture: Literal["distributions", "log_probs"] = "distributions"
     """What the weights mix where a row names several teachers: their distributions, or their log-probabilities."""

@@ -62,7 +62,10 @@ def _llama3(settings: _Settings) -> dict[str, Any]:
 def _yarn(settings: _Settings) -> dict[str, Any]:
     """The attention factor's default is 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22), or DeepSeek's
     quotient of two such numbers."""
-    given, factor = settings.given, settings.given.number("factor")
+    given = settings.given
+    # As in transformers, an explicit null is another value than none.
+    written = "factor" in given.values
+    factor = given.number("factor", otherwise=settings.positions / settings.original if written else None)
 
     def magnitude(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
@@ -76,7 +79,7 @@ def _yarn(settings: _Settings) -> dict[str, Any]:
         "attention_factor": given.number("attention_factor", otherwise=attention),
         "beta_fast": given.number("beta_fast", otherwise=32.0),
         "beta_slow": given.number("beta_slow", otherwise=1.0),
-        "truncate": given.flag("truncate", otherwise=True),
+        "truncate": given.flag("truncate", otherwise="truncate" not in given.values),
     }
 
 
@@ -141,7 +144,7 @@ def read_rope(config: Reader, *, head_dim: int, types: Mapping[str, str], partia
 
 def _rope_type(given: Reader, types: Mapping[str, str]) -> str:
     written = [given.values[key] for key in ("rope_type", "type") if given.values.get(key) is not None]
-    if len(written) == 2 and written[0] != written[1]:
+    if len(written) == 2 and len({str(types.get(word, word)) for word in written}) > 1:
         raise given.fail(
             f"{given.where}rope_type is {written[0]!r} and {given.where}type is {written[1]!r}; transformers 5 reads "
             "the first and transformers 4 the second; remove the wrong one in a copy of the checkpoint"

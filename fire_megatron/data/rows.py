@@ -43,19 +43,21 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     Raises:
         DataError: a file that cannot be opened, or a JSON list that cannot be read as a whole; Parquet without pyarrow.
     """
-    if path.suffix in parquet.SUFFIXES:
+    ending = path.suffix.lower()
+    if ending in parquet.SUFFIXES:
         yield from parquet.read_parquet(path)
         return
-    if path.suffix in _OTHERS:
+    if ending in _OTHERS:
         raise DataError(f"{path}: {path.suffix} is not read; write it as JSON Lines, CSV or Parquet")
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = open
+    if ending == ".gz":
+        ending, opener = path.with_suffix("").suffix.lower(), gzip.open
     try:
         with opener(path, "rb") as file:
-            if plain.suffix == ".json":
+            if ending == ".json":
                 yield from _list_entries(path, file.read())
-            elif plain.suffix in _DELIMITERS:
-                yield from _csv_rows(path, file, _DELIMITERS[plain.suffix])
+            elif ending in _DELIMITERS:
+                yield from _csv_rows(path, file, _DELIMITERS[ending])
             else:
                 yield from _lines(path, file)
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:

@@ -181,8 +181,11 @@ class HFTokenizer:
         self.pad_id = pad if pad is not None else next(iter(self.eos_ids), 0)
         # Some tokenizers close a text with EOS, after which a student would have nothing to answer.
         self._closing = own if own is not None and self._inner.encode("a").ids[-1:] == [own] else None
-        self.has_chat_template = bool(self._described.chat_template)
-        self.chat_template = self._described.get_chat_template() if self.has_chat_template else ""
+        template = self._described.chat_template
+        if isinstance(template, dict):  # several by name, of which transformers takes this one unless told
+            template = template.get("default")
+        self.chat_template = template or ""
+        self.has_chat_template = bool(template)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._inner.token_to_id(token)

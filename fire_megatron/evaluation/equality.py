@@ -37,6 +37,8 @@ _LEAD = re.compile(r"\\text\s*\{([^{}]*?)(?:\b(?:is|are|equals)|[:=])\s*\}\s*(?=
 _ANSWER = re.compile(r"(?i)(\\text\s*\{\s*)?(?:(?:the|final|correct)\s+)*answer\s*(?:\bis\b|[:=])\s*(?=[^\s}])")
 _OPTION = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])(?=\s*[.:)]\s*\S))\s*[.:)]?\s*(?![\s+*/^_=,;)(.:-])")
 _OPTIONS = re.compile(r"\([A-Z]\)|(?<![A-Za-z])[A-Z]\s*[.:)]")
+_NO_TEXT = re.compile(r"(?i:\b(?:false|wrong|incorrect|not)\b)|(?:^|[\s,;])\(?[A-E]\)?$")
+"""What does not stand in a choice's text: a verdict on it, or another choice."""
 _LETTER = re.compile(r"\(?([A-Za-z])\)?")
 
 
@@ -70,7 +72,11 @@ def _option(text: str) -> tuple[str, str] | None:
         return letter[1].upper(), ""
     match = _OPTION.match(bare)
     rest = bare[match.end() :].strip() if match else ""
-    return ((match[1] or match[2]).upper(), rest) if match and rest and not _OPTIONS.search(rest) else None
+    return ((match[1] or match[2]).upper(), rest) if _is_choice(rest) else None
+
+
+def _is_choice(text: str) -> bool:
+    return bool(text) and not _OPTIONS.search(text) and not _NO_TEXT.search(text)
 
 
 def _same_option(right: str, given: str, algebra: Algebra) -> bool | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def apply_hooks(batch: FireBatch, hooks: Sequence[Hook], *, reducer: Reducer, mi
             if micro:
                 after = _by_micro_batch(batch, selection, hook, micro_batch_size)
             else:
-                after = _checked(hook(batch, selection, reducer), selection, batch.mask_BR)
+                after = _asked(hook, batch, selection, reducer)
         # A hook that builds a Selection of its own need not carry what the hooks before it reported.
         selection = replace(after, metrics=selection.metrics | after.metrics, details=selection.details | after.details)
     selection = selection.reweight(torch.where(batch.mask_BR, selection.weight_BR, 0))
@@ -75,6 +76,16 @@ def _naming(key: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"in {key}")
         raise
+
+
+def _asked(hook: Hook, batch: FireBatch, selection: Selection, reducer: Reducer) -> Selection:
+    """What a hook returns, checked. It is given copies, so that what it changes in place is its own."""
+    return _checked(hook(_copied(batch), _copied(selection), reducer), selection, batch.mask_BR)
+
+
+def _copied(values: Any) -> Any:
+    tensors = {field.name: getattr(values, field.name) for field in fields(values)}
+    return replace(values, **{name: value.clone() for name, value in tensors.items() if torch.is_tensor(value)})
 
 
 def _checked(after: object, before: Selection, mask_BR: torch.Tensor) -> Selection:
@@ -118,7 +129,7 @@ def _by_micro_batch(batch: FireBatch, selection: Selection, hook: Hook, size: in
         part = slice(first, first + size)
         view = Selection(selection.keep_B[part], selection.weight_BR[part], selection.reason[part])
         rows = batch.rows(part)
-        parts.append(_checked(hook(rows, view, Reducer(None)), view, rows.mask_BR))
+        parts.append(_asked(hook, rows, view, Reducer(None)))
         merge(metrics, parts[-1].metrics)
     if not parts:
         return selection

@@ -90,7 +90,13 @@ class Selection:
                 raise ValueError(f"metric {name!r} is {value!r}; give a Sum, Mean, Max, Min or Last")
 
     def drop(self, rows_B: torch.Tensor, reason: str) -> Selection:
-        """Drop more rows ([B] bool); rows dropped before keep their first reason."""
+        """Drop more rows ([B] bool); rows dropped before keep their first reason.
+
+        Raises:
+            ValueError: they are of another shape or type.
+        """
+        if rows_B.dtype != torch.bool or rows_B.shape != self.keep_B.shape:
+            raise ValueError(f"rows to drop are {rows_B.dtype} {tuple(rows_B.shape)}; they must be bool, one a row")
         fresh = (rows_B & self.keep_B).tolist()
         reasons = tuple(reason if new else old for new, old in zip(fresh, self.reason, strict=True))
         return replace(self, keep_B=self.keep_B & ~rows_B, reason=reasons)

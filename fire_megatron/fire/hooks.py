@@ -93,4 +93,9 @@ def _build(index: int, config: HookConfig) -> Hook:
         raise RecipeError(f"{key}: {error}") from error
     if not callable(hook):
         raise RecipeError(f"{key}: its factory returned {hook!r:.80}, which cannot be called; it must return the hook")
+    scope, reasons = getattr(hook, "scope", "global"), getattr(hook, "reasons", ())
+    if scope not in ("global", "microbatch"):
+        raise RecipeError(f"{key}: its scope is {scope!r}; it must be 'global' or 'microbatch'")
+    if not isinstance(reasons, tuple | list) or not all(isinstance(reason, str) for reason in reasons):
+        raise RecipeError(f"{key}: its reasons are {reasons!r:.80}; they must be a tuple of texts")
     return hook

@@ -143,12 +143,16 @@ class MLflow:
             self._client.update_run(self._account.run_id, status="RUNNING")
 
     def log(self, step: int, metrics: Mapping[str, float], kind: str) -> None:
-        """See :class:`Tracker`. Signs that MLflow does not allow in names, as in ``avg@8``, become ``_``."""
+        """See :class:`Tracker`. Signs that MLflow does not allow in names, as in ``avg@8``, become ``_``, and ``/`` a
+        dot: without a server each name is a file, and ``loss`` and ``loss/clip_fraction`` cannot both be."""
         from mlflow.entities import Metric
 
         if self._account.is_new(step, kind):
             now = int(1000 * time.time())
-            points = [Metric(re.sub(r"[^\w\-./ ]", "_", key), value, now, step) for key, value in metrics.items()]
+            points = [
+                Metric(re.sub(r"[^\w\-. ]", "_", key.replace("/", ".")), value, now, step)
+                for key, value in metrics.items()
+            ]
             self._client.log_batch(self._account.run_id, metrics=points)
             self._account.note(step, kind)
 

@@ -337,7 +337,7 @@ def test_message_and_exit_code(name, inputs, tmp_path, capfd, request):
 
 
 def test_scope_of_a_hook_of_ones_own(inputs, tmp_path, capfd, monkeypatch):
-    monkeypatch.setitem(hooks._REGISTRY, "mine", lambda: Mock(scope="microbatch"))
+    monkeypatch.setitem(hooks._REGISTRY, "mine", lambda: Mock(scope="microbatch", reasons=()))
     values = tiny_recipe(inputs, tmp_path / "run", run__plugins=["json"], optimizer__micro_batch_tokens=64)
     recipe = write_recipe(tmp_path / "recipe.yaml", values | {"loss": {"hooks": [{"name": "mine"}]}})
     assert main(["--recipe", str(recipe)]) == 2

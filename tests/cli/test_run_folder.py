@@ -70,13 +70,14 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     assert load_recipe(run_dir / "recipe_from_000002.yaml").run.steps == 3
 
 
-@pytest.mark.parametrize("key", ["run.dir", "checkpoint.dir"])
+@pytest.mark.parametrize("key", ["run.dir", "checkpoint.dir", "checkpoint.dir in another run's"])
 def test_one_run_at_a_time(tiny, tmp_path, capsys, key):
+    key, another, _ = key.partition(" in")
     assert train(tiny, tmp_path / "first", run__steps=1) == 0
     folder = tmp_path / "first" / ("checkpoints" if key == "checkpoint.dir" else "")
     before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
     run_dir = tmp_path / ("second" if key == "checkpoint.dir" else "first")
-    with alone_in(folder, DataError):
+    with alone_in(folder.parent if another else folder, DataError):
         assert train(tiny, run_dir, f"{key}={folder}", run__steps=2) == 2
         assert f"error: {key}: process {os.getpid()} on " in capsys.readouterr().err
         with alone_in(tmp_path / "third", DataError):  # looking at a recipe is free

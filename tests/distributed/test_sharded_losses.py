@@ -18,7 +18,7 @@ from sharded import (
     shard,
     sharded,
 )
-from token_losses import DIVERGENCES, Loss, draw_weights
+from token_losses import DIVERGENCES, LOSSES, Loss, draw_weights
 
 from fire_megatron.losses import softmax
 from fire_megatron.losses.divergences import build_divergence
@@ -26,6 +26,8 @@ from fire_megatron.losses.fused import OutputLayer, chunked_linear_loss
 from fire_megatron.losses.token_losses import DivergenceSettings, Segment, VocabShard, full_loss
 from fire_megatron.losses.topk import top_k
 from fire_megatron.losses.vocab_parallel import log_prob_and_entropy, score_log_prob_and_entropy
+
+by_kernel = pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.listed], ids=str)
 
 
 @every_loss
@@ -64,21 +66,20 @@ def test_equals_unsharded_at_a_temperature(group, loss, layout, temperature):
 
 @needs_triton
 @pytest.mark.two_ranks
-@every_loss
+@by_kernel
 @pytest.mark.parametrize("layout", ["cut", "uneven"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_equal_unsharded(monkeypatch, group, loss, layout, dtype):
+def test_kernels_equal_unsharded(monkeypatch, group, loss, layout):
     by_kernels(monkeypatch)
-    test_equals_unsharded(group, loss, layout, dtype)
+    test_equals_unsharded(group, loss, layout, torch.float32)
 
 
 @needs_triton
 @pytest.mark.two_ranks
-@pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
-@pytest.mark.parametrize("temperature", [0.4, 2.0])
-def test_kernels_equal_unsharded_at_a_temperature(monkeypatch, group, loss, temperature):
+@by_kernel
+def test_kernels_equal_unsharded_at_a_temperature(monkeypatch, group, loss):
     by_kernels(monkeypatch)
-    test_equals_unsharded_at_a_temperature(group, loss, "cut", temperature)
+    if loss in DIVERGENCES:
+        test_equals_unsharded_at_a_temperature(group, loss, "cut", 0.4)
 
 
 @every_kind
@@ -139,7 +140,7 @@ def test_extreme_logits(group, loss, dtype):
 
 @needs_triton
 @pytest.mark.two_ranks
-@every_loss
+@by_kernel
 def test_kernels_at_the_extremes(monkeypatch, group, loss):
     by_kernels(monkeypatch)
     test_extreme_logits(group, loss, torch.float32)

@@ -21,10 +21,9 @@ pytestmark = needs_triton
 
 
 # The second has a sliding window, the third one on some layers; the last rotates a part of each head.
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "qwen2-windows", "phi3"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2-windows", "phi3"])
 def test_a_model(grid, tmp_path, monkeypatch, family):
-    options = {"sliding_window": 5} if family == "mistral" else {}
-    save_megatron(family, tmp_path / "m", num_hidden_layers=2, **options)
+    save_megatron(family, tmp_path / "m", num_hidden_layers=2)
     shape, role = read_hf_config(tmp_path / "m"), StudentConfig(checkpoint=str(tmp_path / "m"))
     prompts = [Prompt(i, "math", tuple(range(7, 7 + n)), "") for i, n in enumerate((3, 9, 1))]
     assert max(prompts[1].token_ids) < VOCABULARY
@@ -36,7 +35,7 @@ def test_a_model(grid, tmp_path, monkeypatch, family):
             model = build_model(shape, role, grid, device=Device("cpu"))
             load_weights(model, tmp_path / "m", grid=grid)
             engine = MegatronEngine(model, grid)
-            made = engine.generate(prompts, range(3), sampling=Sampling(max_new_tokens=6, seed=3), step=0)
+            made = engine.generate(prompts, range(3), sampling=Sampling(max_new_tokens=3, seed=3), step=0)
             rows = TrainingRows(
                 rollouts=made,
                 targets=(Target(("t",)),) * 3,
@@ -46,7 +45,7 @@ def test_a_model(grid, tmp_path, monkeypatch, family):
             settings = {"loss": LossConfig(), "optimizer": OptimizerConfig(), "precision": PrecisionConfig()}
             student = Student(model, grid, **settings)
             log_probs = student.log_probs(rows)
-            student.accumulate_gradients(rows, tokens=18.0)
+            student.accumulate_gradients(rows, tokens=9.0)
             gradient = torch.cat([g.flatten() for g in student.gradients()])
         found.append((torch.cat(list(made.responses)), made.log_probs, made.entropies, log_probs, gradient))
     plain, ours = found

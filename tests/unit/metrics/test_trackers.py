@@ -101,7 +101,7 @@ def test_mlflow_continues_its_curves(tmp_path):
     [found] = client.search_runs([client.get_experiment_by_name("fire_megatron").experiment_id])
     assert found.info.run_name == "first" and found.info.status == "FINISHED"
     assert found.data.params == {"run.name": "first", "run.steps": "9", "loss.hooks": "[]", "plugins": "[]"}
-    names = {"loss": "loss", "eval/aime/avg@8": "eval/aime/avg_8"}
+    names = {"loss": "loss", "eval/aime/avg@8": "eval.aime.avg_8"}
     histories = {key: client.get_metric_history(found.info.run_id, name) for key, name in names.items()}
     assert {key: [(m.step, m.value) for m in points] for key, points in histories.items()} == EXPECTED
 

@@ -56,7 +56,10 @@ ROLE: dict[str, tuple[Any, Changes]] = {
     "micro_batch_tokens": (8, {}),
 }
 FULL = {"loss.estimator": "full"}
-PROBLEMS = {"evaluation.benchmarks": [{"path": "{inputs}/problems.jsonl", "max_new_tokens": 4}]}
+PROBLEMS = {
+    "evaluation.benchmarks": [{"path": "{inputs}/problems.jsonl", "max_new_tokens": 4}],
+    "evaluation.at_start": False,  # once says as much
+}
 TURNS: dict[str, tuple[Any, Changes]] = {
     "run.dir": ("{inputs}/elsewhere", {}),
     "run.steps": (2, {}),

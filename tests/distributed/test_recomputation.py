@@ -39,6 +39,7 @@ def gradients(roles, layout, spec, megatron):
     )
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize("spec", [DENSE, SPEC, MIXED], ids=["dense", "experts", "mixed"])
 def test_recomputation_changes_nothing(roles, world_size, spec):
     folder, tried = roles.checkpoint(spec), set()
@@ -63,6 +64,7 @@ def test_recomputation_changes_nothing(roles, world_size, spec):
     assert len(tried) >= 7, tried
 
 
+@pytest.mark.two_ranks
 def test_outputs_that_are_sent_on_may_be_freed(roles, world_size):
     for layout in telling_layouts(world_size):
         if layout.pipeline > 1:

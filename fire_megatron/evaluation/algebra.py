@@ -33,6 +33,8 @@ _LARGEST = 10**6
 _POINTS = [sympy.Rational(*pair) for pair in ((173, 127), (-229, 311), (941, 113), (-1327, 211), (379, 1019), (4, 1))]
 _DELAYED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit)
 _STEP = sympy.Rational(331, 257)
+_EXACT, _ROUNDED = sympy.Float("1e-20"), sympy.Float(float(ROUNDING))
+"""How far values that are the same may be apart, as a part of the larger; with a rounded one among them."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -146,12 +148,12 @@ def _meet(a: Expr, b: Expr, names: list[Any], rounded: int) -> bool | None:
                 return None
             continue
         imaginary = a.has(sympy.I) or b.has(sympy.I)
-        real = [imaginary or abs(sympy.im(value)) <= abs(value) * sympy.Float(10) ** -20 for value in values]
+        real = [imaginary or abs(sympy.im(value)) <= abs(value) * _EXACT for value in values]
         if real[0] != real[1]:
             return False
         if real[0]:
             size = max(map(abs, values))
-            if abs(values[0] - values[1]) > size * (sympy.Float(float(ROUNDING)) if rounded else sympy.Float("1e-20")):
+            if abs(values[0] - values[1]) > size * (_ROUNDED if rounded else _EXACT):
                 return False
             met += 1
     return True if met > 1 else None
@@ -172,7 +174,7 @@ def _same_number(a: Expr, b: Expr, rounded: int) -> bool:
     if rounded and all(value.is_real for value in values):
         return close(Fraction(str(x)), Fraction(str(y)), rounded=rounded)
     size = max(abs(x), abs(y))
-    if abs(x - y) > size * sympy.Float("5e-7" if rounded else "1e-20"):
+    if abs(x - y) > size * (_ROUNDED if rounded else _EXACT):
         return False
     if rounded or not size:
         return True

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fire_megatron.kernels.softmax import FLOOR
+
 _BLOCK = 2048
 """Columns at a time."""
-_FLOOR = tl.constexpr(-1.0e30)
-"""Stands for the log of 0."""
 _TINY = tl.constexpr(1.1754943508222875e-38)
 """What a mixture is at least: the smallest normal number."""
 _REVERSE, _FORWARD, _JENSEN_SHANNON, _SKEWED_FORWARD, _SKEWED_REVERSE = (tl.constexpr(i) for i in range(5))
@@ -24,7 +24,7 @@ KINDS = {
 @triton.jit
 def _log_probs(logits, peak, inverse_temperature, log_total, inside):
     x = tl.load(logits, mask=inside, other=float("-inf")).to(tl.float32)
-    return tl.maximum((x - peak) * inverse_temperature, _FLOOR) - log_total
+    return tl.maximum((x - peak) * inverse_temperature, FLOOR) - log_total
 
 
 @triton.jit

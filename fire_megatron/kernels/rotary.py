@@ -11,53 +11,24 @@ import triton.language as tl
 
 
 @triton.jit
-def _rotated(first, second, cos, sin, sign: tl.constexpr):  # products in float32, rounded once: [HEADS, HALF] each
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    cos, sin = cos.to(tl.float32)[None, :], sign * sin.to(tl.float32)[None, :]
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
-def _rotate_heads(
-    x, out, cos, sin, heads, half, stride_head, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
-):
-    """One token: x and out point to its heads, cos and sin to its angles."""
-    head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)
-    inside = (head < heads) & (place < half)[None, :]
-    angle = place < half
-    source = x + head * stride_head + place[None, :]
-    one, two = _rotated(
-        tl.load(source, mask=inside, other=0.0),
-        tl.load(source + half, mask=inside, other=0.0),
-        tl.load(cos + place, mask=angle, other=0.0),
-        tl.load(sin + place, mask=angle, other=0.0),
-        SIGN,
-    )
-    target = out + head * (2 * half) + place[None, :]
-    tl.store(target, one.to(out.dtype.element_ty), mask=inside)
-    tl.store(target + half, two.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _rotate(
-    x,
-    out,
-    cos,
-    sin,
-    heads,
-    half,
-    stride_token,
-    stride_head,
-    SIGN: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    x, out, cos, sin, heads, half, stride_token, stride_head,
+    SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token; products in float32, rounded once."""
     token = tl.program_id(0).to(tl.int64)
-    angles = token * 2 * half
-    _rotate_heads(
-        x + token * stride_token, out + token * heads * 2 * half, cos + angles, sin + angles,
-        heads, half, stride_head, SIGN, HEADS, HALF,
-    )  # fmt: skip
+    head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)
+    angle = place < half
+    inside = (head < heads) & angle[None, :]
+    source = x + token * stride_token + head * stride_head + place[None, :]
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    angles = token * 2 * half + place
+    c = tl.load(cos + angles, mask=angle, other=0.0).to(tl.float32)[None, :]
+    s = SIGN * tl.load(sin + angles, mask=angle, other=0.0).to(tl.float32)[None, :]
+    target = out + token * heads * 2 * half + head * (2 * half) + place[None, :]
+    tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + half, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False) -> torch.Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 _BLOCK = 4096
 """Columns at a time."""
-_FLOOR = tl.constexpr(-1.0e30)
+FLOOR = tl.constexpr(-1.0e30)
 """Stands for the log of 0."""
 
 
@@ -25,15 +25,15 @@ def _sums(logits, peaks, totals, moments, columns, stride, least, inverse_temper
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + row * stride + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         highest = tl.maximum(peak, x)
-        drop = tl.maximum((peak - highest) * inverse_temperature, _FLOOR)  # times a total that may be 0
+        drop = tl.maximum((peak - highest) * inverse_temperature, FLOOR)  # times a total that may be 0
         kept = tl.exp(drop)
-        shifted = tl.maximum((x - highest) * inverse_temperature, _FLOOR)  # -inf * 0 would be NaN
+        shifted = tl.maximum((x - highest) * inverse_temperature, FLOOR)  # -inf * 0 would be NaN
         weight = tl.exp(shifted)
         moment = kept * (moment + drop * total) + weight * shifted
         total = kept * total + weight
         peak = highest
     highest = tl.max(peak, 0)
-    drop = tl.maximum((peak - highest) * inverse_temperature, _FLOOR)
+    drop = tl.maximum((peak - highest) * inverse_temperature, FLOOR)
     kept = tl.exp(drop)
     tl.store(peaks + row, highest)
     tl.store(totals + row, tl.sum(kept * total, 0))
@@ -70,7 +70,7 @@ def _gradient(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     x = tl.load(logits + row * stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-    log_prob = tl.maximum(x - tl.load(peaks + row), _FLOOR) - tl.load(log_totals + row)
+    log_prob = tl.maximum(x - tl.load(peaks + row), FLOOR) - tl.load(log_totals + row)
     factor = tl.zeros([BLOCK], tl.float32)
     if WITH_ENTROPY:
         factor -= tl.load(of_entropy + row) * (log_prob + tl.load(entropies + row))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,9 +45,14 @@ def by_step(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that is whole."""
+    return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All metrics of a run, a step each; see :func:`by_step`."""
-    return by_step(map(json.loads, (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()))
+    return by_step(read_lines(run_dir / METRICS_FILE))
 
 
 def finite(value: Any) -> Any:

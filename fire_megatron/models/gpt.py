@@ -40,7 +40,6 @@ _OFF_IN_GENERATION = (
     "sequence_parallel",  # a decode step has one token a row: nothing to split
     "reduce_scatter_embeddings",
     "bias_activation_fusion",  # compiled anew for other shapes
-    "bias_dropout_fusion",
     "recompute_mlp",  # there is no backward pass, and megatron-core would still keep the state of random numbers
     "recompute_input_layernorm",
     "recompute_pre_mlp_layernorm",

@@ -214,10 +214,7 @@ class GatedMLP(MLP):
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[T, B, H] -> the same, and the bias that is still to be added."""
-        config = self.config
-        gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
-        other = config.use_te_activation_func or getattr(config, "activation_func_clamp_value", None) is not None
-        if not gated or other or per_token_scale is not None:
+        if self.config.use_te_activation_func or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         both, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(SwiGLU.apply(both))

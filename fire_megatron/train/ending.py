@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fire_megatron.evaluation.heldout import format_table
+from fire_megatron.metrics.jsonl import read_lines
 from fire_megatron.metrics.logger import HELD_OUT_FILE
 from fire_megatron.metrics.table import ruled
 
@@ -34,7 +34,7 @@ def end_tables(first: Mapping[str, float], last: Mapping[str, float], targets: S
 def held_out_answers(run_dir: Path) -> str:
     """What the student answered to a held-out prompt before and after; empty where it was not asked twice."""
     path = run_dir / HELD_OUT_FILE
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = list(read_lines(path)) if path.exists() else []
     if len(lines) < 2:
         return ""
     shown = {"prompt": lines[0]["prompt"]}

@@ -35,6 +35,12 @@ class _Drought:
         return self.nonfinite > self.rows / 2
 
 
+def unsound_rows(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Rows of a step whose scores are not finite, by teacher."""
+    keys = {key.split("/")[1]: key for key in metrics if key.startswith("teacher/") and key.endswith("/nonfinite")}
+    return {name: metrics[key] for name, key in keys.items()}
+
+
 class Fruitless:
     """Counts steps that have trained nothing. Every rank counts alike, from the same metrics."""
 
@@ -50,12 +56,11 @@ class Fruitless:
         finite, once a teacher."""
         dropped = [(key.rpartition("/")[2], n) for key, n in metrics.items() if key.startswith("fire/dropped/") and n]
         self._reasons = ", ".join(f"{reason} {n:.0f}" for reason, n in dropped) or "none, but all weights are 0"
-        names = [key.split("/")[1] for key in metrics if key.startswith("teacher/") and key.endswith("/rows")]
-        rows = {name: metrics[f"teacher/{name}/rows"] for name in names}
+        nonfinite = unsound_rows(metrics)
+        rows = {name: metrics[f"teacher/{name}/rows"] for name in nonfinite}
         weighs = metrics.get("fire/token_weight_max", 0) != 0 or metrics.get("fire/token_weight_min", 0) != 0
-        nonfinite = {name: metrics[f"teacher/{name}/nonfinite"] for name in names}
         self._all.add(sum(rows.values()), sum(nonfinite.values()), trained=weighs)
-        for name in names:
+        for name in rows:
             trained = weighs and metrics.get(f"teacher/{name}/keep_ratio", 0) > 0
             self._teachers[name].add(rows[name], nonfinite[name], trained=trained)
             if nonfinite[name] and name not in self._told:

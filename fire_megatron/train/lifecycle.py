@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from fire_megatron.platform.watch import Watch
 from fire_megatron.teachers.transfer import Transfer
 from fire_megatron.train.checkpoints import Beginning, Checkpoints
 from fire_megatron.train.ending import end_tables, held_out_answers
+from fire_megatron.train.fruitless import unsound_rows
 from fire_megatron.train.gpu_readings import GpuReadings
 from fire_megatron.train.guard import NONFINITE, SPIKE
 from fire_megatron.train.inputs import rank_roles
@@ -167,7 +167,7 @@ class Trainer:
         }
         metrics = reduce_metrics(measured, group=self.run.grid.span)
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/rollout"]
-        broken = sum(count for key, count in metrics.items() if re.fullmatch("teacher/.*/nonfinite", key))
+        broken = sum(unsound_rows(metrics).values())
         if "grad_norm" not in metrics and metrics["fire/dropped/nonfinite"] > broken:  # the student's own are not
             self.run.guard.skip(NONFINITE)
         for text in self.run.fruitless.step(metrics):

@@ -61,7 +61,7 @@ def _layers(role: Role, given: dict[str, Any]) -> Iterator[RecipeProblem]:
 
 
 def _modules(role: Role, modules: list[Any]) -> Iterator[str]:
-    shape = role.shape
+    shape, low = role.shape, _low_precision(role)
     routed = shape and [shape.has_experts(layer) for layer in range(shape.num_layers)]
     absent = {
         "mlp": ("every layer has experts" if routed and all(routed) else None),
@@ -75,7 +75,6 @@ def _modules(role: Role, modules: list[Any]) -> Iterator[str]:
     if not modules:
         yield "names nothing to recompute; leave it out for core_attn"
     for module in modules:
-        low = _low_precision(role)
         if module not in _MODULES:
             close = nearest(str(module), _MODULES)
             yield f"{module!r} is no part of these models; {f'did you mean {close}?' if close else 'leave it out'}"

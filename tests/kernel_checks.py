@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import dense
+import pytest
 import torch
 
 from fire_megatron import kernels
@@ -78,7 +82,15 @@ def check_swiglu(monkeypatch, device: str, dtype: torch.dtype, *, tokens: int, c
 
 
 def check_attention(
-    device: str, dtype: torch.dtype, *, heads: int, kv_heads: int, size: int, positions: int, window: int | None
+    monkeypatch,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    positions: int,
+    window: int | None,
 ) -> int:
     """Rows from one token to all positions; the rest of their slots holds numbers that must not be read.
 
@@ -212,3 +224,20 @@ SAMPLINGS = [
     {"temperature": 0.0, "top_p": 1.0, "columns": 3001},
     {"temperature": 1.2, "top_p": 0.8, "columns": 300},
 ]
+_CHECKS = {
+    "rotation": (check_rotation, ROTATIONS),
+    "swiglu": (check_swiglu, GATES),
+    "attention and append": (check_attention, ATTENTIONS),
+    "log-prob and entropy": (check_log_prob_and_entropy, SOFTMAXES),
+    "divergence": (check_divergence, DIVERGENCES),
+}
+
+
+def every_case(more: Mapping[str, Sequence[dict[str, Any]]] = MappingProxyType({})) -> pytest.MarkDecorator:
+    """Every check that there is in several formats, as ``check`` and ``case``. Args: more: further cases of checks."""
+    cases = [
+        pytest.param(check, case, id=f"{name} {case}")
+        for name, (check, some) in _CHECKS.items()
+        for case in (*some, *more.get(name, ()))
+    ]
+    return pytest.mark.parametrize(("check", "case"), cases)

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fire_megatron.config.checks import check_recipe
+from fire_megatron.config.errors import RecipeProblems
 from fire_megatron.config.load import recipe_from_dict
 from fire_megatron.config.rules.facts import Machine
 
@@ -42,6 +45,14 @@ def ask(values: Values, changes: Values) -> None:
             section, _, last = key.rpartition(".")
             _at(values, section)[last] = change
     check_recipe(recipe_from_dict(values), world_size=changes.get("world_size"), **known)
+
+
+def one_problem(values: Values, changes: Values, says: str) -> None:
+    """Ask about changed values, which have to be refused for one reason alone."""
+    with pytest.raises(RecipeProblems) as caught:
+        ask(values, changes)
+    message = str(caught.value)
+    assert says in message and len(caught.value.problems) == 1, message
 
 
 def _at(values: Any, key: str) -> Any:
